@@ -1,0 +1,178 @@
+"""The trainable CLIP: two small transformers whose features of a matching text and picture point the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
+from dalle_pytorch.files import resize
+from dalle_pytorch.transformer import Transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dalle_pytorch.tokenizers import HugTokenizer
+
+
+class Scorer(Protocol):
+    """Anything that says how well pictures fit a prompt."""
+
+    def score(self, prompt: str, images: Tensor) -> Tensor:
+        """The cosine similarity (n,) of a prompt to each picture of (n, 3, h, w) in [0, 1]."""
+        ...
+
+
+class CLIP(PretrainedModel):
+    """CLIP (arXiv:2103.00020) as in DALLE-pytorch: mean-pooled transformers over text tokens and image patches.
+
+    `visual_patch_dropout` is the share of patches left out in training (FLIP, arXiv:2212.00794).
+    """
+
+    @records_config
+    def __init__(
+        self,
+        *,
+        dim_text: int = 512,
+        dim_image: int = 512,
+        dim_latent: int = 512,
+        num_text_tokens: int = 10000,
+        text_enc_depth: int = 6,
+        text_seq_len: int = 256,
+        text_heads: int = 8,
+        num_visual_tokens: int = 512,
+        visual_enc_depth: int = 6,
+        visual_heads: int = 8,
+        visual_image_size: int = 256,
+        visual_patch_size: int = 32,
+        visual_patch_dropout: float = 0.0,
+        channels: int = 3,
+        text_dim_head: int = 64,
+        visual_dim_head: int = 64,
+    ):
+        super().__init__()
+        if visual_image_size % visual_patch_size:
+            raise ValueError(f"patches of {visual_patch_size} pixels do not fill an image of {visual_image_size}")
+        self.image_size = visual_image_size
+        self.patch_size = visual_patch_size
+        self.patch_dropout = visual_patch_dropout
+        self.text_seq_len = text_seq_len
+        self.tokenizer: HugTokenizer | None = None
+
+        self.text_emb = nn.Embedding(num_text_tokens, dim_text)
+        self.text_pos_emb = nn.Embedding(text_seq_len, dim_text)
+        self.text_transformer = Transformer(
+            dim=dim_text, depth=text_enc_depth, heads=text_heads, dim_head=text_dim_head, causal=False
+        )
+        self.to_text_latent = nn.Linear(dim_text, dim_latent, bias=False)
+
+        self.patch_emb = nn.Linear(channels * visual_patch_size**2, dim_image)
+        self.patch_pos_emb = nn.Embedding((visual_image_size // visual_patch_size) ** 2, dim_image)
+        self.visual_transformer = Transformer(
+            dim=dim_image, depth=visual_enc_depth, heads=visual_heads, dim_head=visual_dim_head, causal=False
+        )
+        self.to_visual_latent = nn.Linear(dim_image, dim_latent, bias=False)
+        # The logarithm of what similarities are multiplied by.
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, **overrides) -> CLIP:
+        """Opens a native folder; a `tokenizer.json` inside it or beside it becomes `tokenizer`."""
+        model = super().from_pretrained(folder, dtype, **overrides)
+        path = companion_path(Path(folder), "tokenizer.json")
+        if path is not None:
+            from dalle_pytorch.tokenizers import HugTokenizer
+
+            model.tokenizer = HugTokenizer(path)
+        return model
+
+    # ----------------------------------------------------------------------------------------------
+    # Features
+
+    def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Features (b, dim_latent), not normalised, of tokens (b, n), n ≤ text_seq_len.
+
+        `text_mask` (b, n) is false at padding; left out, that is where the token is 0.
+        """
+        text_mask = text != 0 if text_mask is None else text_mask.bool()
+        # A text of nothing but padding is looked at as a whole.
+        return self._text_features(text, text_mask | ~text_mask.any(dim=1, keepdim=True))
+
+    def _text_features(self, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        emb = self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
+        out = self.text_transformer(emb, key_mask=text_mask)
+        if text_mask is None:
+            return self.to_text_latent(out.mean(dim=1))
+        kept = text_mask[:, :, None].to(out.dtype)
+        return self.to_text_latent((out * kept).sum(dim=1) / kept.sum(dim=1))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Features (b, dim_latent), not normalised, of pictures (b, 3, h, w) in [0, 1], scaled to `image_size`."""
+        patches = F.pixel_unshuffle(resize(image, self.image_size), self.patch_size)
+        # DALLE-pytorch's order within a patch: row, column, channel.
+        patches = patches.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
+        emb = self.patch_emb(patches) + self.patch_pos_emb.weight
+        if self.training and self.patch_dropout > 0:
+            kept = max(round(emb.shape[1] * (1 - self.patch_dropout)), 1)
+            chosen = torch.rand(emb.shape[:2], device=emb.device).topk(kept, dim=1).indices
+            emb = emb.gather(1, chosen[:, :, None].expand(-1, -1, emb.shape[2]))
+        return self.to_visual_latent(self.visual_transformer(emb).mean(dim=1))
+
+    # ----------------------------------------------------------------------------------------------
+    # Training
+
+    def forward(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor | None = None,
+        return_loss: bool = False,
+        negatives: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss.
+
+        Args:
+            text: tokens (b, n).
+            image: pictures (b, 3, h, w) in [0, 1].
+            text_mask: (b, n), false at padding; left out, padding counts as text, as upstream.
+            return_loss: cross-entropy of each picture among the batch's texts and of each text among its pictures.
+            negatives: (b, k, n) further texts that do not fit the picture, to tell apart from the batch's texts;
+                masked at their zeros where `text_mask` is given.
+        """
+        text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
+        image_latents = F.normalize(self.encode_image(image), dim=-1)
+        scale = self.temperature.exp()
+        if not return_loss:
+            return (text_latents * image_latents).sum(dim=-1) * scale
+        by_text = text_latents @ image_latents.T * scale
+        by_image = by_text.T
+        if negatives is not None:
+            flat = negatives.flatten(0, 1)
+            latents = F.normalize(self._text_features(flat, None if text_mask is None else flat != 0), dim=-1)
+            others = (latents.unflatten(0, negatives.shape[:2]) * image_latents[:, None]).sum(dim=-1) * scale
+            by_image = torch.cat((by_image, others), dim=1)
+        labels = torch.arange(len(text), device=text.device)
+        return (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+
+    # ----------------------------------------------------------------------------------------------
+    # Scoring
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Tokens (b, text_seq_len) of one text or several; longer ones are cut.
+
+        Raises `CheckpointError` when there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError("this CLIP has no tokenizer.json in its folder or beside it; set its `tokenizer`")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self.tokenizer.tokenize(texts, self.text_seq_len, truncate_text=True)
+
+    @torch.no_grad()
+    def score(self, prompt: str, images: Tensor) -> Tensor:
+        """The cosine similarity (n,) of a prompt to each picture of (n, 3, h, w) in [0, 1]."""
+        text = self.encode_text(self.tokenize(prompt).to(self.device))
+        return F.cosine_similarity(text, self.encode_image(images.to(self.device)))

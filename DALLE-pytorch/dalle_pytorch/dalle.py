@@ -1,0 +1,281 @@
+"""DALLE: the autoregressive prior over text tokens and image tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
+from dalle_pytorch.transformer import Transformer, TransformerCache
+
+
+class AxialPositions(nn.Module):
+    """Learned positions of a square grid: one vector per row plus one per column."""
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(side, 1, dim))
+        self.columns = nn.Parameter(torch.randn(1, side, dim))
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """The vectors of the grid's places `start` to `stop`, row by row: (stop - start, dim)."""
+        return (self.rows + self.columns).flatten(0, 1)[start:stop]
+
+
+class DALLE(PretrainedModel):
+    """The transformer of DALL-E (arXiv:2102.12092), with the options and defaults of lucidrains' DALLE-pytorch.
+
+    A sequence is <bos>, `text_seq_len` text tokens and the image tokens row by row. Padding (0) at each text position is
+    a token of its own. A text position predicts text only and an image position image tokens only.
+
+    Args:
+        dim: width of the token stream.
+        vae: anything with `num_tokens`, `image_size` and `num_layers` (f = 2^num_layers); it is frozen.
+        num_text_tokens: size of the tokenizer's vocabulary.
+        text_seq_len: text tokens in a sequence, padding included.
+        depth, heads, dim_head, attn_dropout, ff_dropout: the transformer's sizes.
+        reversible: memory in training does not grow with depth.
+        sparse_attn: layers (cycling) whose attention is block-sparse; the same as `attn_types` with `sparse` there.
+        attn_types: `full`, `axial_row`, `axial_col`, `conv_like`, `sparse`, cycling over the layers.
+        loss_img_weight: the image's weight in the loss against the text's 1.
+        stable: for half precision, the embeddings' gradient is scaled down and the output divided by its maximum
+            (CogView, arXiv:2105.13290).
+        sandwich_norm: a second norm at the end of each branch (CogView).
+        shift_tokens: neighbours lend each token a part of their channels.
+        rotary_emb: rotary positions; learned ones otherwise.
+        shared_attn_ids, shared_ff_ids: layers of the same number share that module.
+        share_input_output_emb: embeddings are the rows of the output layer.
+        image_fmap_size: side of the grid of image tokens; `vae.image_size / 2^num_layers` unless given.
+        num_image_tokens: size of the codebook; the VAE's unless given, and checked against it.
+        qk_norm: RMS norm on queries and keys. Not in DALLE-pytorch.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        *,
+        dim: int,
+        vae: Any,
+        num_text_tokens: int = 10000,
+        text_seq_len: int = 256,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        reversible: bool = False,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        sparse_attn: bool | Sequence[bool] = False,
+        attn_types: str | Sequence[str] | None = None,
+        loss_img_weight: float = 7,
+        stable: bool = False,
+        sandwich_norm: bool = False,
+        shift_tokens: bool = True,
+        rotary_emb: bool = True,
+        shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None,
+        share_input_output_emb: bool = False,
+        image_fmap_size: int | None = None,
+        num_image_tokens: int | None = None,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if num_image_tokens not in (None, vae.num_tokens):
+            raise ValueError(f"{num_image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
+        self.image_fmap_size = image_fmap_size or vae.image_size // 2**vae.num_layers
+        self.image_seq_len = self.image_fmap_size**2
+        self.text_seq_len = text_seq_len
+        self.total_seq_len = text_seq_len + self.image_seq_len
+        self.num_image_tokens = vae.num_tokens
+        # As upstream, the attribute counts the padding tokens, one for each text position.
+        self.num_text_tokens = num_text_tokens + text_seq_len
+        self.total_tokens = self.num_text_tokens + self.num_image_tokens
+        self.loss_img_weight = loss_img_weight
+        self.stable = stable
+
+        self.vae = vae
+        if isinstance(vae, nn.Module):
+            vae.requires_grad_(False).eval()
+
+        self.transformer = Transformer(
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            text_len=text_seq_len + 1,
+            image_fmap_size=self.image_fmap_size,
+            reversible=reversible,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            attn_types=_layer_types(attn_types, sparse_attn, depth),
+            sandwich_norm=sandwich_norm,
+            shift_tokens=shift_tokens,
+            rotary_emb=rotary_emb,
+            shared_attn_ids=shared_attn_ids,
+            shared_ff_ids=shared_ff_ids,
+            qk_norm=qk_norm,
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, self.total_tokens)
+        self.text_emb = None if share_input_output_emb else nn.Embedding(self.num_text_tokens, dim)
+        self.image_emb = None if share_input_output_emb else nn.Embedding(self.num_image_tokens, dim)
+        self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
+        self.image_pos_emb = None if rotary_emb else AxialPositions(dim, self.image_fmap_size)
+
+    # ----------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None, save_vae: bool = True
+    ) -> None:
+        """Writes the prior into `folder` and, unless `save_vae` is false, its VAE into `vae/` below."""
+        # Recorded whole, so that opening it with another VAE can tell whether that fits.
+        self.config.pop("vae", None)
+        self.config.update(image_fmap_size=self.image_fmap_size, num_image_tokens=self.num_image_tokens)
+        if save_vae:
+            self.vae.save_pretrained(Path(folder) / "vae", dtype)
+        super().save_pretrained(folder, dtype)
+
+    @classmethod
+    def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+        if overrides.get("vae") is not None:
+            return {}
+        path = companion_path(folder, "vae")
+        if path is None:
+            raise CheckpointError(f"{folder} has no VAE in it or beside it (a folder named vae); give one with vae=")
+        return {"vae": PretrainedModel.from_pretrained(path)}
+
+    def train(self, mode: bool = True) -> DALLE:
+        super().train(mode)
+        if isinstance(self.vae, nn.Module):
+            self.vae.eval()
+        return self
+
+    # ----------------------------------------------------------------------------------------------
+    # Embeddings
+
+    def prepare_text(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Puts <bos> before the text and gives padding its tokens: (b, text_seq_len), 0 for padding, one token longer.
+
+        Positions where `mask` (b, text_seq_len) is false become padding.
+        """
+        if text.ndim != 2 or text.shape[1] != self.text_seq_len:
+            raise ValueError(f"text of shape (batch, {self.text_seq_len}) is wanted, not {tuple(text.shape)}")
+        if mask is not None:
+            text = text.masked_fill(~mask.bool(), 0)
+        padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
+        return F.pad(torch.where(text == 0, padding, text), (1, 0))
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """The stream (b, n, dim) for what `prepare_text` gives, or the first n tokens of it."""
+        if self.text_emb is None:
+            emb = F.embedding(tokens, self.to_logits.weight[: self.num_text_tokens])
+        else:
+            emb = self.text_emb(tokens)
+        return emb if self.text_pos_emb is None else emb + self.text_pos_emb.weight[: tokens.shape[1]]
+
+    def embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """The stream (b, n, dim) for image tokens (b, n), the first of which is number `start` of the grid."""
+        if self.image_emb is None:
+            emb = F.embedding(tokens, self.to_logits.weight[self.num_text_tokens :])
+        else:
+            emb = self.image_emb(tokens)
+        return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """The image tokens (b, image_seq_len) of pixels (b, 3, h, w) in [0, 1]; tokens are returned as they are."""
+        if image.ndim != 4:
+            return image
+        return self.vae.get_codebook_indices(image)
+
+    # ----------------------------------------------------------------------------------------------
+    # Forward
+
+    def hidden(self, emb: Tensor, cache: TransformerCache | None = None) -> Tensor:
+        """Runs the transformer and the last norm over the stream (b, n, dim); with a `cache`, from where that ends."""
+        if self.stable:
+            emb = emb * 0.1 + emb.detach() * 0.9
+        out = self.transformer(emb, cache=cache)
+        if self.stable:
+            out = out / out.amax(dim=-1, keepdim=True).detach()
+        return self.norm(out)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the text tokens, (..., num_text_tokens), from (..., dim)."""
+        first = self.num_text_tokens
+        return F.linear(hidden, self.to_logits.weight[:first], self.to_logits.bias[:first])
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the image tokens, (..., num_image_tokens), from (..., dim)."""
+        first = self.num_text_tokens
+        return F.linear(hidden, self.to_logits.weight[first:], self.to_logits.bias[first:])
+
+    def forward(
+        self,
+        text: Tensor,
+        image: Tensor | None = None,
+        return_loss: bool = False,
+        null_cond_prob: float = 0.0,
+        mask: Tensor | None = None,
+        image_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The training loss, or the logits of what follows each token.
+
+        Args:
+            text: (b, text_seq_len) int64, 0 for padding.
+            image: pixels (b, 3, h, w) in [0, 1], or the first tokens of the grid, (b, n) int64.
+            return_loss: the mean of the text's cross-entropy and the image's, the latter with weight `loss_img_weight`.
+            null_cond_prob: the share of texts replaced by padding, for classifier-free guidance (arXiv:2207.12598).
+            mask: (b, text_seq_len) bool; text where it is false becomes padding.
+            image_weights: (b, image_seq_len) weights of the image tokens in the loss, a weighted mean over the batch.
+
+        Returns:
+            A scalar loss; or logits (b, text_seq_len + 1 + n, total_tokens), one position less for a whole image, in
+            which the tokens that a position cannot predict have the least finite value.
+        """
+        if null_cond_prob > 0:
+            dropped = torch.rand(len(text), 1, device=text.device) < null_cond_prob
+            text = text.masked_fill(dropped, 0)
+        text = self.prepare_text(text, mask)
+        emb = self.embed_text(text)
+        if image is not None and image.numel() > 0:
+            image = self.encode_image(image)
+            if image.shape[1] > self.image_seq_len:
+                raise ValueError(f"{image.shape[1]} image tokens given; this model draws grids of {self.image_seq_len}")
+            emb = torch.cat((emb, self.embed_image(image)), dim=1)
+        # Nothing follows the last image token.
+        hidden = self.hidden(emb[:, : self.total_seq_len])
+        on_text, on_image = hidden[:, : self.text_seq_len], hidden[:, self.text_seq_len :]
+
+        if not return_loss:
+            lowest = torch.finfo(hidden.dtype).min
+            text_logits = F.pad(self.text_logits(on_text), (0, self.num_image_tokens), value=lowest)
+            image_logits = F.pad(self.image_logits(on_image), (self.num_text_tokens, 0), value=lowest)
+            return torch.cat((text_logits, image_logits), dim=1)
+
+        if image is None or image.shape[1] != self.image_seq_len:
+            raise ValueError(f"the loss wants the whole image: {self.image_seq_len} tokens, or pixels")
+        loss_text = F.cross_entropy(self.text_logits(on_text).flatten(0, 1), text[:, 1:].flatten())
+        image_logits = self.image_logits(on_image).flatten(0, 1)
+        if image_weights is None:
+            loss_image = F.cross_entropy(image_logits, image.flatten())
+        else:
+            losses = F.cross_entropy(image_logits, image.flatten(), reduction="none")
+            loss_image = (losses * image_weights.flatten()).sum() / image_weights.sum()
+        return (loss_text + self.loss_img_weight * loss_image) / (1 + self.loss_img_weight)
+
+
+def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:
+    """One attention type per layer."""
+    types = [attn_types] if isinstance(attn_types, str) else list(attn_types or ("full",))
+    sparse = [sparse_attn] if isinstance(sparse_attn, bool) else list(sparse_attn or (False,))
+    return ["sparse" if s else t for t, s in islice(zip(cycle(types), cycle(sparse), strict=False), depth)]

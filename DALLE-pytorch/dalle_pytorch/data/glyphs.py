@@ -1,0 +1,518 @@
+"""The glyphs world: scenes drawn by code, with captions that say everything that is in them.
+
+A scene is one or two subjects (a digit or a shape, in a colour, big or small, at a place) on a background.
+Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a 16×16 grid,
+so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that only
+a picture of 256 pixels shows. Tokens cannot carry the grain: the diffusion decoder has to invent it.
+
+Some combinations of subject, colour and background never appear in training. A scene that holds one is a test scene.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GRID = 16  # subjects and textures are laid out on this many cells a side: one cell is one image token
+GRAIN = 256  # cells a side of the lattice that carries the fine grain
+SUPERSAMPLE = 2
+
+COLOURS = {
+    "red": (222, 38, 38),
+    "orange": (245, 132, 22),
+    "yellow": (250, 208, 36),
+    "green": (38, 160, 62),
+    "cyan": (40, 196, 212),
+    "blue": (38, 78, 222),
+    "purple": (130, 48, 182),
+    "pink": (246, 122, 184),
+}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SHAPES = ("star", "heart", "circle", "square", "triangle", "diamond", "cross", "moon")
+SUBJECTS = DIGITS + SHAPES
+BACKGROUNDS = ("white", "black", "brick", "wood", "water", "lego", "checks", "stripes")
+SIZES = {"big": 10, "small": 6}  # side in grid cells
+PLACES = ("middle", "left", "right", "top", "bottom")
+RELATIONS = ("left", "above")  # where the first subject of two stands, seen from the second
+VARIANTS = 4  # ways in which the pattern of one background can lie
+
+SPLITS = ("train", "test")
+TEST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing in a scene; `column` and `row` are its upper left corner in grid cells."""
+
+    kind: str
+    colour: str
+    size: str
+    column: int
+    row: int
+
+    @property
+    def cells(self) -> int:
+        return SIZES[self.size]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that is in a picture. Of two subjects the first is the left or the upper one."""
+
+    subjects: tuple[Subject, ...]
+    background: str
+    variant: int
+    grain_seed: int
+    caption: str
+    place: str | None = None  # of a single subject
+    relation: str | None = None  # of two: "left" or "above"
+
+
+# --------------------------------------------------------------------------------------------------
+# What is in a scene
+
+
+@lru_cache(maxsize=None)
+def is_test_combination(kind: str, colour: str, background: str) -> bool:
+    """Whether this combination is kept out of training; a tenth of all are, by a hash of their names."""
+    digest = hashlib.sha256(f"{kind} {colour} {background}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < TEST_SHARE
+
+
+def make_scene(index: int, split: str = "train", num_subjects: int | None = None) -> Scene:
+    """Scene number `index` of a split, always the same. `num_subjects` 1 or 2 fixes what is otherwise drawn by lot."""
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; there are {' and '.join(SPLITS)}")
+    rng = np.random.default_rng([SPLITS.index(split), num_subjects or 0, index])
+    while True:
+        scene = _draw_lots(rng, num_subjects or int(rng.integers(1, 3)))
+        held_out = any(is_test_combination(s.kind, s.colour, scene.background) for s in scene.subjects)
+        if held_out == (split == "test"):
+            return scene
+
+
+def _draw_lots(rng: np.random.Generator, num_subjects: int) -> Scene:
+    background = str(rng.choice(BACKGROUNDS))
+    kinds = rng.choice(SUBJECTS, num_subjects, replace=False)
+    colours = rng.choice(list(COLOURS), num_subjects, replace=False)
+    place = relation = None
+    if num_subjects == 1:
+        size, place = str(rng.choice(list(SIZES))), str(rng.choice(PLACES))
+        sizes, corners = [size], [_corner(place, SIZES[size])]
+    else:
+        relation = str(rng.choice(RELATIONS))
+        sizes = ["small", "small"]
+        corners = [(1, 5), (9, 5)] if relation == "left" else [(5, 1), (5, 9)]
+    subjects = tuple(
+        Subject(str(kind), str(colour), size, *corner)
+        for kind, colour, size, corner in zip(kinds, colours, sizes, corners, strict=True)
+    )
+    caption = _caption(rng, subjects, background, place, relation)
+    return Scene(subjects, background, int(rng.integers(VARIANTS)), int(rng.integers(2**31)), caption, place, relation)
+
+
+def _corner(place: str, cells: int) -> tuple[int, int]:
+    middle, end = (GRID - cells) // 2, GRID - cells - 1
+    column = {"left": 1, "right": end}.get(place, middle)
+    row = {"top": 1, "bottom": end}.get(place, middle)
+    return column, row
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+
+_ON_BACKGROUND = {
+    "white": ("on white", "on a white background"),
+    "black": ("on black", "on a black background"),
+    "brick": ("on brick", "on a brick wall"),
+    "wood": ("on wood", "on a wooden floor"),
+    "water": ("on water", "on the water"),
+    "lego": ("on lego", "on a lego board"),
+    "checks": ("on checks", "on a checkered background"),
+    "stripes": ("on stripes", "on a striped background"),
+}
+_AT_PLACE = {
+    "middle": ("in the middle", "in the center"),
+    "left": ("on the left", "at the left"),
+    "right": ("on the right", "at the right"),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+}
+_RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
+_REVERSED = {"left": ("to the right of", "right of"), "above": ("below", "under")}
+
+
+def _caption(
+    rng: np.random.Generator,
+    subjects: tuple[Subject, ...],
+    background: str,
+    place: str | None,
+    relation: str | None,
+) -> str:
+    def name(subject: Subject, with_size: bool) -> str:
+        kind = subject.kind
+        if kind in DIGITS and rng.random() < 0.25:
+            kind = str(DIGITS.index(kind))
+        words = f"{subject.size + ' ' if with_size else ''}{subject.colour} {kind}"
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+    on = str(rng.choice(_ON_BACKGROUND[background]))
+    if len(subjects) == 1:
+        what = name(subjects[0], with_size=rng.random() < 0.5)
+        if rng.random() < 0.5:
+            what += f" {rng.choice(_AT_PLACE[place])}"
+    else:
+        first, second = (name(subject, with_size=False) for subject in subjects)
+        roll = rng.random()
+        if roll < 0.45:
+            what = f"{first} {rng.choice(_RELATED[relation])} {second}"
+        elif roll < 0.9:
+            what = f"{second} {rng.choice(_REVERSED[relation])} {first}"
+        else:  # which is where is left open
+            what = " and ".join([first, second] if rng.random() < 0.5 else [second, first])
+    caption = f"{what} {on}"
+    if rng.random() < 0.25:
+        caption = f"a {rng.choice(['picture', 'drawing', 'photo'])} of {caption}"
+    return caption
+
+
+def change_caption(scene: Scene, seed: int = 0) -> str:
+    """The caption with one fact made wrong: another subject, colour, size, place, background, or the two subjects swapped.
+
+    Hard negatives for CLIP. Only what the caption says can be made wrong.
+    """
+    rng = np.random.default_rng([len(SPLITS), seed])
+    caption = scene.caption.split()
+    kinds = {name: name for name in SUBJECTS} | {str(i): name for i, name in enumerate(DIGITS)}
+    held = {value for subject in scene.subjects for value in (subject.kind, subject.colour)}
+    changes: list[Callable[[], str]] = []
+
+    def replace(position: int, choices: list[str]) -> Callable[[], str]:
+        return lambda: " ".join([*caption[:position], str(rng.choice(choices)), *caption[position + 1 :]])
+
+    for position, word in enumerate(caption):
+        if word in kinds:
+            # Twice in the list, twice as likely: what the subject is, is the hardest to see.
+            changes += [replace(position, [name for name in kinds if kinds[name] not in held])] * 2
+        elif word in COLOURS:
+            changes.append(replace(position, [name for name in COLOURS if name not in held]))
+        elif word in SIZES:
+            changes.append(replace(position, [name for name in SIZES if name != word]))
+    for table, true in ((_ON_BACKGROUND, scene.background), (_AT_PLACE, scene.place)):
+        phrase = next((phrase for phrase in table.get(true, ()) if f" {phrase} " in f"{scene.caption} "), None)
+        if phrase:
+            others = [other for name, phrases in table.items() if name != true for other in phrases]
+            changes.append(lambda phrase=phrase, others=others: scene.caption.replace(phrase, str(rng.choice(others))))
+    if scene.relation and " and " not in scene.caption:
+        first, second = ([i for i, word in enumerate(caption) if word in table] for table in (COLOURS, kinds))
+
+        def swap() -> str:
+            swapped = list(caption)
+            for a, b in (first, second):
+                swapped[a], swapped[b] = swapped[b], swapped[a]
+            return " ".join(swapped)
+
+        changes.append(swap)
+    changed = changes[int(rng.integers(len(changes)))]()
+    # "a" before a vowel, "an" before none
+    out = changed.split()
+    for i, word in enumerate(out[:-1]):
+        if word in ("a", "an"):
+            out[i] = "an" if out[i + 1][0] in "aeiou" else "a"
+    return " ".join(out)
+
+
+def words() -> frozenset[str]:
+    """Every word that a caption can hold: what the default model has seen."""
+    phrases = [phrase for table in (_ON_BACKGROUND, _AT_PLACE, _RELATED, _REVERSED) for row in table.values() for phrase in row]
+    phrases += [*COLOURS, *SUBJECTS, *SIZES, *map(str, range(10)), "a an and of picture drawing photo"]
+    return frozenset(" ".join(phrases).split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Subjects: signed distances in a box of [-1, 1]², negative inside
+
+
+def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float, points: int = 24) -> list[tuple[float, float]]:
+    """Points of an ellipse from `start` to `end` degrees; 0 is right, 90 is down."""
+    angles = np.radians(np.linspace(start, end, points))
+    return [(cx + rx * np.cos(a), cy + ry * np.sin(a)) for a in angles]
+
+
+_STROKES: dict[str, list[list[tuple[float, float]]]] = {
+    "zero": [_arc(0, 0, 0.46, 0.7, 0, 360, 48)],
+    "one": [[(-0.32, -0.4), (0.04, -0.7), (0.04, 0.7)], [(-0.36, 0.7), (0.44, 0.7)]],
+    "two": [[*_arc(0, -0.3, 0.46, 0.4, -170, 30), (-0.48, 0.7), (0.5, 0.7)]],
+    "three": [[*_arc(-0.04, -0.35, 0.44, 0.35, -150, 90), *_arc(-0.04, 0.35, 0.5, 0.35, -90, 150)]],
+    "four": [[(0.22, 0.7), (0.22, -0.7), (-0.54, 0.28), (0.56, 0.28)]],
+    "five": [[(0.46, -0.7), (-0.38, -0.7), (-0.42, -0.12), *_arc(-0.02, 0.24, 0.48, 0.46, -125, 140)]],
+    "six": [[(0.28, -0.72), *_arc(0.1, 0.24, 0.58, 0.9, -110, -180, 12)], _arc(0, 0.28, 0.46, 0.42, 0, 360, 40)],
+    "seven": [[(-0.5, -0.7), (0.5, -0.7), (-0.12, 0.7)]],
+    "eight": [_arc(0, -0.36, 0.36, 0.34, 0, 360, 40), _arc(0, 0.35, 0.46, 0.36, 0, 360, 40)],
+    "nine": [[(-0.28, 0.72), *_arc(-0.1, -0.24, 0.58, 0.9, 70, 0, 12)], _arc(0, -0.28, 0.46, 0.42, 0, 360, 40)],
+}
+_STROKE_RADIUS = 0.2
+
+
+def _star() -> list[tuple[float, float]]:
+    radii = [0.95, 0.42] * 5
+    return [(r * np.sin(np.pi * i / 5), 0.05 - r * np.cos(np.pi * i / 5)) for i, r in enumerate(radii)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return list(zip(x / 18.5, -(y + 2.5) / 17.0, strict=True))
+
+
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
+    "star": _star(),
+    "heart": _heart(),
+    "circle": _arc(0, 0, 0.8, 0.8, 0, 355, 72),
+    "square": [(-0.72, -0.72), (0.72, -0.72), (0.72, 0.72), (-0.72, 0.72)],
+    "triangle": [(0, -0.82), (0.9, 0.72), (-0.9, 0.72)],
+    "diamond": [(0, -0.92), (0.62, 0), (0, 0.92), (-0.62, 0)],
+    "cross": [(-0.28, -0.85), (0.28, -0.85), (0.28, -0.28), (0.85, -0.28), (0.85, 0.28), (0.28, 0.28),
+              (0.28, 0.85), (-0.28, 0.85), (-0.28, 0.28), (-0.85, 0.28), (-0.85, -0.28), (-0.28, -0.28)],
+    "moon": [*_arc(0.05, 0, 0.85, 0.85, 48, 312, 48), *_arc(0.42, 0, 0.66, 0.68, 290, 70, 36)],
+}  # fmt: skip
+
+
+def _segment_distance(x: np.ndarray, y: np.ndarray, a: tuple[float, float], b: tuple[float, float]) -> np.ndarray:
+    dx, dy = b[0] - a[0], b[1] - a[1]
+    t = np.clip(((x - a[0]) * dx + (y - a[1]) * dy) / max(dx * dx + dy * dy, 1e-12), 0, 1)
+    return np.hypot(x - a[0] - t * dx, y - a[1] - t * dy)
+
+
+def _signed_distance(kind: str, side: int) -> np.ndarray:
+    """(side, side) distances to the outline of a subject, in units of half its box."""
+    axis = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
+    x, y = np.meshgrid(axis, axis)
+    distance = np.full_like(x, np.inf)
+    if kind in _STROKES:
+        for stroke in _STROKES[kind]:
+            for a, b in zip(stroke, stroke[1:], strict=False):
+                distance = np.minimum(distance, _segment_distance(x, y, a, b))
+        return distance - _STROKE_RADIUS
+    points = _POLYGONS[kind]
+    inside = np.zeros(x.shape, bool)
+    for a, b in zip(points, points[1:] + points[:1], strict=True):
+        distance = np.minimum(distance, _segment_distance(x, y, a, b))
+        if a[1] != b[1]:
+            crossing = (a[1] > y) != (b[1] > y)
+            inside ^= crossing & (x < (b[0] - a[0]) * (y - a[1]) / (b[1] - a[1]) + a[0])
+    return np.where(inside, -distance, distance) - 0.03
+
+
+@lru_cache(maxsize=256)
+def _subject_layers(kind: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Coverage of shadow, outline and fill, and the light on the fill, each (side, side), for a box of `side` pixels."""
+    fine = side * SUPERSAMPLE
+    distance = _signed_distance(kind, fine)
+    edge = 2.5 / fine  # half a pixel, in units of half the box
+
+    def coverage(d: np.ndarray) -> np.ndarray:
+        return np.clip(0.5 - d / (2 * edge), 0, 1)
+
+    shift = max(1, round(fine * 0.03))
+    shadow = np.zeros_like(distance)
+    shadow[shift:, shift:] = np.clip(0.5 - distance[:-shift, :-shift] / 0.12, 0, 1)
+    light = np.linspace(1.12, 0.86, fine, dtype=np.float32)[:, None] * np.ones_like(distance)
+    # A bevel: the upper left rim is lit, the lower right one lies in shade.
+    slope = np.gradient(distance)
+    rim = np.exp(-((distance + 0.1) ** 2) / 0.004)
+    light += -0.12 * rim * np.sign(slope[0] + slope[1])
+    layers = (shadow, coverage(distance - 0.06), coverage(distance), light)
+    return tuple(_shrink(layer.astype(np.float32)) for layer in layers)
+
+
+def _shrink(picture: np.ndarray) -> np.ndarray:
+    """Averages SUPERSAMPLE × SUPERSAMPLE blocks."""
+    height, width = (side // SUPERSAMPLE for side in picture.shape[:2])
+    return picture.reshape(height, SUPERSAMPLE, width, SUPERSAMPLE, *picture.shape[2:]).mean((1, 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# Backgrounds: colour as a function of the place in grid cells, (h, w) each, and of the variant
+
+
+def _hash01(*integers: np.ndarray | int) -> np.ndarray:
+    """A fixed pseudo-random number in [0, 1) for every tuple of integers."""
+    state = np.uint32(2166136261)
+    for value in integers:
+        state = (state ^ np.asarray(value).astype(np.int64).astype(np.uint32)) * np.uint32(16777619)
+        state ^= state >> np.uint32(15)
+    return (state * np.uint32(2654435769) >> np.uint32(8)).astype(np.float32) / np.float32(2**24)
+
+
+def _mix(a: tuple[int, int, int], b: tuple[int, int, int], t: np.ndarray) -> np.ndarray:
+    return np.asarray(a, np.float32) + (np.asarray(b, np.float32) - np.asarray(a, np.float32)) * t[..., None]
+
+
+def _plain(colour: tuple[int, int, int], x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    return _mix(colour, colour, x)
+
+
+def _brick(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    row = np.floor(y / 2)
+    along = x + 2 * ((row + variant) % 2)
+    column = np.floor(along / 4)
+    mortar = ((along % 4) < 0.4) | ((y % 2) < 0.4)
+    tone = np.floor(_hash01(row, column, variant // 2) * 3) / 2
+    colour = _mix((140, 72, 58), (172, 98, 78), tone)
+    colour *= (1.06 - 0.05 * (y % 2))[..., None]
+    return np.where(mortar[..., None], np.float32((198, 190, 180)), colour)
+
+
+def _wood(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    plank = np.floor(y / 4)
+    along = x + 4 * ((plank * (1 + variant % 2) + variant) % 4)
+    board = np.floor(along / 16)
+    seam = ((y % 4) < 0.22) | ((along % 16) < 0.22)
+    tone = ((plank + board + variant // 2) % 2) * 0.6
+    bands = 0.5 + 0.5 * np.sin(2 * np.pi * (y % 4 + 0.25 * np.sin(2 * np.pi * along / 8)) / 1.0)
+    colour = _mix((186, 138, 88), (150, 104, 62), np.clip(tone + 0.35 * bands, 0, 1))
+    return np.where(seam[..., None], np.float32((92, 60, 36)), colour)
+
+
+def _water(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    wave = y + 2 * (variant // 2) + 0.6 * np.sin(2 * np.pi * (x + 2 * variant) / 8)
+    height = 0.5 + 0.5 * np.cos(2 * np.pi * wave / 4)
+    return _mix((70, 128, 168), (176, 214, 228), height**3)
+
+
+def _lego(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    u, v = (x + variant % 2) % 2 - 1, (y + variant // 2) % 2 - 1
+    radius = np.hypot(u, v)
+    stud = np.clip((0.62 - radius) / 0.08 + 0.5, 0, 1)
+    shade = np.clip((0.66 - np.hypot(u - 0.12, v - 0.14)) / 0.16 + 0.5, 0, 1) * (1 - stud)
+    light = 1 - 0.28 * shade + stud * (0.08 - 0.1 * (u + v))
+    return np.float32((168, 172, 176)) * light[..., None]
+
+
+def _checks(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    return _mix((226, 220, 206), (128, 138, 150), (np.floor(x / 2 + variant % 2) + np.floor((y + variant // 2) / 2)) % 2)
+
+
+def _stripes(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    return _mix((240, 228, 204), (120, 108, 104), np.floor((x + variant) / 2) % 2)
+
+
+_TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "white": partial(_plain, (244, 243, 240)),
+    "black": partial(_plain, (30, 30, 34)),
+    "brick": _brick,
+    "wood": _wood,
+    "water": _water,
+    "lego": _lego,
+    "checks": _checks,
+    "stripes": _stripes,
+}
+# Strength of the grain in grey levels, and how far it is smeared along x and along y, in lattice cells.
+_GRAIN_OF = {
+    "white": (7, 1, 1),
+    "black": (10, 1, 1),
+    "brick": (26, 1, 1),
+    "wood": (34, 24, 1),
+    "water": (24, 8, 1),
+    "lego": (7, 1, 1),
+    "checks": (18, 1, 8),
+    "stripes": (18, 8, 1),
+}
+
+
+@lru_cache(maxsize=128)
+def _background(name: str, variant: int, resolution: int) -> np.ndarray:
+    side = resolution * SUPERSAMPLE
+    axis = ((np.arange(side) + 0.5) / side * GRID).astype(np.float32)
+    x, y = np.meshgrid(axis, axis)
+    return _shrink(_TEXTURES[name](x, y, variant).astype(np.float32))
+
+
+def _grain(name: str, seed: int, resolution: int) -> np.ndarray:
+    """(resolution, resolution, 1) grey levels to add: white noise on the lattice, smeared the way the material runs.
+
+    Blocks of 2 × 2 lattice cells sum to zero, so at half the lattice's resolution or below there is nothing left of it.
+    """
+    strength, along_x, along_y = _GRAIN_OF[name]
+    noise = np.random.default_rng(seed).standard_normal((GRAIN, GRAIN)).astype(np.float32)
+    for axis, length in ((1, along_x), (0, along_y)):
+        if length > 1:
+            # A running mean by differences of cumulative sums, scaled to keep the variance.
+            total = np.cumsum(np.concatenate([noise, np.take(noise, range(length), axis)], axis), axis)
+            head = np.take(total, range(length, GRAIN + length), axis)
+            noise = (head - np.take(total, range(GRAIN), axis)) / np.float32(length**0.5)
+    blocks = noise.reshape(GRAIN // 2, 2, GRAIN // 2, 2)
+    noise = (blocks - blocks.mean((1, 3), keepdims=True)).reshape(GRAIN, GRAIN) * np.float32(strength)
+    if resolution != GRAIN:
+        resample = Image.Resampling.BOX if resolution < GRAIN else Image.Resampling.BILINEAR
+        noise = np.asarray(Image.fromarray(noise).resize((resolution, resolution), resample))
+    return noise[..., None]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(scene: Scene, resolution: int = 256) -> np.ndarray:
+    """The picture of a scene: (resolution, resolution, 3) uint8. `resolution` is a multiple of 16 pixels."""
+    if resolution % GRID:
+        raise ValueError(f"the resolution is a multiple of {GRID} pixels, and {resolution} is not")
+    cell = resolution // GRID
+    picture = _background(scene.background, scene.variant, resolution).copy()
+    if resolution > GRAIN // 2:
+        picture += _grain(scene.background, scene.grain_seed, resolution)
+    for subject in scene.subjects:
+        side = subject.cells * cell
+        shadow, outline, fill, light = (layer[..., None] for layer in _subject_layers(subject.kind, side))
+        colour = np.asarray(COLOURS[subject.colour], np.float32)
+        box = picture[subject.row * cell :, subject.column * cell :][:side, :side]
+        box *= 1 - 0.45 * shadow
+        box += (colour * 0.28 - box) * outline
+        box += (colour * light - box) * fill
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def subject_mask(scene: Scene, side: int = GRID) -> np.ndarray:
+    """(side, side) float32: how much of each cell the subjects cover, with outline, from 0 to 1."""
+    cell = 8
+    mask = np.zeros((GRID * cell, GRID * cell), np.float32)
+    for subject in scene.subjects:
+        length = subject.cells * cell
+        box = mask[subject.row * cell :, subject.column * cell :][:length, :length]
+        np.maximum(box, _subject_layers(subject.kind, length)[1], out=box)
+    block = mask.shape[0] // side
+    return mask.reshape(side, block, side, block).mean((1, 3))
+
+
+def write_folder(folder: str | Path, count: int, split: str = "train", resolution: int = 256, start: int = 0,
+                 progress: Callable[[int], None] | None = None) -> None:
+    """Writes scenes `start` … `start + count − 1` as an image-text folder: `000000.png`, `000000.txt`, `000000.json`.
+
+    The JSON holds what is in the scene. Pictures already there are kept, so a broken-off run goes on where it was.
+    """
+    from dalle_pytorch.files import save_image
+    from dalle_pytorch.checkpoints import write_text
+
+    folder = Path(folder)
+    for index in range(start, start + count):
+        scene = make_scene(index, split)
+        stem = folder / f"{index:06d}"
+        if not stem.with_suffix(".png").exists():
+            facts = {
+                "subjects": [vars(subject) for subject in scene.subjects],
+                "background": scene.background, "place": scene.place, "relation": scene.relation,
+            }  # fmt: skip
+            write_text(stem.with_suffix(".txt"), scene.caption + "\n")
+            write_text(stem.with_suffix(".json"), json.dumps(facts) + "\n")
+            save_image(stem.with_suffix(".png"), Image.fromarray(draw(scene, resolution)))
+        if progress:
+            progress(index - start + 1)

@@ -1,0 +1,1 @@
+"""The autoencoders that turn pictures into tokens and back."""

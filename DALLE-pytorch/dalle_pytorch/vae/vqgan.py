@@ -1,0 +1,306 @@
+"""VQGAN: a convolutional autoencoder whose bottleneck is a grid of codes (Esser et al. 2021, taming-transformers).
+
+    image (b, 3, h, w) ─Encoder─▶ (b, z, side, side) ─quantizer─▶ tokens (b, side²) ─codebook─▶ (b, c, side, side) ─Decoder─▶ image
+
+Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ), which scores every code with a
+1×1 convolution. The layout and the parameter names are those of the published checkpoints; `patch_size` is our own
+addition: the network works on folded pixels, which is some ten times cheaper for the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle_pytorch.checkpoints import PretrainedModel, records_config
+
+# --------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """(b, in, h, w) → (b, out, h, w): two normalised 3×3 convolutions beside a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of (b, c, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published models pad on the right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, each followed by attention where asked, then a change of resolution."""
+
+    def __init__(self, widths: Sequence[int], dropout: float, attention: bool, resample: nn.Module | None):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:]) if attention else None
+        if isinstance(resample, Downsample):
+            self.downsample = resample
+        elif isinstance(resample, Upsample):
+            self.upsample = resample
+        self.resample = [resample] if resample is not None else []  # a list, so that it is registered once
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn is not None:
+                x = self.attn[i](x)
+        for resample in self.resample:
+            x = resample(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float, attention: bool):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder and decoder
+
+
+class Encoder(nn.Module):
+    """Pixels (b, in_channels, h, w) in [-1, 1] → (b, z_channels, h / f, w / f)."""
+
+    def __init__(self, *, in_channels, z_channels, ch, ch_mult, num_res_blocks, resolution, attn_resolutions, patch_size,
+                 mid_attention, double_z, dropout):  # fmt: skip
+        super().__init__()
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        side, width = resolution // patch_size, ch
+        for i, mult in enumerate(ch_mult):
+            widths = [width] + [ch * mult] * num_res_blocks
+            width = widths[-1]
+            last = i == len(ch_mult) - 1
+            self.down.append(Level(widths, dropout, side in attn_resolutions, None if last else Downsample(width)))
+            side = side if last else side // 2
+        self.mid = Middle(width, dropout, mid_attention)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, z_channels * (2 if double_z else 1), 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """(b, z_channels, side, side) → pixels (b, out_ch, side · f, side · f), about [-1, 1]."""
+
+    def __init__(self, *, out_ch, z_channels, ch, ch_mult, num_res_blocks, resolution, attn_resolutions, patch_size,
+                 mid_attention, dropout):  # fmt: skip
+        super().__init__()
+        self.patch_size = patch_size
+        width = ch * ch_mult[-1]
+        side = resolution // patch_size // 2 ** (len(ch_mult) - 1)
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width, dropout, mid_attention)
+        levels = []
+        for i in reversed(range(len(ch_mult))):
+            widths = [width] + [ch * ch_mult[i]] * (num_res_blocks + 1)
+            width = widths[-1]
+            levels.append(Level(widths, dropout, side in attn_resolutions, Upsample(width) if i else None))
+            side *= 2
+        self.up = nn.ModuleList(reversed(levels))  # numbered from the finest, as published
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, out_ch * patch_size**2, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Quantizers: each gives logits over the codes, the likeliest being the token, and the codebook
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest neighbour: a code's logit is minus its squared distance."""
+
+    def __init__(self, num_tokens: int, embed_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, embed_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.embedding.weight
+
+    def logits(self, z: Tensor) -> Tensor:
+        """(b, embed_dim, h, w) → (b, num_tokens, h, w)."""
+        codes = self.codebook
+        return 2 * F.conv2d(z, codes[..., None, None]) - z.square().sum(1, True) - codes.square().sum(1)[:, None, None]
+
+
+class GumbelQuantizer(nn.Module):
+    """A 1×1 convolution gives the logits (Jang et al. 2017 as GumbelVQ uses it)."""
+
+    def __init__(self, num_tokens: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(embed_dim, num_tokens, 1)
+        self.embed = nn.Embedding(num_tokens, embed_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.embed.weight
+
+    def logits(self, z: Tensor) -> Tensor:
+        """(b, embed_dim, h, w) → (b, num_tokens, h, w)."""
+        return self.proj(z)
+
+    @torch.no_grad()
+    def set_codebook(self, codes: Tensor) -> None:
+        """Sets the codebook (num_tokens, embed_dim) and the logits that go with it: minus squared distances, up to a term
+        that all codes share, which is what a 1×1 convolution can compute."""
+        self.embed.weight.copy_(codes)
+        self.proj.weight.copy_(2 * codes[..., None, None])
+        self.proj.bias.copy_(-codes.square().sum(1))
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+class VQGanVAE(PretrainedModel):
+    """A VQGAN as the image side of a prior: pictures to tokens and back.
+
+    `image_size` is the side in pixels it was trained at; it works at any multiple of f = `patch_size` · 2^(len(ch_mult) − 1).
+    `attn_resolutions` name the sides, counted from `image_size` / `patch_size` down, at which the blocks attend.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        num_tokens: int = 1024,
+        embed_dim: int = 256,
+        z_channels: int = 256,
+        ch: int = 128,
+        ch_mult: Sequence[int] = (1, 1, 2, 4),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (),
+        in_channels: int = 3,
+        out_ch: int = 3,
+        double_z: bool = False,
+        dropout: float = 0.0,
+        gumbel: bool = True,
+        patch_size: int = 1,
+        mid_attention: bool = True,
+    ):
+        super().__init__()
+        if gumbel and embed_dim != z_channels:
+            raise ValueError(f"a Gumbel quantizer has embed_dim equal to z_channels, not {embed_dim} and {z_channels}")
+        shared = dict(z_channels=z_channels, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, resolution=image_size,
+                      attn_resolutions=attn_resolutions, patch_size=patch_size, mid_attention=mid_attention,
+                      dropout=dropout)  # fmt: skip
+        self.encoder = Encoder(in_channels=in_channels, double_z=double_z, **shared)
+        self.decoder = Decoder(out_ch=out_ch, **shared)
+        self.quant_conv = nn.Conv2d(z_channels * (2 if double_z else 1), embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quantize = (GumbelQuantizer if gumbel else VectorQuantizer)(num_tokens, embed_dim)
+        self.image_size = image_size
+        self.num_tokens = num_tokens
+        self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+
+    @property
+    def num_layers(self) -> int:
+        """log2 of the side of the square of pixels that a token stands for."""
+        return self.downsampling.bit_length() - 1
+
+    @property
+    def codebook(self) -> Tensor:
+        """(num_tokens, embed_dim)"""
+        return self.quantize.codebook
+
+    # Pictures to tokens
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(b, 3, h, w) in [0, 1] → the continuous bottleneck (b, embed_dim, h / f, w / f)."""
+        f = self.downsampling
+        if image.shape[-2] % f or image.shape[-1] % f:
+            raise ValueError(f"image sides are multiples of {f} pixels, and {tuple(image.shape[-2:])} are not")
+        return self.quant_conv(self.encoder(image * 2 - 1))
+
+    @torch.no_grad()
+    def get_codebook_indices(self, image: Tensor) -> Tensor:
+        """(b, 3, h, w) in [0, 1] → (b, h·w / f²) int64: the likeliest codes, row-major. The same every time."""
+        return self.quantize.logits(self.encode(image)).argmax(1).flatten(1)
+
+    # Tokens to pictures
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(b, side²) int64 → codebook rows (b, embed_dim, side, side)."""
+        side = round(tokens.shape[1] ** 0.5)
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"tokens form a square grid, and {tokens.shape[1]} do not")
+        return rearrange(F.embedding(tokens, self.codebook), "b (h w) c -> b c h w", h=side)
+
+    def decode_embeddings(self, rows: Tensor) -> Tensor:
+        """Codebook rows (b, embed_dim, h, w) → images about [0, 1], not clipped."""
+        return (self.decoder(self.post_quant_conv(rows)) + 1) / 2
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """(b, side²) int64 → images (b, 3, side·f, side·f) in [0, 1]."""
+        return self.decode_embeddings(self.embed(tokens)).clamp(0, 1)
+
+    decode_image = decode

@@ -1,0 +1,32 @@
+# `make demo` shows the system at work; `make test` runs the tests. Both set up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PROMPT ?= a red seven to the left of a blue star on brick
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@$(RUN) demo.py --text "$(PROMPT)"
+
+test: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+
+# torch goes first and alone: with it in place nothing that follows asks for another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

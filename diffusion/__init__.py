@@ -1,0 +1,16 @@
+"""Stage 2: image tokens to pictures by a diffusion decoder, guided by CLIP if wanted."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"UNet": "unet", "DiffusionDecoder": "decoder", "load_unet": "published"}
+__all__ = ["DiffusionDecoder", "UNet", "load_unet"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: a script that only prints its help should not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(f"diffusion.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

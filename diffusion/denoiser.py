@@ -1,0 +1,269 @@
+"""Noise schedules, and one meaning for every network: (x, step) → eps, x_0, log-variance.
+
+Formulas: DDPM (Ho et al. 2020); Improved DDPM (Nichol & Dhariwal 2021) for the cosine schedule, learned variance and
+respacing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def named_betas(name: str, num_steps: int) -> Tensor:
+    """The betas of the "linear" or "cosine" schedule over `num_steps` steps, (num_steps,) float64."""
+    if name == "linear":
+        # DDPM's 1e-4 to 0.02 over 1000 steps, scaled so that the end is as noisy at any number.
+        scale = 1000 / num_steps
+        return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+    if name == "cosine":
+        edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(f"noise schedule {name!r} is unknown: linear and cosine are there")
+
+
+def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int]:
+    """Which of `num_steps` steps a shorter run visits, ascending.
+
+    `spacing` as in guided-diffusion: "ddimN" takes N steps at a fixed stride from 0; "N" takes N steps spread evenly,
+    the first and the last among them; "a,b,c" divides the steps into equal sections and takes a, b and c of them so.
+    Raises `ValueError` where there are not enough steps.
+    """
+    if isinstance(spacing, str) and spacing.startswith("ddim"):
+        wanted = _count(spacing[len("ddim"):], spacing)
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == wanted:
+                return list(range(0, num_steps, stride))
+        raise ValueError(f"no whole stride takes {wanted} of {num_steps} steps; '{wanted}' spaces them without one")
+    if isinstance(spacing, str):
+        counts = [_count(part, spacing) for part in spacing.split(",")]
+    else:
+        counts = [spacing] if isinstance(spacing, int) else list(spacing)
+
+    steps, start = [], 0
+    for section, count in enumerate(counts):
+        size = num_steps // len(counts) + (section < num_steps % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"cannot take {count} of {size} diffusion steps: 1 to {size} is possible")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        # Added up, not multiplied: rounding then falls where guided-diffusion's does.
+        position = 0.0
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += size
+    return steps
+
+
+def _count(text: str, spacing: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"step spacing {spacing!r} is not understood: '25', 'ddim25' and '10,5,5' are") from None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a diffusion: their betas, and which steps of the training's schedule they are.
+
+    Every table is (num_steps,) float64, on the CPU, indexed by step; step 0 is the least noisy.
+    """
+
+    betas: Tensor
+    timestep_map: Tensor  # (num_steps,) int64
+    num_training_steps: int
+
+    @classmethod
+    def named(cls, name: str = "linear", num_steps: int = 1000) -> Schedule:
+        return cls(named_betas(name, num_steps), torch.arange(num_steps), num_steps)
+
+    def respaced(self, spacing: str | int | Iterable[int]) -> Schedule:
+        """The schedule that visits only some steps (see `spaced_steps`), with betas that make up for the others."""
+        steps = torch.tensor(spaced_steps(self.num_steps, spacing))
+        visited = self.alphas_cumprod[steps]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), visited[:-1]])
+        return Schedule(1 - visited / before, self.timestep_map[steps], self.num_training_steps)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the picture's variance left after each step (alpha-bar)."""
+        return torch.cumprod(1 - self.betas, dim=0)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Tensor:
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_{t-1} | x_t, x_0); zero at step 0."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance(self) -> Tensor:
+        """Its logarithm, with that of step 1 standing in for the minus infinity of step 0."""
+        if self.num_steps == 1:
+            return self.betas.log()
+        return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
+
+    @cached_property
+    def large_log_variance(self) -> Tensor:
+        """Logarithm of the larger fixed variance, beta, with the posterior's at step 0 (a better likelihood there)."""
+        return torch.cat([self.posterior_log_variance[:1], self.betas[1:].log()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Denoiser
+
+
+class Prediction(NamedTuple):
+    """What one evaluation of the network says, each (b, 3, h, w) or, for a fixed variance, broadcastable to it."""
+
+    eps: Tensor
+    x_0: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network under a schedule: `denoiser(x, step)` → `Prediction`.
+
+    `network(x, timesteps, **conditioning)` returns eps, or x_0 with `predict_xstart`; with `learn_sigma` twice the
+    channels, the second half saying where between its two bounds the log-variance lies. Without, the variance is fixed:
+    beta, or with `sigma_small` the posterior's. `rescale_timesteps` tells the network steps of a thousand whatever
+    their number.
+
+    `step` is an int for the whole batch or a (b,) int64 tensor, an index of this (respaced) schedule.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    predict_xstart: bool = False
+    learn_sigma: bool = False
+    sigma_small: bool = False
+    rescale_timesteps: bool = False
+    conditioning: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.num_steps
+
+    def conditioned(self, **conditioning: Any) -> Denoiser:
+        """The same denoiser with these keyword arguments for its network."""
+        return replace(self, conditioning={**self.conditioning, **conditioning})
+
+    def respaced(self, spacing: str | int | Iterable[int]) -> Denoiser:
+        """The same network visiting fewer steps; see `spaced_steps`."""
+        return replace(self, schedule=self.schedule.respaced(spacing))
+
+    def __call__(self, x: Tensor, step: int | Tensor, clip: bool = True) -> Prediction:
+        """One evaluation at (b, 3, h, w) `x`. `clip` keeps x_0 within [-1, 1], and eps in keeping with it."""
+        output, log_variance = self._evaluate(x, step)
+        x_0 = output if self.predict_xstart else self.x_0_from_eps(x, step, output)
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+        eps = output if not (clip or self.predict_xstart) else self.eps_from_x_0(x, step, x_0)
+        return Prediction(eps, x_0, log_variance)
+
+    def network_timesteps(self, step: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """What the network is told: (batch,) float32 original steps, rescaled to a thousand if it was trained so."""
+        original = self.schedule.timestep_map[torch.as_tensor(step, device="cpu")].double()
+        if self.rescale_timesteps:
+            original = original * (1000 / self.schedule.num_training_steps)
+        return original.float().expand(batch).to(device)
+
+    def _evaluate(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The network's prediction (b, 3, h, w) and the log-variance."""
+        output = self.network(x, self.network_timesteps(step, len(x), x.device), **self.conditioning)
+        if not self.learn_sigma:
+            table = self.schedule.posterior_log_variance if self.sigma_small else self.schedule.large_log_variance
+            return output, at(table, step, x)
+        output, position = output.chunk(2, dim=1)
+        low = at(self.schedule.posterior_log_variance, step, x)
+        high = at(self.schedule.betas.log(), step, x)
+        return output, torch.lerp(low, high, (position + 1) / 2)
+
+    # ----------------------------------------------------------------------------------------------
+    # The same quantities in terms of one another
+
+    def x_0_from_eps(self, x: Tensor, step: int | Tensor, eps: Tensor) -> Tensor:
+        alpha_bar = self.schedule.alphas_cumprod
+        return at((1 / alpha_bar).sqrt(), step, x) * x - at((1 / alpha_bar - 1).sqrt(), step, x) * eps
+
+    def eps_from_x_0(self, x: Tensor, step: int | Tensor, x_0: Tensor) -> Tensor:
+        alpha_bar = self.schedule.alphas_cumprod
+        return (at((1 / alpha_bar).sqrt(), step, x) * x - x_0) / at((1 / alpha_bar - 1).sqrt(), step, x)
+
+    def posterior_mean(self, x: Tensor, step: int | Tensor, x_0: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0), DDPM's equation 7."""
+        s = self.schedule
+        of_x_0 = s.betas * s.alphas_cumprod_prev.sqrt() / (1 - s.alphas_cumprod)
+        of_x = (1 - s.alphas_cumprod_prev) * (1 - s.betas).sqrt() / (1 - s.alphas_cumprod)
+        return at(of_x_0, step, x) * x_0 + at(of_x, step, x) * x
+
+    def q_sample(self, x_0: Tensor, step: int | Tensor, noise: Tensor) -> Tensor:
+        """`x_0` after `step` steps of noise."""
+        alpha_bar = self.schedule.alphas_cumprod
+        return at(alpha_bar.sqrt(), step, x_0) * x_0 + at((1 - alpha_bar).sqrt(), step, x_0) * noise
+
+    # ----------------------------------------------------------------------------------------------
+    # Training
+
+    def loss(self, x_0: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """Each picture's training loss, (b,): mean squared error of what the network predicts (eps, or x_0).
+
+        With a learned variance the variational bound's term is added, through the variance alone: Improved DDPM's
+        hybrid loss, as guided-diffusion scales it (the bound over all steps, divided by a thousand).
+        """
+        x = self.q_sample(x_0, step, noise)
+        output, log_variance = self._evaluate(x, step)
+        loss = F.mse_loss(output, x_0 if self.predict_xstart else noise, reduction="none").flatten(1).mean(1)
+        if self.learn_sigma:
+            fixed = output.detach()
+            predicted = fixed if self.predict_xstart else self.x_0_from_eps(x, step, fixed)
+            mean = self.posterior_mean(x, step, predicted)
+            loss = loss + self._bound(x, x_0, step, mean, log_variance) * (self.num_steps / 1000)
+        return loss
+
+    def _bound(self, x: Tensor, x_0: Tensor, step: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """A step's term of the variational bound, in bits per dimension, (b,): a KL divergence, or a likelihood."""
+        true_mean = self.posterior_mean(x, step, x_0)
+        true_log_variance = at(self.schedule.posterior_log_variance, step, x)
+        kl = 0.5 * (
+            log_variance - true_log_variance - 1
+            + (true_log_variance - log_variance).exp()
+            + (true_mean - mean) ** 2 * (-log_variance).exp()
+        )
+        nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
+        first = (step == 0).to(kl.device)
+        return torch.where(first, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+def at(table: Tensor, step: int | Tensor, x: Tensor) -> Tensor:
+    """A float64 table's values at `step`, in `x`'s type and place: () for an int, (b, 1, 1, 1) for a (b,) tensor."""
+    values = table[step.cpu() if isinstance(step, Tensor) else step].to(x.dtype).to(x.device)
+    return values[:, None, None, None] if values.ndim else values
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Elementwise log-probability of 8-bit values in [-1, 1] under a Gaussian rounded to them (DDPM, equation 13)."""
+    centred, inverse = x - mean, (-log_scale).exp()
+    upper = torch.special.ndtr(inverse * (centred + 1 / 255))
+    lower = torch.special.ndtr(inverse * (centred - 1 / 255))
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()
