@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_pytorch.cli import run
+from dalle_pytorch.cli import ArgumentParser, run
 from dalle_pytorch.training_cli import add_training_arguments, run_training, training_options
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_training_arguments(parser, steps=6000, batch_size=64, learning_rate=1e-3)
     group = parser.add_argument_group("model")
     group.add_argument("--image_size", type=int, default=128, help="side of a picture in pixels")
@@ -24,7 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     import torch
 

@@ -171,13 +171,18 @@ class Denoiser:
         return replace(self, schedule=self.schedule.respaced(spacing))
 
     def __call__(self, x: Tensor, step: int | Tensor, clip: bool = True) -> Prediction:
-        """One evaluation at (b, 3, h, w) `x`. `clip` keeps x_0 within [-1, 1], and eps in keeping with it."""
+        """One evaluation at (b, 3, h, w) `x`; `clip` as in the method of that name."""
         output, log_variance = self._evaluate(x, step)
-        x_0 = output if self.predict_xstart else self.x_0_from_eps(x, step, output)
-        if clip:
-            x_0 = x_0.clamp(-1, 1)
-        eps = output if not (clip or self.predict_xstart) else self.eps_from_x_0(x, step, x_0)
-        return Prediction(eps, x_0, log_variance)
+        if self.predict_xstart:
+            prediction = Prediction(self.eps_from_x_0(x, step, output), output, log_variance)
+        else:
+            prediction = Prediction(output, self.x_0_from_eps(x, step, output), log_variance)
+        return self.clip(x, step, prediction) if clip else prediction
+
+    def clip(self, x: Tensor, step: int | Tensor, prediction: Prediction) -> Prediction:
+        """The prediction with x_0 kept within [-1, 1], and eps in keeping with it."""
+        x_0 = prediction.x_0.clamp(-1, 1)
+        return Prediction(self.eps_from_x_0(x, step, x_0), x_0, prediction.log_variance)
 
     def network_timesteps(self, step: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """What the network is told: (batch,) float32 original steps, rescaled to a thousand if it was trained so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
+from dalle_pytorch.files import resize
+from dalle_pytorch.sampling import (
+    candidate_uniforms,
+    evaluation,
+    prefill,
+    sample_image_tokens,
+    sample_image_tokens_uncached,
+    sample_text_tokens,
+)
 from dalle_pytorch.transformer import Transformer, TransformerCache
 
 
@@ -32,8 +41,8 @@ class AxialPositions(nn.Module):
 class DALLE(PretrainedModel):
     """The transformer of DALL-E (arXiv:2102.12092), with the options and defaults of lucidrains' DALLE-pytorch.
 
-    A sequence is <bos>, `text_seq_len` text tokens and the image tokens row by row. Padding (0) at each text position is
-    a token of its own. A text position predicts text only and an image position image tokens only.
+    A sequence is <bos>, `text_seq_len` text tokens and the image tokens row by row. Padding (0) at each text position
+    is a token of its own. A text position predicts text only and an image position image tokens only.
 
     Args:
         dim: width of the token stream.
@@ -192,10 +201,12 @@ class DALLE(PretrainedModel):
         return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """The image tokens (b, image_seq_len) of pixels (b, 3, h, w) in [0, 1]; tokens are returned as they are."""
+        """The image tokens (b, image_seq_len) of square pixels (b, 3, h, h) in [0, 1], scaled to the size that gives
+        that many; tokens (b, n) are returned as they are.
+        """
         if image.ndim != 4:
             return image
-        return self.vae.get_codebook_indices(image)
+        return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
 
     # ----------------------------------------------------------------------------------------------
     # Forward
@@ -272,6 +283,104 @@ class DALLE(PretrainedModel):
             losses = F.cross_entropy(image_logits, image.flatten(), reduction="none")
             loss_image = (losses * image_weights.flatten()).sum() / image_weights.sum()
         return (loss_text + self.loss_img_weight * loss_image) / (1 + self.loss_img_weight)
+
+    # ----------------------------------------------------------------------------------------------
+    # Sampling
+
+    def generate_images(
+        self,
+        text: Tensor,
+        *,
+        clip: nn.Module | None = None,
+        mask: Tensor | None = None,
+        filter_thres: float = 0.5,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        top_k_thresh: float | None = None,
+        top_p_thresh: float | None = None,
+        temperature: float = 1.0,
+        cond_scale: float = 1.0,
+        img: Tensor | None = None,
+        num_init_img_tokens: int | None = None,
+        use_cache: bool = True,
+        return_tokens: bool = False,
+        seed: int | None = None,
+        on_token: Callable[[], object] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Draws one picture for each text.
+
+        Args:
+            text: (b, n) int64, 0 for padding; what exceeds `text_seq_len` is cut off.
+            clip: a trainable `CLIP`; its scores are returned too.
+            mask: (b, n) bool; text where it is false becomes padding.
+            filter_thres: the fraction of all tokens cut away where neither `top_k` nor `top_p` is given.
+            top_k, top_p: see `sampling.filter_logits`; `top_k_thresh` and `top_p_thresh` are other names for them.
+            temperature: flattens (above 1) or sharpens the distribution; 0 takes the likeliest token.
+            cond_scale: guidance by the prompt; 1 is none.
+            img: pictures (b, 3, h, h) in [0, 1] (or one for all) to finish, of which the first `num_init_img_tokens`
+                tokens are kept, 7/16 of them unless given.
+            use_cache: False runs the whole sequence for every token; it draws the same.
+            return_tokens: returns the image tokens (b, image_seq_len) too.
+            seed: fixes the draws of text i; unless given, torch's global generator chooses one.
+            on_token: called after each token that is drawn for the batch.
+
+        Returns:
+            Pictures (b, 3, h, w) in [0, 1]; or a tuple of them, the scores (b,) with `clip` and the tokens with
+            `return_tokens`. Raises `ValueError` for settings out of range.
+        """
+        top_k = top_k_thresh if top_k is None else top_k
+        top_p = top_p_thresh if top_p is None else top_p
+        top_k = filter_thres if top_k is None and top_p is None else top_k
+        settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "on_token": on_token}
+        text = text[:, : self.text_seq_len]
+        if mask is not None:
+            text = text.masked_fill(~mask[:, : self.text_seq_len].bool(), 0)
+        with evaluation(self):
+            given = text.new_empty(len(text), 0)
+            if img is not None:
+                count = int(0.4375 * self.image_seq_len) if num_init_img_tokens is None else num_init_img_tokens
+                if not 0 <= count < self.image_seq_len:
+                    raise ValueError(f"num_init_img_tokens must be from 0 to {self.image_seq_len - 1}, and it is {count}")
+                given = self.encode_image(img)[:, :count].expand(len(text), -1)
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
+            uniforms = torch.cat([candidate_uniforms(seed, row, [i], self.image_seq_len) for i, row in enumerate(text)])
+            if use_cache:
+                # Equal prompts go through the transformer once.
+                prompts, rows = torch.cat((text, given), dim=1).unique(dim=0, return_inverse=True)
+                prompt_text, prompt_given = prompts.split((text.shape[1], given.shape[1]), dim=1)
+                prefix = prefill(self, prompt_text, prompt_given, cond_scale)
+                tokens = sample_image_tokens(self, prefix, rows, uniforms, **settings)
+            else:
+                tokens = sample_image_tokens_uncached(self, text, given, uniforms, cond_scale=cond_scale, **settings)
+            images = self.vae.decode_image(tokens)
+            scores = () if clip is None else (clip(text, images, return_loss=False),)
+        results = (images, *scores, *((tokens,) if return_tokens else ()))
+        return images if len(results) == 1 else results
+
+    def generate_texts(
+        self,
+        tokenizer: Any,
+        text: str | None = None,
+        *,
+        filter_thres: float = 0.5,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """Goes on from the words in `text`, or writes one of its own: tokens (1, text_seq_len) and the text, in a list.
+
+        `filter_thres` is the fraction of all tokens cut away where neither `top_k` nor `top_p` is given.
+        """
+        top_k = filter_thres if top_k is None and top_p is None else top_k
+        begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len)
+        with evaluation(self):
+            tokens = sample_text_tokens(self, begin, uniforms, top_k=top_k, top_p=top_p, temperature=temperature)
+        return tokens, [tokenizer.decode([token for token in row if token != 0]) for row in tokens.tolist()]
 
 
 def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:

@@ -183,6 +183,18 @@ def _caption(
     return caption
 
 
+def states_place(scene: Scene) -> bool:
+    """Whether the caption says where the subject is, or which of two is where."""
+    if scene.relation:
+        return " and " not in scene.caption
+    return any(f" {phrase} " in f"{scene.caption} " for phrase in _AT_PLACE[scene.place])
+
+
+def states_size(scene: Scene) -> bool:
+    """Whether the caption says how big the subject is."""
+    return any(word in SIZES for word in scene.caption.split())
+
+
 def change_caption(scene: Scene, seed: int = 0) -> str:
     """The caption with one fact made wrong: another subject, colour, size, place, background, or the two subjects swapped.
 

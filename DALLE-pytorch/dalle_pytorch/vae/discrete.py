@@ -1,0 +1,170 @@
+"""DiscreteVAE: the convolutional VAE of DALLE-pytorch, its codes drawn with Gumbel-softmax in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.checkpoints import PretrainedModel, records_config
+
+
+class ResBlock(nn.Module):
+    """Two 3 × 3 convolutions and a 1 × 1 one beside the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + x
+
+
+class DiscreteVAE(PretrainedModel):
+    """A grid of codebook entries per picture (the dVAE of arXiv:2102.12092), with DALLE-pytorch's options and defaults.
+
+    Args:
+        image_size: side in pixels of the pictures it is made for; it takes any that `2^num_layers` divides.
+        num_tokens, codebook_dim: the codebook's shape.
+        num_layers: halvings of the resolution; f = 2^num_layers.
+        num_resnet_blocks, hidden_dim, channels: the sizes of the convolutions.
+        smooth_l1_loss: the reconstruction's loss, instead of the mean square.
+        temperature: of the Gumbel-softmax (arXiv:1611.01144).
+        straight_through: one code forward, the soft mixture's gradient backward.
+        reinmax: second-order accurate gradient for `straight_through` (arXiv:2304.08612).
+        kl_div_loss_weight: weight of the divergence from a uniform use of the codes.
+        normalization: means and standard deviations per channel that pictures are normalised by, or None.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_tokens: int = 512,
+        codebook_dim: int = 512,
+        num_layers: int = 3,
+        num_resnet_blocks: int = 0,
+        hidden_dim: int = 64,
+        channels: int = 3,
+        smooth_l1_loss: bool = False,
+        temperature: float = 0.9,
+        straight_through: bool = False,
+        reinmax: bool = False,
+        kl_div_loss_weight: float = 0.0,
+        normalization: Sequence[Sequence[float]] | None = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ):
+        super().__init__()
+        if num_layers < 1 or image_size % 2**num_layers:
+            raise ValueError(f"image_size {image_size} is no multiple of 2^num_layers = {2**num_layers}")
+        self.image_size = image_size
+        self.num_tokens = num_tokens
+        self.num_layers = num_layers
+        self.channels = channels
+        self.smooth_l1_loss = smooth_l1_loss
+        self.temperature = temperature
+        self.straight_through = straight_through
+        self.reinmax = reinmax
+        self.kl_div_loss_weight = kl_div_loss_weight
+
+        mean, std = ((0.0,) * channels, (1.0,) * channels) if normalization is None else normalization
+        self.register_buffer("mean", torch.tensor(mean[:channels]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std[:channels]).view(-1, 1, 1), persistent=False)
+
+        down = [channels] + [hidden_dim] * num_layers
+        up = [hidden_dim if num_resnet_blocks else codebook_dim] + [hidden_dim] * num_layers
+        self.encoder = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(down[i], hidden_dim, 4, 2, 1), nn.ReLU()) for i in range(num_layers)),
+            *(ResBlock(hidden_dim) for _ in range(num_resnet_blocks)),
+            nn.Conv2d(hidden_dim, num_tokens, 1),
+        )
+        self.decoder = nn.Sequential(
+            *([nn.Conv2d(codebook_dim, hidden_dim, 1)] if num_resnet_blocks else []),
+            *(ResBlock(hidden_dim) for _ in range(num_resnet_blocks)),
+            *(nn.Sequential(nn.ConvTranspose2d(up[i], hidden_dim, 4, 2, 1), nn.ReLU()) for i in range(num_layers)),
+            nn.Conv2d(hidden_dim, channels, 1),
+        )
+        self.codebook = nn.Embedding(num_tokens, codebook_dim)
+
+    # ----------------------------------------------------------------------------------------------
+    # What every VAE offers
+
+    @torch.no_grad()
+    def get_codebook_indices(self, image: Tensor) -> Tensor:
+        """The likeliest codes (b, h·w / 4^num_layers) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
+        return self.encode_logits(image).argmax(dim=1).flatten(1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
+        side = math.isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not make a square grid")
+        return self.codebook(tokens).transpose(1, 2).unflatten(2, (side, side))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pictures (b, channels, h, w) in the normalised space, [-1, 1] by default, of tokens (b, side²)."""
+        return self.decoder(self.embed(tokens))
+
+    def decode_image(self, tokens: Tensor) -> Tensor:
+        """Pictures (b, channels, h, w) in [0, 1] of tokens (b, side²)."""
+        return (self.decode(tokens) * self.std + self.mean).clamp(0, 1)
+
+    # ----------------------------------------------------------------------------------------------
+    # Training
+
+    def encode_logits(self, image: Tensor) -> Tensor:
+        """Logits of the codes, (b, num_tokens, h / 2^num_layers, w / 2^num_layers), of pictures in [0, 1]."""
+        return self.encoder((image - self.mean) / self.std)
+
+    def forward(
+        self,
+        image: Tensor,
+        return_loss: bool = False,
+        return_recons: bool = False,
+        return_logits: bool = False,
+        return_recon_loss: bool = False,
+        temp: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Reconstructs pictures (b, channels, h, w) in [0, 1] through drawn codes.
+
+        Returns the reconstruction in the normalised space; with `return_logits` the encoder's logits; with
+        `return_loss` the training loss (and with `return_recons` the reconstruction after it); with
+        `return_recon_loss`, as in older releases, the reconstruction's loss alone. `temp` overrides the temperature.
+        """
+        target = (image - self.mean) / self.std
+        logits = self.encoder(target)
+        if return_logits:
+            return logits
+        codes = self._draw_codes(logits, self.temperature if temp is None else temp)
+        out = self.decoder(torch.einsum("bnhw,nd->bdhw", codes, self.codebook.weight))
+        if not (return_loss or return_recon_loss):
+            return out
+        loss = F.smooth_l1_loss(target, out) if self.smooth_l1_loss else F.mse_loss(target, out)
+        if return_recon_loss:
+            return loss
+        # Summed over pictures and places, as upstream's weights expect.
+        log_probabilities = logits.log_softmax(dim=1)
+        divergence = (log_probabilities.exp() * (log_probabilities + math.log(self.num_tokens))).sum()
+        loss = loss + self.kl_div_loss_weight * divergence
+        return (loss, out) if return_recons else loss
+
+    def _draw_codes(self, logits: Tensor, temperature: float) -> Tensor:
+        """Weights of the codes at each place, (b, num_tokens, h, w): a mixture, or one code with `straight_through`."""
+        codes = F.gumbel_softmax(logits, tau=temperature, dim=1, hard=self.straight_through)
+        if not (self.straight_through and self.reinmax):
+            return codes
+        # Algorithm 2 of the ReinMax paper.
+        codes = codes.detach()
+        plain = logits.softmax(dim=1)
+        middle = (codes + (logits / temperature).softmax(dim=1)) / 2
+        middle = ((middle.log() - logits).detach() + logits).softmax(dim=1)
+        gradient = 2 * middle - plain / 2
+        return gradient - gradient.detach() + codes

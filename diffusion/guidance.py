@@ -1,0 +1,136 @@
+"""CLIP guidance: sampling climbs the likeness between the picture predicted so far and prompts, as CLIP sees it.
+
+The losses are those of CLIP-guided diffusion (Crowson 2021): CLIP sees random cutouts of the prediction, blended with
+the noisy picture late in the run; their spherical distance to the prompts is the loss, beside a total-variation and a
+range loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.denoiser import Denoiser, Prediction, at
+from diffusion.samplers import Guide, generator
+
+
+def parse_prompts(text: str) -> list[tuple[str, float]]:
+    """`a seven:2|brick` → [("a seven", 2.0), ("brick", 1.0)]; a colon without a number belongs to the prompt."""
+    prompts = []
+    for part in filter(None, (part.strip() for part in text.split("|"))):
+        prompt, colon, weight = part.rpartition(":")
+        try:
+            prompts.append((prompt.strip(), float(weight)) if colon and prompt.strip() else (part, 1.0))
+        except ValueError:
+            prompts.append((part, 1.0))
+    return prompts
+
+
+def make_cutouts(image: Tensor, size: int, count: int, power: float, random: torch.Generator) -> Tensor:
+    """`count` random squares of one (3, h, w) picture, averaged down to `size` pixels a side: (count, 3, size, size).
+
+    A cutout's side lies between `size` and the picture's: at u^power of the way for a uniform u, so that a small power
+    favours large cutouts, and 0 always takes the largest.
+    """
+    height, width = image.shape[-2:]
+    largest, smallest = min(height, width), min(height, width, size)
+    cutouts = []
+    for u, v, w in torch.rand(count, 3, generator=random).tolist():
+        side = int(smallest + u**power * (largest - smallest))
+        top, left = int(v * (height - side + 1)), int(w * (width - side + 1))
+        cutouts.append(F.adaptive_avg_pool2d(image[:, top : top + side, left : left + side], size))
+    return torch.stack(cutouts)
+
+
+def spherical_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Half the squared angle between vectors along the last dimension, which are broadcast against each other."""
+    return (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).norm(dim=-1).div(2).arcsin().square().mul(2)
+
+
+def tv_loss(x: Tensor) -> Tensor:
+    """Mean squared difference between neighbouring pixels, (b,): how grainy (b, 3, h, w) pictures are."""
+    x = F.pad(x, (0, 1, 0, 1), "replicate")
+    across, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
+    return (across.square() + down.square()).mean((1, 2, 3))
+
+
+def range_loss(x: Tensor) -> Tensor:
+    """Mean squared excess over [-1, 1], (b,)."""
+    return (x - x.clamp(-1, 1)).square().mean((1, 2, 3))
+
+
+class ClipGuidance:
+    """Where CLIP wants a picture to go.
+
+    `clip` has `image_size`, `tokenize(texts)`, `encode_text(tokens)` and `encode_image(pictures in [0, 1])`; features
+    need not be normalised. `prompts` are (text, weight), `image_prompts` (picture (3, h, w) in [0, 1], weight); weights
+    are divided by the sum of all, and where one is negative the picture is led away. The scales weigh the three losses,
+    CLIP's over `cutn` cutouts. Raises `ValueError` without a prompt and when the weights cancel out.
+    """
+
+    def __init__(
+        self,
+        clip: Any,
+        prompts: Sequence[tuple[str, float]] = (),
+        image_prompts: Sequence[tuple[Tensor, float]] = (),
+        clip_guidance_scale: float = 1000.0,
+        tv_scale: float = 150.0,
+        range_scale: float = 50.0,
+        cutn: int = 16,
+        cut_pow: float = 0.5,
+    ):
+        self.clip = clip
+        self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
+        self.cutn, self.cut_pow = cutn, cut_pow
+        if not prompts and not image_prompts:
+            raise ValueError("CLIP guidance needs a prompt: a text or a picture")
+        targets, weights = [], []
+        with torch.no_grad():
+            for prompt, weight in prompts:
+                targets.append(clip.encode_text(clip.tokenize([prompt])))
+                weights += [weight]
+            for i, (picture, weight) in enumerate(image_prompts):
+                cutouts = make_cutouts(picture, clip.image_size, cutn, cut_pow, generator("image prompt", i))
+                targets.append(clip.encode_image(cutouts))
+                weights += [weight / cutn] * cutn
+        self.targets = torch.cat([target.float() for target in targets])
+        total = sum(weights)
+        if abs(total) < 1e-3:
+            raise ValueError(f"the weights of the prompts sum to {total:g}; they must not cancel out")
+        self.weights = torch.tensor(weights, device=self.targets.device) / abs(total)
+
+    def guide(self, identities: Sequence[tuple]) -> Guide:
+        """What a sampler wants, for a batch of pictures with these identities, such as (seed, input, image)."""
+
+        def guide(denoiser: Denoiser, x: Tensor, step: int) -> tuple[Prediction, Tensor]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                prediction = denoiser(x, step, clip=False)
+                share = at((1 - denoiser.schedule.alphas_cumprod).sqrt(), step, x)
+                blended = prediction.x_0 * share + x * (1 - share)
+                randoms = [generator(*identity, "cutouts", step) for identity in identities]
+                loss = (
+                    self.clip_guidance_scale * self.clip_loss(blended, randoms)
+                    + self.tv_scale * tv_loss(blended)
+                    + self.range_scale * range_loss(prediction.x_0)
+                )
+                # Each picture's loss depends on its own pixels alone, so the gradient of the sum is everyone's own.
+                gradient = -torch.autograd.grad(loss.sum(), x)[0]
+            prediction = Prediction(*(value.detach() for value in prediction))
+            return denoiser.clip(x.detach(), step, prediction), gradient
+
+        return guide
+
+    def clip_loss(self, pictures: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
+        """Weighted distance of (b, 3, h, w) pictures in [-1, 1] to the prompts, averaged over cutouts: (b,)."""
+        cutouts = [
+            make_cutouts(picture, self.clip.image_size, self.cutn, self.cut_pow, random)
+            for picture, random in zip(pictures, randoms, strict=True)
+        ]
+        features = self.clip.encode_image((torch.cat(cutouts) + 1) / 2).float()
+        distances = spherical_distance(features[:, None], self.targets)
+        return (distances @ self.weights).view(len(pictures), self.cutn).mean(1)

@@ -1,0 +1,62 @@
+"""What a diffusion decoder is trained on: pictures under noise, and the tokens that a VAE finds in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dalle_pytorch.files import resize
+from diffusion.decoder import DiffusionDecoder
+
+
+class DecoderTask(nn.Module):
+    """A batch of pictures at the decoder's size to a loss; the VAE reads them at its own.
+
+    `crop_size` trains on squares of that many pixels, cut along the token grid together with their part of what the
+    network is told: a quarter of the work at half the side. The share `full_share` of the steps sees a part of the
+    batch whole instead, so that the network knows a picture's borders from a crop's.
+    """
+
+    def __init__(self, decoder: DiffusionDecoder, crop_size: int | None = None, full_share: float = 0.25):
+        super().__init__()
+        self.decoder = decoder
+        self.crop_size, self.full_share = crop_size, full_share
+        decoder.vae.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DecoderTask:
+        super().train(mode)
+        self.decoder.vae.eval()
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch["image"]` (b, 3, h, w) uint8 → the mean loss, and figures to log."""
+        pictures = batch["image"].float() / 255
+        with torch.no_grad():
+            tokens = self.decoder.vae.get_codebook_indices(resize(pictures, self.decoder.vae.image_size))
+            conditioning = self.decoder.conditioning(tokens)
+        pictures, conditioning = self._crop(pictures * 2 - 1, conditioning, round(tokens.shape[1] ** 0.5))
+        denoiser = self.decoder.denoiser.conditioned(**conditioning)
+        step = torch.randint(denoiser.num_steps, (len(pictures),))
+        loss = denoiser.loss(pictures, step, torch.randn_like(pictures))
+        late = step >= denoiser.num_steps // 2
+        halves = {"loss_noisy": loss.detach()[late], "loss_clear": loss.detach()[~late]}
+        return loss.mean(), {name: half.mean() for name, half in halves.items() if len(half)}
+
+    def _crop(self, pictures: Tensor, conditioning: dict[str, Tensor], side: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Crops of pictures and of what goes with them, whose grids all have `side` tokens a side."""
+        if self.crop_size is None or self.crop_size >= pictures.shape[-1]:
+            return pictures, conditioning
+        if torch.rand(()) < self.full_share:
+            # As many pixels as the crops would have.
+            count = max(1, len(pictures) * self.crop_size**2 // pictures.shape[-1] ** 2)
+            return pictures[:count], {name: maps[:count] for name, maps in conditioning.items()}
+        cells = self.crop_size * side // pictures.shape[-1]
+        corners = torch.randint(side - cells + 1, (len(pictures), 2)).tolist()
+
+        def cut(maps: Tensor) -> Tensor:
+            cell = maps.shape[-1] // side
+            size = cells * cell
+            corner = [(row * cell, column * cell) for row, column in corners]
+            return torch.stack([map[:, y : y + size, x : x + size] for map, (y, x) in zip(maps, corner, strict=True)])
+
+        return cut(pictures), {name: cut(maps) for name, maps in conditioning.items()}
