@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(arguments.seed)
     tokenizer = HugTokenizer(arguments.bpe_path)
-    sizes = ("dim_text dim_image dim_latent text_seq_len text_enc_depth text_heads visual_enc_depth visual_heads "
-             "visual_image_size visual_patch_size").split()  # fmt: skip
-    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **{name: getattr(arguments, name) for name in sizes})
+    sizes = {name: value for name, value in vars(arguments).items() if name.startswith(("dim_", "text_", "visual_"))}
+    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **sizes)
     clip.tokenizer = tokenizer
     dataset = open_dataset(arguments.image_text_folder, arguments.visual_image_size)
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))

@@ -23,7 +23,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--text_seq_len", type=int, default=32)
     group.add_argument("--loss_img_weight", type=float, default=7)
     group.add_argument("--null_cond_prob", type=float, default=0.1, help="share of captions dropped, for --cond_scale")
-    group.add_argument("--subject_weight", type=float, default=1.0, help="weight of tokens under the subject, where known")
+    group.add_argument(
+        "--subject_weight", type=float, default=1.0, help="weight of tokens under the subject, where known"
+    )
     return parser.parse_args(argv)
 
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = HugTokenizer(arguments.bpe_path)
     vae = PretrainedModel.from_pretrained(arguments.vae_path)
-    names = "dim depth heads dim_head text_seq_len loss_img_weight".split()
+    names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "loss_img_weight")
     dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, qk_norm=True,
                   **{name: getattr(arguments, name) for name in names})  # fmt: skip
     task = DalleTask(dalle, tokenizer, arguments.null_cond_prob, arguments.subject_weight)

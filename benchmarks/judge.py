@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
 from dalle_pytorch.checkpoints import PretrainedModel, records_config
 from dalle_pytorch.cli import ArgumentParser, run
 from dalle_pytorch.data import glyphs
 from dalle_pytorch.training_cli import add_training_arguments, run_training, training_options
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 # What is asked of a scene, and the possible answers. The first subject is the left or upper one.
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -40,7 +41,12 @@ IMAGE_SIZE = 128
 def answers(scene: glyphs.Scene) -> dict[str, str]:
     """The true answers for a scene; questions that make no sense for it are left out."""
     first, *rest = scene.subjects
-    facts = {"count": str(len(scene.subjects)), "background": scene.background, "kind": first.kind, "colour": first.colour}
+    facts = {
+        "count": str(len(scene.subjects)),
+        "background": scene.background,
+        "kind": first.kind,
+        "colour": first.colour,
+    }
     if rest:
         return facts | {"second_kind": rest[0].kind, "second_colour": rest[0].colour, "relation": scene.relation}
     return facts | {"size": first.size, "place": scene.place}
@@ -110,7 +116,9 @@ class JudgeTask(nn.Module):
         shift = torch.randint(-2, 3, (2,)).tolist()
         images = torch.roll(images, shift, (2, 3))
         if torch.rand(()) < 0.5:
-            images = F.interpolate(F.interpolate(images, scale_factor=0.5, mode="area"), scale_factor=2, mode="bilinear")
+            images = F.interpolate(
+                F.interpolate(images, scale_factor=0.5, mode="area"), scale_factor=2, mode="bilinear"
+            )
         images = images + 0.05 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
         losses = [F.cross_entropy(logits, batch["answers"][:, i], ignore_index=NOT_ASKED)
                   for i, logits in enumerate(self.judge(images).values())]  # fmt: skip

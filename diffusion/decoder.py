@@ -88,11 +88,12 @@ class DiffusionDecoder(PretrainedModel):
             conditioning["low_res"] = self.vae.decode_image(tokens) * 2 - 1
         return conditioning
 
-    def picture_size(self, num_tokens: int) -> int:
-        """Side in pixels of the picture that so many tokens make."""
-        if not self.unet.config["emb_condition"]:
-            return self.unet.image_size
-        return round(num_tokens**0.5) * self.unet.downscale // self.unet.emb_stride
+    @property
+    def image_fmap_size(self) -> int:
+        """Side of the token grid that a picture of the U-Net's `image_size` is drawn from."""
+        if self.unet.config["emb_condition"]:
+            return self.unet.image_size // self.unet.downscale * self.unet.emb_stride
+        return self.vae.image_size // 2**self.vae.num_layers
 
     @torch.no_grad()
     def decode(
@@ -106,7 +107,7 @@ class DiffusionDecoder(PretrainedModel):
         stop_at: int | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """(b, side²) int64 tokens → pictures (b, 3, h, w) in [0, 1].
+        """(b, side²) int64 tokens → pictures (b, 3, h, w) in [0, 1]. Another grid side makes a picture in proportion.
 
         `steps` is how many diffusion steps to visit, in any of the ways of `spaced_steps`; `sampler` one of `SAMPLERS`.
         A picture's noise, and its cutouts under `guidance`, are fixed by the seed, its tokens and which of several
@@ -123,7 +124,7 @@ class DiffusionDecoder(PretrainedModel):
 
         images = [0] * len(tokens) if images is None else images
         identities = [(seed, tuple(row), image) for row, image in zip(tokens.tolist(), images, strict=True)]
-        size = self.picture_size(tokens.shape[1])
+        size = round(tokens.shape[1] ** 0.5) * self.unet.image_size // self.image_fmap_size
         noise = Noise([generator(*identity) for identity in identities], (3, size, size), tokens.device)
         guide = guidance.guide(identities) if guidance else None
         run = SAMPLERS[sampler](denoiser, noise(), noise, guide)

@@ -200,7 +200,7 @@ class Denoiser:
         output, position = output.chunk(2, dim=1)
         low = at(self.schedule.posterior_log_variance, step, x)
         high = at(self.schedule.betas.log(), step, x)
-        return output, torch.lerp(low, high, (position + 1) / 2)
+        return output, low + (high - low) * (position + 1) / 2
 
     # ----------------------------------------------------------------------------------------------
     # The same quantities in terms of one another
@@ -259,9 +259,13 @@ class Denoiser:
 
 
 def at(table: Tensor, step: int | Tensor, x: Tensor) -> Tensor:
-    """A float64 table's values at `step`, in `x`'s type and place: () for an int, (b, 1, 1, 1) for a (b,) tensor."""
-    values = table[step.cpu() if isinstance(step, Tensor) else step].to(x.dtype).to(x.device)
-    return values[:, None, None, None] if values.ndim else values
+    """A float64 table's values at `step` in `x`'s type: (b, 1, 1, 1) beside `x` for a (b,) tensor.
+
+    For an int it is a number, (), which stays on the CPU: it goes with tensors on any device, without being sent there.
+    """
+    if isinstance(step, int):
+        return table[step].to(x.dtype)
+    return table[step.cpu()].to(x.dtype).to(x.device)[:, None, None, None]
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

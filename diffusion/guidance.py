@@ -78,23 +78,24 @@ class ClipGuidance:
         prompts: Sequence[tuple[str, float]] = (),
         image_prompts: Sequence[tuple[Tensor, float]] = (),
         clip_guidance_scale: float = 1000.0,
-        tv_scale: float = 150.0,
-        range_scale: float = 50.0,
+        tv_scale: float = 0.0,
+        range_scale: float = 0.0,
         cutn: int = 16,
-        cut_pow: float = 0.5,
+        cut_pow: float = 1.0,
     ):
         self.clip = clip
         self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
         self.cutn, self.cut_pow = cutn, cut_pow
         if not prompts and not image_prompts:
             raise ValueError("CLIP guidance needs a prompt: a text or a picture")
+        device = getattr(clip, "device", "cpu")
         targets, weights = [], []
         with torch.no_grad():
             for prompt, weight in prompts:
-                targets.append(clip.encode_text(clip.tokenize([prompt])))
+                targets.append(clip.encode_text(clip.tokenize([prompt]).to(device)))
                 weights += [weight]
             for i, (picture, weight) in enumerate(image_prompts):
-                cutouts = make_cutouts(picture, clip.image_size, cutn, cut_pow, generator("image prompt", i))
+                cutouts = make_cutouts(picture.to(device), clip.image_size, cutn, cut_pow, generator("image prompt", i))
                 targets.append(clip.encode_image(cutouts))
                 weights += [weight / cutn] * cutn
         self.targets = torch.cat([target.float() for target in targets])

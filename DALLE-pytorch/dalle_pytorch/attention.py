@@ -176,7 +176,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """`x` is (b, n, dim); what came before it is in `cache`.
+        """`x` is (b, n, dim): a sequence from its start, or one token that goes on from what is in `cache`.
 
         `rotary` holds the n positions' rows of `rotary_table`; `key_mask` (b, n) is false at keys that no one looks at.
         """
@@ -189,18 +189,14 @@ class Attention(nn.Module):
             # DALLE-pytorch turns the values too.
             qkv = apply_rotary(qkv.flatten(2, 3), rotary).view_as(qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        start = 0
         if cache is not None:
-            start = cache.length
             k, v = cache.update(k, v)
 
         mask = None
         if self.pattern is not None:
-            mask = self.pattern(start, start + length)
+            mask = self.pattern(k.shape[2] - length, k.shape[2])
         elif key_mask is not None:
             mask = key_mask[:, None, None, :]
-        elif self.causal and start > 0 and length > 1:
-            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
         is_causal = self.causal and mask is None and length > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.dropout(self.to_out(out.transpose(1, 2).reshape(batch, length, -1)))

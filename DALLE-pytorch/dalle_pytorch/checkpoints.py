@@ -149,7 +149,9 @@ class PretrainedModel(nn.Module):
         write_text(folder / CONFIG_NAME, json.dumps({"class": type(self).__name__, **self.config}, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides) -> PretrainedModel:
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides
+    ) -> PretrainedModel:
         """Opens a native folder, or a Hugging Face hub name, in evaluation mode on the CPU.
 
         `overrides` replace or complete the recorded constructor arguments (a DALLE's `vae`, say).
@@ -164,7 +166,9 @@ class PretrainedModel(nn.Module):
         arguments = {**config, **model_class.companions(folder, overrides), **overrides}
         known = inspect.signature(model_class.__init__).parameters
         if unknown := sorted(set(arguments) - set(known)):
-            raise CheckpointError(f"{folder / CONFIG_NAME} has settings that {name} does not know: {', '.join(unknown)}")
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME} has settings that {name} does not know: {', '.join(unknown)}"
+            )
         try:
             with _parameters_on_meta():
                 model = model_class(**arguments)
@@ -229,7 +233,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"the weights file {path} is damaged or no safetensors file: {error}") from None
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: object, dtype: torch.dtype = torch.float32) -> None:
+def load_state(
+    model: nn.Module, state: dict[str, torch.Tensor], source: object, dtype: torch.dtype = torch.float32
+) -> None:
     """Puts `state` into `model`, every key and shape checked; parameters on the meta device are taken over, not copied."""
     own = model.own_state_dict() if isinstance(model, PretrainedModel) else model.state_dict()
     problems = [f"lacks {key}" for key in own.keys() - state.keys()]
@@ -241,7 +247,9 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: object,
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: it {', '.join(sorted(problems)[:3])}{more}")
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__}: it {', '.join(sorted(problems)[:3])}{more}"
+        )
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
+from dalle_pytorch.checkpoints import (
+    CheckpointError,
+    PretrainedModel,
+    companion_path,
+    records_config,
+    resolve_folder,
+)
 from dalle_pytorch.files import resize
 from dalle_pytorch.transformer import Transformer
 
@@ -80,10 +86,11 @@ class CLIP(PretrainedModel):
         self.temperature = nn.Parameter(torch.tensor(1.0))
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, **overrides) -> CLIP:
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides) -> CLIP:
         """Opens a native folder; a `tokenizer.json` inside it or beside it becomes `tokenizer`."""
+        folder = resolve_folder(folder)
         model = super().from_pretrained(folder, dtype, **overrides)
-        path = companion_path(Path(folder), "tokenizer.json")
+        path = companion_path(folder, "tokenizer.json")
         if path is not None:
             from dalle_pytorch.tokenizers import HugTokenizer
 

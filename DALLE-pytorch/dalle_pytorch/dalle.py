@@ -340,7 +340,7 @@ class DALLE(PretrainedModel):
             if img is not None:
                 count = int(0.4375 * self.image_seq_len) if num_init_img_tokens is None else num_init_img_tokens
                 if not 0 <= count < self.image_seq_len:
-                    raise ValueError(f"num_init_img_tokens must be from 0 to {self.image_seq_len - 1}, and it is {count}")
+                    raise ValueError(f"num_init_img_tokens must be from 0 to {self.image_seq_len - 1}, not {count}")
                 given = self.encode_image(img)[:, :count].expand(len(text), -1)
             if seed is None:
                 seed = int(torch.randint(2**62, ()))

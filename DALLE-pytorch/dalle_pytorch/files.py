@@ -6,7 +6,6 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,8 +98,10 @@ def load_tokens(path: str | os.PathLike, num_tokens: int, seq_len: int | None = 
     if seq_len is not None and array.size != seq_len:
         raise FileError(f"{path} holds {array.size} tokens; this model draws grids of {seq_len}")
     if array.min() < 0 or array.max() >= num_tokens:
-        raise FileError(f"{path} holds token {array.max() if array.max() >= num_tokens else array.min()}; "
-                        f"this codebook has the tokens 0 to {num_tokens - 1}")
+        raise FileError(
+            f"{path} holds token {array.max() if array.max() >= num_tokens else array.min()}; "
+            f"this codebook has the tokens 0 to {num_tokens - 1}"
+        )
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 

@@ -49,7 +49,8 @@ def candidate_batches(
 
     Args:
         tokenizer: has `.tokenize(text, context_length, truncate_text)`; a prompt that is too long is cut.
-        top_k, top_p, temperature, cond_scale: see `DALLE.generate_images`; neither of the first two draws from all tokens.
+        top_k, top_p, temperature, cond_scale: see `DALLE.generate_images`; all tokens may be drawn where neither of
+            the first two is given.
         seed: together with the prompt and a candidate's index, decides the candidate.
         init_tokens: (k,) image tokens that every candidate begins with.
         scorer: gives the candidates their scores.

@@ -62,7 +62,9 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
     set_seed(options.seed + accelerator.process_index)
     average = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
     optimizers = _optimizers(task, options)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _learning_rate_factor(step, options)) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: _learning_rate_factor(step, options)) for o in optimizers
+    ]
     model, *optimizers = accelerator.prepare(task, *optimizers)
     if average is not None:
         average.to(accelerator.device)
@@ -92,7 +94,13 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
         if accelerator.is_main_process:
             if step % options.log_every == 0 or step == options.steps:
                 seconds = (time.monotonic() - started) / (step - first_step)
-                figures = {"loss": loss, **figures, "grad_norm": norm, "lr": schedules[0].get_last_lr()[0], "seconds": seconds}
+                figures = {
+                    "loss": loss,
+                    **figures,
+                    "grad_norm": norm,
+                    "lr": schedules[0].get_last_lr()[0],
+                    "seconds": seconds,
+                }
                 figures = {name: float(value) for name, value in figures.items()}
                 _log(Path(options.output_dir), step, figures)
                 if report:
@@ -166,7 +174,9 @@ class _State:
                 schedule.__dict__.update(saved)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} does not continue this training ({reason}); move it away to start anew") from error
+            raise CheckpointError(
+                f"{path} does not continue this training ({reason}); move it away to start anew"
+            ) from error
         _set_random_state(state["rng"])
         return state["step"]
 

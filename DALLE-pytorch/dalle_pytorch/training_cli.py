@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from dalle_pytorch.training import TrainingOptions
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, learning_rate: float) -> None:
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, steps: int, batch_size: int, learning_rate: float
+) -> None:
     """Adds the arguments that every training script takes."""
     group = parser.add_argument_group("training")
     group.add_argument("--image_text_folder", default="glyphs",
@@ -39,11 +42,11 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     """The loop's options from the arguments of `add_training_arguments`."""
     from dalle_pytorch.training import TrainingOptions
 
-    names = ("steps batch_size learning_rate warmup_steps weight_decay clip_grad_norm ema_decay muon mixed_precision "
-             "save_every num_workers seed").split()  # fmt: skip
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return TrainingOptions(output_dir=folder, **{name: getattr(arguments, name) for name in names})
+    names = [field.name for field in dataclasses.fields(TrainingOptions) if hasattr(arguments, field.name)]
+    options = TrainingOptions(**{name: getattr(arguments, name) for name in names})
+    options.output_dir = Path(options.output_dir)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def run_training(name: str, task: nn.Module, dataset: Dataset, options: TrainingOptions) -> None:

@@ -278,6 +278,8 @@ class Transformer(nn.Module):
         With a `cache` the sequence goes on where the cache ends: first a whole prompt, then one image token at a time.
         """
         start = cache.length if cache is not None else 0
+        if start > 0 and x.shape[1] != 1:
+            raise ValueError(f"a cache is gone on from one token at a time, not {x.shape[1]}")
         rotary = None if self.rotary is None else self.rotary[start : start + x.shape[1]]
         kwargs = {"rotary": rotary, "key_mask": key_mask}
         if self.reversible and cache is None and torch.is_grad_enabled():

@@ -54,7 +54,10 @@ class ImageTextFolder(Dataset):
         path = self.pictures[index]
         captions = [line.strip() for line in path.with_suffix(".txt").read_text("utf-8").splitlines() if line.strip()]
         pixels = image_to_tensor(read_image(path), self.resolution)[0]
-        return {"image": pixels.mul(255).round().to(torch.uint8), "caption": captions[index % len(captions)] if captions else ""}
+        return {
+            "image": pixels.mul(255).round().to(torch.uint8),
+            "caption": captions[index % len(captions)] if captions else "",
+        }
 
 
 def open_dataset(name: str, resolution: int) -> Dataset:
@@ -94,4 +97,3 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     first = items[0]
     return {key: torch.stack([item[key] for item in items]) if torch.is_tensor(first[key]) else [item[key] for item in items]
             for key in first}  # fmt: skip
-

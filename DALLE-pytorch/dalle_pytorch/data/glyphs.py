@@ -14,7 +14,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ class Scene:
 # What is in a scene
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_test_combination(kind: str, colour: str, background: str) -> bool:
     """Whether this combination is kept out of training; a tenth of all are, by a hash of their names."""
     digest = hashlib.sha256(f"{kind} {colour} {background}".encode()).digest()
@@ -243,7 +244,8 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
 
 def words() -> frozenset[str]:
     """Every word that a caption can hold: what the default model has seen."""
-    phrases = [phrase for table in (_ON_BACKGROUND, _AT_PLACE, _RELATED, _REVERSED) for row in table.values() for phrase in row]
+    tables = (_ON_BACKGROUND, _AT_PLACE, _RELATED, _REVERSED)
+    phrases = [phrase for table in tables for row in table.values() for phrase in row]
     phrases += [*COLOURS, *SUBJECTS, *SIZES, *map(str, range(10)), "a an and of picture drawing photo"]
     return frozenset(" ".join(phrases).split())
 
@@ -252,7 +254,9 @@ def words() -> frozenset[str]:
 # Subjects: signed distances in a box of [-1, 1]², negative inside
 
 
-def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float, points: int = 24) -> list[tuple[float, float]]:
+def _arc(
+    cx: float, cy: float, rx: float, ry: float, start: float, end: float, points: int = 24
+) -> list[tuple[float, float]]:
     """Points of an ellipse from `start` to `end` degrees; 0 is right, 90 is down."""
     angles = np.radians(np.linspace(start, end, points))
     return [(cx + rx * np.cos(a), cy + ry * np.sin(a)) for a in angles]
@@ -311,7 +315,7 @@ def _signed_distance(kind: str, side: int) -> np.ndarray:
     distance = np.full_like(x, np.inf)
     if kind in _STROKES:
         for stroke in _STROKES[kind]:
-            for a, b in zip(stroke, stroke[1:], strict=False):
+            for a, b in pairwise(stroke):
                 distance = np.minimum(distance, _segment_distance(x, y, a, b))
         return distance - _STROKE_RADIUS
     points = _POLYGONS[kind]
@@ -411,7 +415,9 @@ def _lego(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
 
 
 def _checks(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
-    return _mix((226, 220, 206), (128, 138, 150), (np.floor(x / 2 + variant % 2) + np.floor((y + variant // 2) / 2)) % 2)
+    return _mix(
+        (226, 220, 206), (128, 138, 150), (np.floor(x / 2 + variant % 2) + np.floor((y + variant // 2) / 2)) % 2
+    )
 
 
 def _stripes(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -505,14 +511,20 @@ def subject_mask(scene: Scene, side: int = GRID) -> np.ndarray:
     return mask.reshape(side, block, side, block).mean((1, 3))
 
 
-def write_folder(folder: str | Path, count: int, split: str = "train", resolution: int = 256, start: int = 0,
-                 progress: Callable[[int], None] | None = None) -> None:
+def write_folder(
+    folder: str | Path,
+    count: int,
+    split: str = "train",
+    resolution: int = 256,
+    start: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Writes scenes `start` … `start + count − 1` as an image-text folder: `000000.png`, `000000.txt`, `000000.json`.
 
     The JSON holds what is in the scene. Pictures already there are kept, so a broken-off run goes on where it was.
     """
-    from dalle_pytorch.files import save_image
     from dalle_pytorch.checkpoints import write_text
+    from dalle_pytorch.files import save_image
 
     folder = Path(folder)
     for index in range(start, start + count):

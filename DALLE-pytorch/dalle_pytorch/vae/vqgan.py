@@ -10,6 +10,7 @@ addition: the network works on folded pixels, which is some ten times cheaper fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], dropout: float, attention: bool, resample: nn.Module | None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:]) if attention else None
         if isinstance(resample, Downsample):
             self.downsample = resample
@@ -250,9 +251,17 @@ class VQGanVAE(PretrainedModel):
         super().__init__()
         if gumbel and embed_dim != z_channels:
             raise ValueError(f"a Gumbel quantizer has embed_dim equal to z_channels, not {embed_dim} and {z_channels}")
-        shared = dict(z_channels=z_channels, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, resolution=image_size,
-                      attn_resolutions=attn_resolutions, patch_size=patch_size, mid_attention=mid_attention,
-                      dropout=dropout)  # fmt: skip
+        shared = {
+            "z_channels": z_channels,
+            "ch": ch,
+            "ch_mult": ch_mult,
+            "num_res_blocks": num_res_blocks,
+            "resolution": image_size,
+            "attn_resolutions": attn_resolutions,
+            "patch_size": patch_size,
+            "mid_attention": mid_attention,
+            "dropout": dropout,
+        }
         self.encoder = Encoder(in_channels=in_channels, double_z=double_z, **shared)
         self.decoder = Decoder(out_ch=out_ch, **shared)
         self.quant_conv = nn.Conv2d(z_channels * (2 if double_z else 1), embed_dim, 1)

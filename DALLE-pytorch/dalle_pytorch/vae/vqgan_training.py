@@ -81,7 +81,9 @@ class VQGanTask(nn.Module):
             return images[: max(1, images.shape[0] * self.crop_size**2 // images.shape[-1] ** 2)]
         corners = torch.randint(cells, (images.shape[0], 2)) * self.vae.downsampling
         size = self.crop_size
-        return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, corners.tolist(), strict=True)])
+        return torch.stack(
+            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
+        )
 
     def _draw(self, flat: Tensor) -> Tensor:
         """(n, dim) encodings → (n,) codes, by Gumbel noise on minus the squared distances while the temperature is above 0."""

@@ -1,0 +1,79 @@
+"""Remakes the embedded model from nothing: tokenizer, VQGAN, prior, CLIP, decoder.
+
+    python models/default/make.py
+
+Every stage goes on from its last checkpoint, so the command can be broken off and given again at any time. Checkpoints and
+logs go to `runs/default`; the weights are copied here when all stages are done. README.md beside this file says how
+long it took and what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dalle_pytorch.checkpoints import atomic_write, write_text
+from dalle_pytorch.cli import ArgumentParser, UsageError, run
+from dalle_pytorch.data import glyphs
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def stages(runs: Path) -> dict[str, list[str]]:
+    """The command of every stage, in order."""
+    tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
+    scripts = "DALLE-pytorch"
+    return {
+        "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", "glyphs", "--count", "20000",
+                      "--vocab_size", "256", "--output", tokenizer],
+        "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), "--steps", "2400",
+                  "--learning_rate", "1.5e-3", "--save_every", "300"],
+        "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
+                  "--bpe_path", tokenizer, "--muon"],
+        "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer, "--muon"],
+        "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae],
+    }  # fmt: skip
+
+
+def install(runs: Path) -> None:
+    """Copies the trained parts here, each whole or not at all."""
+    for source, name in (
+        ("vqgan/vae", "vae"),
+        ("dalle/dalle", "dalle"),
+        ("clip/clip", "clip"),
+        ("decoder/decoder", "decoder"),
+    ):
+        with atomic_write(HERE / name) as temporary:
+            shutil.copytree(runs / source, temporary)
+    with atomic_write(HERE / "tokenizer.json") as temporary:
+        shutil.copy(runs / "tokenizer.json", temporary)
+    # What it has never seen it cannot draw; generate.py warns of words that are not here.
+    write_text(HERE / "words.json", json.dumps(sorted(glyphs.words())) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/default", help="folder for checkpoints and logs")
+    parser.add_argument("--only", help="run this stage alone")
+    arguments = parser.parse_args(argv)
+    commands = stages(arguments.runs)
+    if arguments.only and arguments.only not in commands:
+        raise UsageError(f"there is no stage {arguments.only!r}; there are {', '.join(commands)}")
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    for name, command in commands.items():
+        if arguments.only in (None, name):
+            print(f"== {name}: python {' '.join(command)}", flush=True)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if not arguments.only:
+        install(arguments.runs)
+        print(f"the models are in {HERE}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""The drawn world: the same scene every time, at any resolution, with captions that are true."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_pytorch.data import GlyphsDataset, ImageTextFolder, StepBatches, glyphs
+from dalle_pytorch.files import FileError
+
+
+def test_scene_is_deterministic_by_index():
+    first, again, other = glyphs.make_scene(7), glyphs.make_scene(7), glyphs.make_scene(8)
+    assert first == again and first != other
+    assert np.array_equal(glyphs.draw(first, 128), glyphs.draw(again, 128))
+
+
+def test_splits_share_no_combination():
+    seen = {split: set() for split in glyphs.SPLITS}
+    for split in glyphs.SPLITS:
+        for index in range(400):
+            scene = glyphs.make_scene(index, split)
+            held_out = [glyphs.is_test_combination(s.kind, s.colour, scene.background) for s in scene.subjects]
+            assert any(held_out) == (split == "test")
+            seen[split] |= {
+                (s.kind, s.colour, scene.background) for s, h in zip(scene.subjects, held_out, strict=True) if h
+            }
+    assert not seen["train"] and seen["test"]
+
+
+def test_captions_say_what_is_drawn():
+    for index in range(300):
+        scene = glyphs.make_scene(index)
+        words = scene.caption.split()
+        assert set(words) <= glyphs.words()
+        for subject in scene.subjects:
+            names = {subject.kind}
+            if subject.kind in glyphs.DIGITS:
+                names.add(str(glyphs.DIGITS.index(subject.kind)))
+            place = next(i for i, word in enumerate(words) if word in names)
+            assert words[place - 1] == subject.colour, scene.caption
+
+
+def test_relation_in_caption_is_true():
+    for index in range(200):
+        scene = glyphs.make_scene(index, num_subjects=2)
+        if not glyphs.states_place(scene):
+            continue
+        first, second = scene.subjects
+        assert (first.column < second.column) if scene.relation == "left" else (first.row < second.row)
+        named_first = scene.caption.index(first.colour) < scene.caption.index(second.colour)
+        forward = any(f" {phrase} " in scene.caption for phrase in ("to the left of", "left of", "above", "over"))
+        assert named_first == forward, scene.caption
+
+
+def test_changed_caption_differs_in_one_fact():
+    for index in range(200):
+        scene = glyphs.make_scene(index)
+        changed = glyphs.change_caption(scene, index)
+        assert changed != scene.caption and set(changed.split()) <= glyphs.words()
+
+
+@pytest.mark.parametrize("background", glyphs.BACKGROUNDS)
+def test_grain_is_only_in_the_large_picture(background):
+    """The picture at 128 pixels is that at 256 with the grain averaged away: it is the same for any grain."""
+    scenes = [glyphs.Scene((), background, 1, seed, "") for seed in (1, 2)]
+    small = [glyphs.draw(scene, 128).astype(int) for scene in scenes]
+    large = [glyphs.draw(scene, 256).astype(int) for scene in scenes]
+    assert np.array_equal(*small)
+    assert np.abs(large[0] - large[1]).mean() > 0.5
+    halved = large[0].reshape(128, 2, 128, 2, 3).mean((1, 3))
+    assert np.abs(halved - small[0]).mean() < 2
+
+
+def test_mask_covers_the_subject():
+    scene = glyphs.Scene((glyphs.Subject("square", "red", "big", 3, 3),), "white", 0, 0, "")
+    mask = glyphs.subject_mask(scene)
+    assert mask.shape == (16, 16) and mask[8, 8] == 1 and mask[0, 0] == 0 and mask[:, :2].sum() == 0
+
+
+def test_write_folder_makes_an_image_text_folder(tmp_path):
+    glyphs.write_folder(tmp_path, 3, resolution=64)
+    data = ImageTextFolder(tmp_path, 64)
+    assert len(data) == 3 and data[1]["caption"] == glyphs.make_scene(1).caption
+    assert np.array_equal(data[1]["image"].permute(1, 2, 0), glyphs.draw(glyphs.make_scene(1), 64))
+    facts = json.loads((tmp_path / "000001.json").read_text())
+    assert facts["background"] == glyphs.make_scene(1).background
+
+
+def test_folder_without_pairs_is_refused(tmp_path):
+    with pytest.raises(FileError, match="no pictures with captions"):
+        ImageTextFolder(tmp_path, 64)
+
+
+def test_dataset_items_have_one_shape():
+    item = GlyphsDataset(128)[5]
+    assert item["image"].shape == (3, 128, 128) and item["image"].dtype == torch.uint8
+    assert item["caption"] == glyphs.make_scene(5).caption
+
+
+def test_step_batches_go_on_where_they_stopped():
+    whole = list(StepBatches(10, 3, 0, 8, seed=1))
+    assert whole[5:] == list(StepBatches(10, 3, 5, 8, seed=1))
+    epoch = [index for batch in whole[:3] for index in batch]
+    assert len(epoch) == len(set(epoch))
+    halves = [list(StepBatches(10, 4, 0, 4, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [
+        sorted(b) for b in StepBatches(10, 4, 0, 4, seed=1)
+    ]

@@ -1,0 +1,124 @@
+"""CLIP guidance: prompts, cutouts, losses, and a gradient that belongs to one picture."""
+
+import math
+
+import pytest
+import torch
+from test_unet import small_unet
+
+from diffusion.denoiser import Denoiser, Schedule
+from diffusion.guidance import ClipGuidance, make_cutouts, parse_prompts, range_loss, spherical_distance, tv_loss
+from diffusion.samplers import generator
+
+
+class ColourClip:
+    """Features are the mean colour of a picture; texts name colours. Remembers what it was asked."""
+
+    image_size = 8
+    colours = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+
+    def tokenize(self, texts):
+        self.texts = [*getattr(self, "texts", []), *texts]
+        return torch.tensor([list(self.colours).index(text) for text in texts])
+
+    def encode_text(self, tokens):
+        return torch.tensor(list(self.colours.values()))[tokens]
+
+    def encode_image(self, image):
+        assert image.shape[-2:] == (8, 8)
+        return image.mean((2, 3))
+
+
+def small_denoiser():
+    return Denoiser(small_unet(), Schedule.named("linear", 1000)).respaced("10")
+
+
+def test_prompts_and_their_weights():
+    assert parse_prompts("a red seven:2|brick") == [("a red seven", 2.0), ("brick", 1.0)]
+    assert parse_prompts(" a :-.5 | b ") == [("a", -0.5), ("b", 1.0)]
+    assert parse_prompts("note: a clock|at 3:x") == [("note: a clock", 1.0), ("at 3:x", 1.0)]
+    assert parse_prompts("|  |") == []
+    assert parse_prompts(":2") == [(":2", 1.0)]
+
+
+def test_weights_are_normalised_and_not_sent_to_clip():
+    clip = ColourClip()
+    guidance = ClipGuidance(clip, parse_prompts("red:3|blue:-1"))
+    assert clip.texts == ["red", "blue"]
+    assert guidance.weights.tolist() == pytest.approx([1.5, -0.5])
+    guidance = ClipGuidance(clip, [("red", 1.0)], [(torch.ones(3, 16, 16), 3.0)], cutn=4)
+    assert guidance.weights.tolist() == pytest.approx([0.25] + [0.75 / 4] * 4)
+    with pytest.raises(ValueError, match="cancel"):
+        ClipGuidance(clip, parse_prompts("red:1|blue:-1"))
+    with pytest.raises(ValueError, match="needs a prompt"):
+        ClipGuidance(clip)
+
+
+def test_cutouts_are_averaged_squares_of_the_picture():
+    picture = torch.rand(3, 24, 24)
+    cutouts = make_cutouts(picture, 8, 32, 1.0, generator(0))
+    assert cutouts.shape == (32, 3, 8, 8)
+    assert torch.equal(cutouts, make_cutouts(picture, 8, 32, 1.0, generator(0)))
+    assert not torch.equal(cutouts, make_cutouts(picture, 8, 32, 1.0, generator(1)))
+    whole = make_cutouts(picture, 8, 3, 0.0, generator(0))
+    assert torch.allclose(whole, torch.nn.functional.avg_pool2d(picture[None], 3).expand(3, -1, -1, -1))
+    # A power above 1 favours small ones, whose sharper pixels vary more.
+    spread = [make_cutouts(picture, 8, 200, power, generator(0)).std().item() for power in (0.2, 1.0, 8.0)]
+    assert spread == sorted(spread)
+
+
+def test_losses_are_what_their_names_say():
+    x = torch.tensor([[1.0, 0.0]])
+    for angle in (0.0, 0.4, math.pi / 2, 3.0):
+        y = 7 * torch.tensor([[math.cos(angle), math.sin(angle)]])
+        assert spherical_distance(x, y).item() == pytest.approx(angle**2 / 2, abs=1e-3)
+    ramp = torch.arange(4.0).expand(2, 3, 4, 4)
+    assert tv_loss(ramp).tolist() == pytest.approx([12 / 16] * 2)
+    assert tv_loss(torch.ones(1, 3, 4, 4)).item() == 0
+    assert range_loss(torch.tensor([0.5, -1.0, 3.0]).view(3, 1, 1, 1)).tolist() == [0, 0, 4]
+
+
+def test_gradient_is_that_of_the_loss_through_the_network():
+    denoiser, x, step = small_denoiser(), torch.randn(1, 3, 32, 32), 5
+    guidance = ClipGuidance(ColourClip(), [("red", 1.0)], tv_scale=100.0, range_scale=10.0, cutn=4)
+    prediction, gradient = guidance.guide([(0,)])(denoiser, x, step)
+
+    def loss(x):
+        with torch.no_grad():
+            x_0 = denoiser(x, step, clip=False).x_0
+        share = (1 - denoiser.schedule.alphas_cumprod[step]).sqrt().float()
+        blended = share * x_0 + (1 - share) * x
+        clip_loss = guidance.clip_loss(blended, [generator(0, "cutouts", step)])
+        return (1000 * clip_loss + 100 * tv_loss(blended) + 10 * range_loss(x_0)).double().item()
+
+    direction = gradient / gradient.norm()
+    slope = (loss(x + 0.01 * direction) - loss(x - 0.01 * direction)) / 0.02
+    assert slope == pytest.approx(-gradient.norm().item(), rel=0.02)
+    assert not prediction.x_0.requires_grad and prediction.x_0.abs().max() <= 1
+    assert torch.allclose(prediction.x_0, denoiser(x, step).x_0, atol=1e-6)
+
+
+def test_gradient_of_a_picture_does_not_depend_on_the_batch():
+    denoiser, x = small_denoiser(), torch.randn(3, 3, 32, 32)
+    guidance = ClipGuidance(ColourClip(), [("green", 1.0)], tv_scale=10.0, range_scale=1.0, cutn=4)
+    identities = [(0, "a"), (0, "b"), (0, "c")]
+    _, together = guidance.guide(identities)(denoiser, x, 4)
+    for i in range(3):
+        _, alone = guidance.guide(identities[i : i + 1])(denoiser, x[i : i + 1], 4)
+        assert torch.allclose(alone[0], together[i], atol=1e-5 * together.abs().max())
+    _, other = guidance.guide(identities[::-1])(denoiser, x, 4)
+    assert not torch.allclose(other[0], together[0], atol=1e-3 * together.abs().max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "unipc"])
+def test_pictures_turn_to_the_prompt(tiny_vae, sampler):
+    from test_diffusion import small_decoder
+
+    decoder = small_decoder(tiny_vae)
+    tokens = torch.zeros(1, 256, dtype=torch.long)
+    shares = {}
+    for colour in ("red", "blue"):
+        guidance = ClipGuidance(ColourClip(), [(colour, 1.0)], clip_guidance_scale=20_000, cutn=4)
+        mean = decoder.decode(tokens, steps=8, sampler=sampler, guidance=guidance).mean((0, 2, 3))
+        shares[colour] = mean / mean.sum()
+    assert shares["red"][0] > shares["blue"][0] + 0.02 and shares["blue"][2] > shares["red"][2] + 0.02
