@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch.data import open_dataset
     from dalle_pytorch.tasks import DalleTask
     from dalle_pytorch.tokenizers import HugTokenizer
-    from dalle_pytorch.vae import vqgan  # noqa: F401  a class is found by name once its module is imported
 
     torch.manual_seed(arguments.seed)
     tokenizer = HugTokenizer(arguments.bpe_path)

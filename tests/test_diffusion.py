@@ -94,15 +94,14 @@ def test_respacing_keeps_the_noise_at_the_steps_it_visits(name):
 def test_posterior_is_bayes_rule():
     schedule = Schedule.named("linear", 50)
     denoiser = Denoiser(None, schedule)
-    x_0, x, step = 0.3, -0.8, 20
+    x_0, x, step = torch.tensor(0.3).double(), torch.tensor(-0.8).double(), 20
     # q(x_{t-1} | x_0) · q(x_t | x_{t-1}), both Gaussians in x_{t-1}.
     prior_mean = schedule.alphas_cumprod[step - 1].sqrt() * x_0
     prior_precision = 1 / (1 - schedule.alphas_cumprod[step - 1])
     beta = schedule.betas[step]
     precision = prior_precision + (1 - beta) / beta
     mean = (prior_mean * prior_precision + (1 - beta).sqrt() * x / beta) / precision
-    got = denoiser.posterior_mean(torch.full((1, 1, 1, 1), x).double(), step, torch.full((1, 1, 1, 1), x_0).double())
-    assert got.item() == pytest.approx(mean.item(), rel=1e-12)
+    assert denoiser.posterior_mean(x, step, x_0).item() == pytest.approx(mean.item(), rel=1e-12)
     assert schedule.posterior_log_variance[step].exp().item() == pytest.approx(1 / precision.item(), rel=1e-12)
     assert schedule.posterior_log_variance[0] == schedule.posterior_log_variance[1]
 
@@ -123,12 +122,12 @@ def gaussian_denoiser(mean=0.3, deviation=0.2, steps="20", **settings):
     return Denoiser(network, schedule, **settings).respaced(steps)
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", "100"), ("ddpm", "200"), ("dpm++", "20"), ("unipc", "20")])
-def test_samplers_draw_from_the_distribution(sampler, steps):
-    denoiser = gaussian_denoiser(steps=steps, sigma_small=True)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_draw_from_the_distribution(sampler):
+    denoiser = gaussian_denoiser(steps="200", sigma_small=True)
     noise = Noise([generator(i) for i in range(4)], (3, 32, 32))
     seen = list(SAMPLERS[sampler](denoiser, noise(), noise))
-    assert [step for step, _, _ in seen] == list(reversed(range(int(steps))))
+    assert [step for step, _, _ in seen] == list(reversed(range(200)))
     pixels = seen[-1][1]
     assert pixels.mean().item() == pytest.approx(0.3, abs=0.02)
     assert pixels.std().item() == pytest.approx(0.2, abs=0.02)
@@ -233,12 +232,14 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_vae, sampler)
     decoder = small_decoder(tiny_vae)
     tokens = torch.randint(32, (3, 256), generator=generator("tokens"))
     together = decoder.decode(tokens, steps=3, sampler=sampler, seed=5, images=[0, 1, 0])
-    assert together.shape == (3, 3, 128, 128) and 0 <= together.min() and together.max() <= 1
+    assert together.shape == (3, 3, 128, 128)
+    assert together.min() >= 0 and together.max() <= 1
     for i, image in enumerate([0, 1, 0]):
         alone = decoder.decode(tokens[i : i + 1], steps=3, sampler=sampler, seed=5, images=[image])
         assert torch.allclose(alone[0], together[i], atol=1e-5)
-    assert not torch.allclose(together, decoder.decode(tokens, steps=3, sampler=sampler, seed=6, images=[0, 1, 0]), atol=0.01)
-    assert not torch.allclose(together[1], decoder.decode(tokens, steps=3, sampler=sampler, seed=5)[1], atol=0.01)
+    for seed, images in ((6, [0, 1, 0]), (5, None)):
+        other = decoder.decode(tokens, steps=3, sampler=sampler, seed=seed, images=images)
+        assert not torch.allclose(together[1], other[1], atol=0.01)
 
 
 def test_stopping_early_gives_what_was_predicted_by_then(tiny_vae):
@@ -264,7 +265,7 @@ def test_native_folder_finds_the_vae_inside_or_beside(tiny_vae, tmp_path):
         tiny_vae.save_pretrained(tmp_path / place)
         opened = DiffusionDecoder.from_pretrained(tmp_path / "bundle/decoder")
         assert opened.config == decoder.config and opened.denoiser.num_steps == 500
-        assert torch.equal(opened.decode(tokens, steps=2), decoder.decode(tokens, steps=2))
+        assert torch.allclose(opened.decode(tokens, steps=2), decoder.decode(tokens, steps=2), atol=1e-5)
     assert not any(name.startswith("vae") for name in decoder.own_state_dict())
 
 

@@ -4,25 +4,28 @@ import math
 
 import pytest
 import torch
+from test_diffusion import gaussian_denoiser
 from test_unet import small_unet
 
 from diffusion.denoiser import Denoiser, Schedule
 from diffusion.guidance import ClipGuidance, make_cutouts, parse_prompts, range_loss, spherical_distance, tv_loss
-from diffusion.samplers import generator
+from diffusion.samplers import SAMPLERS, Noise, generator
 
 
 class ColourClip:
     """Features are the mean colour of a picture; texts name colours. Remembers what it was asked."""
 
     image_size = 8
-    colours = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+
+    def __init__(self):
+        self.texts = []
 
     def tokenize(self, texts):
-        self.texts = [*getattr(self, "texts", []), *texts]
-        return torch.tensor([list(self.colours).index(text) for text in texts])
+        self.texts += texts
+        return torch.tensor([("red", "green", "blue").index(text) for text in texts])
 
     def encode_text(self, tokens):
-        return torch.tensor(list(self.colours.values()))[tokens]
+        return torch.eye(3)[tokens]
 
     def encode_image(self, image):
         assert image.shape[-2:] == (8, 8)
@@ -110,15 +113,15 @@ def test_gradient_of_a_picture_does_not_depend_on_the_batch():
     assert not torch.allclose(other[0], together[0], atol=1e-3 * together.abs().max())
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "unipc"])
-def test_pictures_turn_to_the_prompt(tiny_vae, sampler):
-    from test_diffusion import small_decoder
-
-    decoder = small_decoder(tiny_vae)
-    tokens = torch.zeros(1, 256, dtype=torch.long)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pictures_turn_to_the_prompt(sampler):
+    denoiser = gaussian_denoiser(mean=0.0, steps="25")
     shares = {}
     for colour in ("red", "blue"):
-        guidance = ClipGuidance(ColourClip(), [(colour, 1.0)], clip_guidance_scale=20_000, cutn=4)
-        mean = decoder.decode(tokens, steps=8, sampler=sampler, guidance=guidance).mean((0, 2, 3))
+        guidance = ClipGuidance(ColourClip(), [(colour, 1.0)], cutn=4)
+        noise = Noise([generator(0)], (3, 32, 32))
+        *_, (_, pictures, _) = SAMPLERS[sampler](denoiser, noise(), noise, guidance.guide([(0,)]))
+        mean = ((pictures + 1) / 2).mean((0, 2, 3))
         shares[colour] = mean / mean.sum()
-    assert shares["red"][0] > shares["blue"][0] + 0.02 and shares["blue"][2] > shares["red"][2] + 0.02
+    assert shares["red"][0] > shares["blue"][0] + 0.01
+    assert shares["blue"][2] > shares["red"][2] + 0.01

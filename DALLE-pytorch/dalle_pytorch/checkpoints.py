@@ -7,6 +7,7 @@ from `PretrainedModel` and marks its constructor with `records_config` gains `sa
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -128,11 +129,11 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).device
 
     def own_state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors that belong in this model's own file. A model that holds another saved beside it overrides this."""
+        """The tensors of this model's own file. A model that holds another, saved beside it, leaves that one's out."""
         return self.state_dict()
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`; `dtype` converts floating-point weights on the way."""
+        """Writes `config.json` and `model.safetensors` into `folder`, floating-point weights as `dtype` if given."""
         folder = Path(folder)
         state = {
             name: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else None).contiguous()
@@ -160,9 +161,9 @@ class PretrainedModel(nn.Module):
         folder = resolve_folder(folder)
         config = read_config(folder)
         name = config.pop("class", None)
-        if not (name in _CLASSES and issubclass(_CLASSES[name], cls)):
+        model_class = _find_class(name)
+        if model_class is None or not issubclass(model_class, cls):
             raise CheckpointError(f"{folder} holds a {name}, and a {cls.__name__} is wanted")
-        model_class = _CLASSES[name]
         arguments = {**config, **model_class.companions(folder, overrides), **overrides}
         known = inspect.signature(model_class.__init__).parameters
         if unknown := sorted(set(arguments) - set(known)):
@@ -181,6 +182,14 @@ class PretrainedModel(nn.Module):
     def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments that live in folders of their own, such as a DALLE's VAE; none for most models."""
         return {}
+
+
+def _find_class(name: str | None) -> type[PretrainedModel] | None:
+    """The model class of that name: one already defined, or one that the package exports and has not imported yet."""
+    package = importlib.import_module(__package__)
+    if name not in _CLASSES and name in package.__all__:
+        getattr(package, name)
+    return _CLASSES.get(name)
 
 
 def companion_path(folder: Path, name: str) -> Path | None:

@@ -49,7 +49,7 @@ _CLIP_NAMES = (
     (r"^visual_pos_emb\.", "patch_pos_emb."),
 )
 # Tables that are computed here, and second names of the output layer under share_input_output_emb.
-_DALLE_DROPPED = re.compile(r"^(vae\..*|logits_mask|transformer\.pos_emb|(text|image)_emb\.linear\..*|.*\.static_mask)$")
+_DALLE_DROPPED = re.compile(r"vae\.|logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
 # Recorded by some releases and without a meaning for the weights; 1.x took sparse_attn and ignored it.
 _DALLE_IGNORED = {"vae", "sparse_attn", "optimize_for_inference"}
 
@@ -68,17 +68,17 @@ def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dic
 
 
 def load_dalle(path: str | os.PathLike, vae: nn.Module | None = None) -> DALLE:
-    """Opens a prior, in evaluation mode on the CPU: a native folder or a `dalle.pt` of DALLE-pytorch or its DALL-3 fork.
+    """Opens a prior, in evaluation mode on the CPU: a native folder, or a `dalle.pt` of DALLE-pytorch or a fork of it.
 
     `vae` overrides the one that the checkpoint names. Raises `CheckpointError` with one line that says what is wrong.
     """
-    if Path(path).is_dir() or not Path(path).suffix:
+    if not _is_file(path):
         return DALLE.from_pretrained(path, **({} if vae is None else {"vae": vae}))
     checkpoint = _read_checkpoint(path, "hparams", "weights")
     weights = checkpoint["weights"]
+    arguments = _dalle_arguments(path, checkpoint["hparams"], weights)
     if vae is None:
         vae = _checkpoint_vae(path, checkpoint)
-    arguments = _dalle_arguments(path, checkpoint["hparams"], weights)
     image_tokens = arguments["num_image_tokens"]
     if vae.num_tokens != image_tokens:
         raise CheckpointError(f"{path}: {image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
@@ -93,7 +93,7 @@ def load_dalle(path: str | os.PathLike, vae: nn.Module | None = None) -> DALLE:
 
 def load_discrete_vae(path: str | os.PathLike) -> DiscreteVAE:
     """Opens a DiscreteVAE, in evaluation mode on the CPU: a native folder or a `vae.pt` of DALLE-pytorch."""
-    if Path(path).is_dir():
+    if not _is_file(path):
         return DiscreteVAE.from_pretrained(path)
     checkpoint = _read_checkpoint(path, "hparams", "weights")
     return _discrete_vae(path, checkpoint["hparams"], checkpoint["weights"])
@@ -101,7 +101,7 @@ def load_discrete_vae(path: str | os.PathLike) -> DiscreteVAE:
 
 def load_trainable_clip(path: str | os.PathLike) -> CLIP:
     """Opens a trainable CLIP, in evaluation mode on the CPU: a native folder or weights with their `hparams`."""
-    if Path(path).is_dir():
+    if not _is_file(path):
         return CLIP.from_pretrained(path)
     checkpoint = _read_checkpoint(path, "hparams", "weights")
     model = _build(path, CLIP, checkpoint["hparams"])
@@ -113,8 +113,13 @@ def load_trainable_clip(path: str | os.PathLike) -> CLIP:
 # Parts
 
 
+def _is_file(path: str | os.PathLike) -> bool:
+    """Whether this means a single file, present or not, and no folder or hub name."""
+    return Path(path).is_file() or Path(path).suffix in (".pt", ".pth")
+
+
 def _read_checkpoint(path: str | os.PathLike, *wanted: str) -> dict[str, Any]:
-    """A `torch.save` dictionary that has the keys `wanted`, tensors memory-mapped where the format allows."""
+    """A `torch.save` dictionary that has the dictionaries `wanted`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -140,11 +145,6 @@ def _build(path: str | os.PathLike, model_class: type[nn.Module], arguments: dic
 
 
 def _discrete_vae(path: str | os.PathLike, hparams: dict[str, Any], weights: dict[str, Tensor]) -> DiscreteVAE:
-    normalization = hparams.get("normalization")
-    if normalization is not None:
-        # 1.x records a mean and a deviation more, for an alpha channel.
-        channels = hparams.get("channels", 3)
-        hparams = {**hparams, "normalization": [list(values[:channels]) for values in normalization]}
     model = _build(path, DiscreteVAE, hparams)
     load_state(model, weights, source=path)
     return model.eval()
@@ -154,14 +154,13 @@ def _checkpoint_vae(path: str | os.PathLike, checkpoint: dict[str, Any]) -> nn.M
     name = checkpoint.get("vae_class_name") or ("DiscreteVAE" if checkpoint.get("vae_params") else "a published VAE")
     if name != "DiscreteVAE" or not checkpoint.get("vae_params"):
         raise CheckpointError(f"{path} was trained with {name}, which is not in it; give that one with vae=")
-    prefix = "vae."
-    weights = {key.removeprefix(prefix): value for key, value in checkpoint["weights"].items() if key.startswith(prefix)}
+    weights = {key[4:]: value for key, value in checkpoint["weights"].items() if key.startswith("vae.")}
     return _discrete_vae(path, checkpoint["vae_params"], weights)
 
 
 def _dalle_arguments(path: str | os.PathLike, hparams: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments: sizes and options from the weights where they tell, the rest as recorded."""
-    if any(".mlp" in value for value in (hparams.get("attn_types") or ())) or "mlp" in (hparams.get("attn_types") or ()):
+    if "mlp" in (hparams.get("attn_types") or ()):
         raise CheckpointError(f"{path} has gMLP layers (attn_types mlp), which are not supported")
     arguments = {key: value for key, value in hparams.items() if key not in _DALLE_IGNORED}
     try:

@@ -1,0 +1,261 @@
+"""Sampling: filters, draws, and the cached loop against the plain forward pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dalle_pytorch.dalle import DALLE
+from dalle_pytorch.sampling import candidate_uniforms, check_sampling, draw, filter_logits, prefill, sample_image_tokens
+from dalle_pytorch.vae.discrete import DiscreteVAE
+
+OPTIONS = {
+    "plain": {"shift_tokens": False},
+    "shift": {},
+    "learned": {"rotary_emb": False},
+    "learned, no shift": {"rotary_emb": False, "shift_tokens": False},
+    "patterns": {"attn_types": ("axial_row", "axial_col", "conv_like")},
+    "sparse": {"sparse_attn": (True, False)},
+    "reversible": {"reversible": True},
+    "sandwich, stable": {"sandwich_norm": True, "stable": True},
+    "shared": {"shared_attn_ids": (0, 1, 0), "shared_ff_ids": (0, 0, 1), "share_input_output_emb": True},
+    "qk_norm": {"qk_norm": True},
+}
+
+
+def make_dalle(dtype: torch.dtype = torch.float64, **options) -> DALLE:
+    """A tiny prior of 6×6 tokens whose weights are large enough for every part to matter."""
+    torch.manual_seed(0)
+    vae = DiscreteVAE(image_size=24, num_tokens=40, codebook_dim=4, num_layers=2, hidden_dim=4)
+    sizes = {"dim": 36, "num_text_tokens": 30, "text_seq_len": 6, "depth": 3, "heads": 2, "dim_head": 16}
+    dalle = DALLE(vae=vae, **{**sizes, **options})
+    with torch.no_grad():
+        for parameter in dalle.transformer.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return dalle.to(dtype).eval()
+
+
+def make_text(batch: int = 1) -> torch.Tensor:
+    text = torch.randint(1, 30, (batch, 6), generator=torch.Generator().manual_seed(2))
+    text[:, 4:] = 0
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Filters and draws
+
+
+@pytest.mark.parametrize("top_k, kept", [(3, 3), (1, 1), (100, 8), (0.0, 8), (0.9, 1), (0.7, 6), (0.5, 8), (0.999, 1)])
+def test_top_k_counts_over_all_tokens(top_k, kept):
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.5, -1.0, 4.0, 0.0, 0.25]])
+    filtered = filter_logits(logits, top_k=top_k, num_total=20 if top_k != 0.9 else 10)
+    assert torch.isfinite(filtered).sum() == kept
+    order = logits[0].argsort(descending=True)
+    assert torch.isfinite(filtered[0, order[:kept]]).all()
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    for top_p, kept in ((0.4, [1]), (0.51, [1, 3]), (0.74, [1, 3]), (0.76, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1, [0, 1, 2, 3])):
+        assert torch.isfinite(filter_logits(logits, top_p=top_p)).nonzero().flatten().tolist() == kept
+    # The least top_p leaves one token, equals stay together, and top_k wins.
+    assert torch.isfinite(filter_logits(logits, top_p=1e-9)).sum() == 1
+    assert torch.isfinite(filter_logits(torch.tensor([1.0, 2.0, 2.0]), top_p=0.1)).sum() == 2
+    assert torch.isfinite(filter_logits(logits, top_k=3, top_p=0.1)).sum() == 3
+
+
+def test_draws_follow_the_filtered_distribution():
+    logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log()
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    tokens = draw(logits.expand(1000, 4), uniforms)
+    assert tokens.bincount(minlength=4).tolist() == [200, 0, 500, 300]
+    # Filtering comes before the temperature: at temperature 2, weights are the square roots of what top_p keeps.
+    tokens = draw(filter_logits(logits, top_p=0.6).expand(1000, 4), uniforms, temperature=2)
+    share = math.sqrt(0.5) / (math.sqrt(0.5) + math.sqrt(0.3))
+    assert tokens.bincount(minlength=4).tolist() == [0, 0, round(1000 * share), 1000 - round(1000 * share)]
+    assert draw(logits[None], torch.tensor([0.99]), temperature=0).tolist() == [2]
+
+
+def test_draws_at_the_ends_of_the_interval():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
+    assert draw(logits, torch.tensor([0.0])).tolist() == [1]
+    assert draw(logits, torch.tensor([1 - 2.0**-32], dtype=torch.float64)).tolist() == [2]
+
+
+def test_uniforms_belong_to_seed_prompt_candidate_and_place():
+    prompt = torch.tensor([5, 6, 0, 0])
+    uniforms = candidate_uniforms(7, prompt, range(4), 16)
+    assert uniforms.shape == (4, 16) and uniforms.min() >= 0 and uniforms.max() < 1
+    assert torch.equal(uniforms[2:3, :9], candidate_uniforms(7, torch.tensor([5, 6]), [2], 9))
+    for other in (candidate_uniforms(8, prompt, range(4), 16), candidate_uniforms(7, prompt + 1, range(4), 16)):
+        assert not (uniforms == other).any()
+    assert len(set(uniforms.flatten().tolist())) == 64
+    # Recorded: the same on every machine and in every release.
+    expected = candidate_uniforms(0, torch.tensor([1, 2, 3]), [0, 1000], 2)
+    assert (expected * 2**32).long().tolist() == RECORDED
+
+
+RECORDED = [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"top_p": 0}, "top_p must be above 0"), ({"top_p": 1.5}, "1.5"), ({"top_p": math.nan}, "nan"),
+    ({"top_k": -1}, "top_k"), ({"top_k": 1.5}, "1.5"), ({"top_k": math.inf}, "inf"),
+    ({"temperature": -0.1}, "temperature must be 0"), ({"temperature": math.nan}, "nan"),
+])  # fmt: skip
+def test_settings_out_of_range(settings, words):
+    with pytest.raises(ValueError, match=words):
+        check_sampling(**settings)
+    with pytest.raises(ValueError, match=words):
+        make_dalle().generate_images(make_text(), **settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# The cached loop
+
+
+@pytest.mark.parametrize("primed", [0, 1, 6, 9], ids=lambda count: f"primed {count}")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_cached_logits_equal_the_plain_forward(options, primed):
+    dalle, text = make_dalle(**options), make_text(2)
+    tokens = torch.randint(0, 40, (2, 36), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = dalle(text, tokens)[:, 6 + primed :, dalle.num_text_tokens :]
+        prefix = prefill(dalle, text, tokens[:, :primed])
+        # Candidates in another order than the prompts, and more of them.
+        rows = torch.tensor([1, 0, 1])
+        cache = prefix.cache.gather(rows, dalle.total_seq_len)
+        logits = [prefix.logits[rows]]
+        for i in range(primed, 35):
+            hidden = dalle.hidden(dalle.embed_image(tokens[rows, i : i + 1], start=i), cache)
+            logits.append(dalle.image_logits(hidden[:, 0]))
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected[rows], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 0.0, 2.5])
+@pytest.mark.parametrize("primed", [None, 0, 15])
+def test_cached_sampler_draws_what_the_plain_one_draws(cond_scale, primed):
+    dalle, text = make_dalle(), make_text(3)
+    text[2] = text[1]
+    image = None if primed is None else torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(4)).double()
+    settings = {"cond_scale": cond_scale, "img": image, "num_init_img_tokens": primed, "seed": 1, "return_tokens": True}
+    images, tokens = dalle.generate_images(text, top_p=0.9, **settings)
+    _, expected = dalle.generate_images(text, top_p=0.9, use_cache=False, **settings)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(images, dalle.vae.decode_image(tokens))
+    if primed:
+        assert torch.equal(tokens[:, :primed], dalle.encode_image(image)[:, :primed])
+        assert not torch.equal(tokens, dalle.encode_image(image))
+    assert not torch.equal(tokens[1], tokens[2])
+
+
+def test_guidance_is_null_plus_scaled_difference():
+    dalle, text = make_dalle(), make_text()
+    tokens = {}
+    for scale in (0.0, 1.0, 3.0):
+        logits = []
+        original = dalle.image_logits
+        dalle.image_logits = lambda hidden, original=original, logits=logits: logits.append(original(hidden)) or logits[-1]
+        tokens[scale] = dalle.generate_images(text, cond_scale=scale, temperature=0, return_tokens=True)[1]
+        dalle.image_logits = original
+    first = dalle(text)[:, -1, dalle.num_text_tokens :]
+    null = dalle(torch.zeros_like(text))[:, -1, dalle.num_text_tokens :]
+    for scale in (0.0, 1.0, 3.0):
+        assert tokens[scale][0, 0] == (null + (first - null) * scale).argmax()
+
+
+def draw_candidates(dalle: DALLE, text: torch.Tensor, uniforms: torch.Tensor, batch_size: int, **settings) -> torch.Tensor:
+    prefix = prefill(dalle, text)
+    return torch.cat([
+        sample_image_tokens(dalle, prefix, torch.zeros(len(part), dtype=torch.long), part, **settings)
+        for part in uniforms.split(batch_size)
+    ])  # fmt: skip
+
+
+def test_batch_size_changes_no_candidate():
+    dalle, text = make_dalle(), make_text()
+    uniforms = candidate_uniforms(0, text[0], range(12), 36)
+    expected = draw_candidates(dalle, text, uniforms, 12, top_p=0.9)
+    assert len(expected.unique(dim=0)) == 12
+    for batch_size in (1, 5):
+        assert torch.equal(draw_candidates(dalle, text, uniforms, batch_size, top_p=0.9), expected)
+
+
+def test_rounding_in_float32_changes_few_candidates():
+    dalle, text = make_dalle(torch.float32), make_text()
+    uniforms = candidate_uniforms(0, text[0], range(300), 36)
+    batches = [draw_candidates(dalle, text, uniforms, size, top_p=0.9) for size in (300, 64, 7)]
+    for other in batches[1:]:
+        assert (batches[0] != other).any(dim=1).float().mean() < 0.01
+
+
+def test_the_prompt_is_run_once_and_a_token_costs_one_token():
+    dalle, text = make_dalle(), make_text()
+    shapes = []
+    forward = dalle.transformer.forward
+    dalle.transformer.forward = lambda x, cache=None: shapes.append(tuple(x.shape[:2])) or forward(x, cache=cache)
+    steps = []
+    dalle.generate_images(text.expand(4, -1), on_token=lambda: steps.append(1))
+    assert shapes == [(1, 7)] + [(4, 1)] * 35
+    assert len(steps) == 36
+
+
+def test_mode_and_global_random_numbers():
+    dalle, text = make_dalle(attn_dropout=0.5), make_text()
+    dalle.train()
+    torch.manual_seed(3)
+    first = dalle.generate_images(text)
+    assert dalle.training and not first.requires_grad
+    torch.manual_seed(3)
+    assert torch.equal(first, dalle.generate_images(text))
+    assert not torch.equal(first, dalle.generate_images(text))
+    assert torch.equal(dalle.generate_images(text, seed=1), dalle.generate_images(text, seed=1))
+
+
+def test_names_of_older_releases():
+    dalle, text = make_dalle(), make_text(2)
+    mask = torch.arange(6) < 2
+
+    def tokens(**settings):
+        return dalle.generate_images(settings.pop("text", text), seed=0, return_tokens=True, **settings)[1]
+
+    assert torch.equal(tokens(filter_thres=0.9), tokens(top_k=0.9))
+    assert torch.equal(tokens(top_k_thresh=0.9), tokens(top_k=0.9))
+    assert torch.equal(tokens(top_p_thresh=0.5), tokens(top_p=0.5))
+    assert torch.equal(tokens(), tokens(filter_thres=0.5))
+    assert torch.equal(tokens(mask=mask.expand(2, 6)), tokens(text=text.masked_fill(~mask, 0)))
+    assert torch.equal(tokens(text=torch.nn.functional.pad(text, (0, 3), value=9)), tokens())
+
+
+def test_half_the_image_is_kept_unless_told_otherwise():
+    dalle, image = make_dalle(), torch.rand(1, 3, 24, 24, dtype=torch.float64)
+    given = dalle.encode_image(image)
+    _, tokens = dalle.generate_images(make_text(3), img=image, return_tokens=True, seed=0)
+    # 7/16 of 36 tokens.
+    assert torch.equal(tokens[:, :15], given[:, :15].expand(3, -1)) and len(tokens[:, 15:].unique(dim=0)) == 3
+    with pytest.raises(ValueError, match="from 0 to 35, not 36"):
+        dalle.generate_images(make_text(), img=image, num_init_img_tokens=36)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def encode(self, text):
+        return [ord(letter) - 96 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(96 + token) for token in ids)
+
+
+def test_texts():
+    dalle = make_dalle()
+    tokens, texts = dalle.generate_texts(Letters(), "ab", seed=0, top_p=0.9)
+    assert tokens.shape == (1, 6) and tokens[0, :2].tolist() == [1, 2]
+    assert texts == [Letters().decode([token for token in tokens[0].tolist() if token])] and texts[0].startswith("ab")
+    # Each token is the likeliest of the plain forward pass at temperature 0, padding at its own place shown as 0.
+    tokens, _ = dalle.generate_texts(Letters(), temperature=0)
+    logits = dalle(tokens)[:, :6, : dalle.num_text_tokens]
+    likeliest = logits.argmax(dim=-1)
+    assert torch.equal(torch.where(likeliest >= 30, 0, likeliest)[0, :1], tokens[0, :1])
