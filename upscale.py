@@ -61,9 +61,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("models (without these, the one in models/default)")
     group.add_argument("--model_path", help="a native folder, or a .pt of guided-diffusion's")
     group.add_argument("--model_size", type=int, choices=(64, 128, 256), help="which published settings a .pt has")
-    group.add_argument("--vae_path", help="the VAE of the tokens: a native folder, or a VQGAN's last.ckpt")
+    group.add_argument("--vae_path", help="the VAE of the tokens: a native folder, or a VQGAN's .ckpt")
     group.add_argument("--vqgan_config_path", help="its model.yaml")
-    group.add_argument("--dvae_mode", action="store_true", help="--vae_path is a DiscreteVAE's")
+    group.add_argument("--dvae_mode", action="store_true", help="--vae_path is a DiscreteVAE, a vae.pt")
     group.add_argument("--clip_path", help="the CLIP that guides: a native folder, an OpenAI file, a hub name")
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
@@ -115,7 +115,9 @@ def open_vae(arguments: argparse.Namespace) -> Any:
     if path and Path(path).is_dir():
         return PretrainedModel.from_pretrained(path)
     if arguments.dvae_mode:
-        raise UsageError(f"{path} is not a native folder; vae.pt files of DALLE-pytorch cannot be opened yet")
+        from dalle_pytorch.published import load_discrete_vae
+
+        return load_discrete_vae(path)
     if path is None and not is_foreign(arguments.model_path):
         return None
     from dalle_pytorch.vae import load_vqgan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {name: value for name, value in vars(arguments).items() if name.startswith(("dim_", "text_", "visual_"))}
     clip = CLIP(num_text_tokens=tokenizer.vocab_size, **sizes)
     clip.tokenizer = tokenizer
+    clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
     dataset = open_dataset(arguments.image_text_folder, arguments.visual_image_size)
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))
     clip.save_pretrained(Path(arguments.output_dir) / "clip", dtype=torch.float16)

@@ -86,7 +86,8 @@ def sample_solver(
 
     scheduler = getattr(diffusers, scheduler_class)(
         num_train_timesteps=denoiser.num_steps,
-        trained_betas=denoiser.schedule.betas.tolist(),
+        # In its single precision a beta nearer to 1 is 1, and the noise level infinite.
+        trained_betas=denoiser.schedule.betas.clamp(max=1 - 1e-6).tolist(),
         prediction_type="sample",
         timestep_spacing="trailing",
     )

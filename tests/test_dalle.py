@@ -338,7 +338,7 @@ def test_discrete_vae_learns(options):
         loss, _ = vae(images, return_loss=True, return_recons=True)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert vae.encoder[0][0].weight.grad.abs().sum() > 0
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 

@@ -77,9 +77,10 @@ def _fail(message: str) -> NoReturn:
 
 def describe(error: OSError) -> str:
     """One line that says what the operating system refused, and what helps."""
-    place = str(error.filename) if error.filename is not None else "a file"
+    place = "a file" if error.filename is None else str(error.filename)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {place} could not be written; free some space or write elsewhere"
+        # The system does not say which file; what was half written has been removed.
+        return "the disk is full, and not everything was written; free some space or write elsewhere"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} may not be written or read ({error.strerror}); choose another place or mend its permissions"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):

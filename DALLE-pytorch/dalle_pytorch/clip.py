@@ -110,6 +110,8 @@ class CLIP(PretrainedModel):
         return self._text_features(text, text_mask | ~text_mask.any(dim=1, keepdim=True))
 
     def _text_features(self, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        if text.shape[1] > self.text_seq_len:
+            raise ValueError(f"{text.shape[1]} text tokens are too many: this CLIP reads {self.text_seq_len}")
         emb = self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
         out = self.text_transformer(emb, key_mask=text_mask)
         if text_mask is None:

@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import processors as post_processors
 from torch import Tensor
 
-from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.checkpoints import CheckpointError, companion_path
 
 
 class TextTooLongError(ValueError, RuntimeError):
@@ -137,7 +137,12 @@ class SimpleTokenizer(Tokenizer):
         if len(merges) < _CLIP_MERGES or any(len(pair) != 2 for pair in merges):
             raise CheckpointError(f"{bpe_path or CLIP_VOCABULARY} is not CLIP's list of {_CLIP_MERGES} merges")
         letters = _byte_letters()
-        tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), *_CLIP_SPECIALS]
+        tokens = [
+            *letters,
+            *(f"{letter}</w>" for letter in letters),
+            *("".join(pair) for pair in merges),
+            *_CLIP_SPECIALS,
+        ]
         self.vocab_size = len(tokens)
         self._ends = {tokens.index(token) for token in _CLIP_SPECIALS}
         self.tokenizer = tokenizers.Tokenizer(
@@ -315,3 +320,27 @@ class ChineseTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
         return self.tokenizer.decode(_kept(ids, pad_tokens))
+
+
+# --------------------------------------------------------------------------------------------------
+# Which one
+
+
+def load_tokenizer(
+    path: str | os.PathLike | None = None,
+    *,
+    hug: bool = False,
+    chinese: bool = False,
+    beside: str | os.PathLike | None = None,
+) -> Tokenizer:
+    """The tokenizer that DALLE-pytorch's `--bpe_path`, `--hug` and `--chinese` name.
+
+    Without a path it is the `tokenizer.json` in or beside the native folder `beside`, or CLIP's, which is what
+    DALLE-pytorch trains with when told nothing.
+    """
+    if chinese:
+        return ChineseTokenizer() if path is None else ChineseTokenizer(path)
+    if path is not None:
+        return HugTokenizer(path) if hug or Path(path).suffix == ".json" else YttmTokenizer(path)
+    found = companion_path(Path(beside), "tokenizer.json") if beside is not None and Path(beside).is_dir() else None
+    return SimpleTokenizer() if found is None else HugTokenizer(found)

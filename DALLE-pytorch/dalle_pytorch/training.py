@@ -74,8 +74,15 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
     first_step = state.load(checkpoint) if checkpoint.exists() else 0
     batches = StepBatches(len(dataset), options.batch_size, first_step, options.steps, options.seed,
                           accelerator.process_index, accelerator.num_processes)  # fmt: skip
-    # Workers draw no random numbers (samples depend on their index), so what they do cannot disturb a resumed run.
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=options.num_workers, collate_fn=collate)
+    # Samples depend on their index alone, and the loader has a generator of its own: starting it anew, as a resumed run
+    # does, draws nothing from the one that the task uses.
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=options.num_workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
 
     model.train()
     started = time.monotonic()
@@ -101,7 +108,7 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
                     "lr": schedules[0].get_last_lr()[0],
                     "seconds": seconds,
                 }
-                figures = {name: float(value) for name, value in figures.items()}
+                figures = {name: torch.as_tensor(value).detach().item() for name, value in figures.items()}
                 _log(Path(options.output_dir), step, figures)
                 if report:
                     report(step, figures)

@@ -1,0 +1,124 @@
+"""The trainable CLIP: the same numbers as DALLE-pytorch, masks, negatives, and its use as a scorer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.clip import CLIP
+from dalle_pytorch.published import load_trainable_clip
+
+
+class Letters:
+    """A tokenizer of letters that pads with 0."""
+
+    def tokenize(self, texts, context_length, truncate_text=False):
+        rows = [[ord(letter) - 96 for letter in text][:context_length] for text in texts]
+        return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
+
+
+def make_clip(**options) -> CLIP:
+    torch.manual_seed(0)
+    sizes = {"dim_text": 24, "dim_image": 24, "dim_latent": 16, "num_text_tokens": 30, "text_seq_len": 6,
+             "text_enc_depth": 1, "text_heads": 2, "visual_enc_depth": 1, "visual_heads": 2, "visual_image_size": 16,
+             "visual_patch_size": 4, "text_dim_head": 8, "visual_dim_head": 8}  # fmt: skip
+    return CLIP(**{**sizes, **options})
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 27, (3, 6), generator=generator)
+    text[:, 4:] = 0
+    return text, torch.rand(3, 3, 16, 16, generator=generator)
+
+
+def test_same_numbers_as_upstream(parity):
+    folder = parity("dalle/clip_trainable")
+    golden = load_file(folder / "golden.safetensors")
+    clip = load_trainable_clip(folder / "clip.pt")
+    batch = golden["text"], golden["image"], golden["text_mask"].bool()
+    with torch.no_grad():
+        for actual, reference in ((clip(*batch), "scores"), (clip(*batch, return_loss=True), "loss")):
+            assert (actual - golden[reference]).abs().max() <= 1e-4 * golden[reference].abs().max()
+
+
+def test_padding_does_not_count():
+    clip, (text, image) = make_clip().eval(), make_batch()
+    features = clip.encode_text(text)
+    torch.testing.assert_close(features, clip.encode_text(text[:, :4]))
+    torch.testing.assert_close(
+        clip(text, image, text_mask=text != 0), F.cosine_similarity(features, clip.encode_image(image)) * torch.e
+    )
+    assert not torch.allclose(clip(text, image), clip(text, image, text_mask=text != 0))
+    assert torch.isfinite(clip.encode_text(torch.zeros_like(text))).all()
+
+
+def test_loss_with_and_without_negatives():
+    clip, (text, image) = make_clip(), make_batch()
+    negatives = torch.randint(1, 27, (3, 2, 6))
+    texts, images, others = (
+        F.normalize(features, dim=-1)
+        for features in (clip.encode_text(text), clip.encode_image(image), clip.encode_text(negatives.flatten(0, 1)))
+    )
+    by_text, labels = texts @ images.T * torch.e, torch.arange(3)
+    more = torch.stack([images[i] @ others[2 * i : 2 * i + 2].T for i in range(3)]) * torch.e
+    for by_image, given in ((by_text.T, None), (torch.cat((by_text.T, more), dim=1), negatives)):
+        expected = (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+        loss = clip(text, image, text_mask=text != 0, return_loss=True, negatives=given)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_pictures_of_any_size():
+    clip, (_, image) = make_clip().eval(), make_batch()
+    torch.testing.assert_close(clip.encode_image(image.repeat_interleave(2, 2).repeat_interleave(2, 3)).shape, (3, 16))
+    flat = torch.full((1, 3, 16, 16), 0.4)
+    torch.testing.assert_close(clip.encode_image(F.interpolate(flat, 50)), clip.encode_image(flat))
+
+
+def test_patch_dropout_is_for_training_only():
+    clip, (_, image) = make_clip(visual_patch_dropout=0.5), make_batch()
+    lengths = []
+    clip.visual_transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    clip.encode_image(image)
+    clip.eval()
+    clip.encode_image(image)
+    assert lengths == [8, 16]
+
+
+def test_scores_are_cosines(tmp_path):
+    clip, (_, image) = make_clip().eval(), make_batch()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        clip.score("abc", image)
+    clip.tokenizer = Letters()
+    scores = clip.score("abc", image)
+    text = clip.encode_text(torch.tensor([[1, 2, 3, 0, 0, 0]]))
+    torch.testing.assert_close(scores, F.cosine_similarity(text, clip.encode_image(image)))
+    assert not scores.requires_grad
+    # Guidance wants the gradient at the picture.
+    image.requires_grad_()
+    F.cosine_similarity(text, clip.encode_image(image)).sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_round_trip(tmp_path):
+    clip, (text, image) = make_clip().eval(), make_batch()
+    clip.save_pretrained(tmp_path / "clip")
+    again = CLIP.from_pretrained(tmp_path / "clip")
+    assert again.tokenizer is None and torch.equal(again(text, image), clip(text, image))
+
+
+def test_it_learns_to_match():
+    clip = make_clip()
+    optimizer = torch.optim.Adam(clip.parameters(), 3e-3)
+    colours = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
+    text = torch.tensor([[1, 5, 0, 0, 0, 0], [2, 5, 0, 0, 0, 0], [3, 5, 0, 0, 0, 0]])
+    for _ in range(30):
+        optimizer.zero_grad()
+        clip(text, colours, text_mask=text != 0, return_loss=True).backward()
+        optimizer.step()
+    clip.tokenizer = Letters()
+    for i, prompt in enumerate(("ae", "be", "ce")):
+        assert clip.score(prompt, colours).argmax() == i

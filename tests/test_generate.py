@@ -1,0 +1,196 @@
+"""generate.py: what it writes, what stays the same, and what it refuses."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import generate
+import numpy as np
+import pytest
+import torch
+from dalle_pytorch import checkpoints, files, load_dalle
+from PIL import Image
+
+from conftest import ROOT
+
+
+@pytest.fixture
+def command(tiny_bundle, tmp_path):
+    """Runs generate.py on the tiny bundle in this process."""
+
+    def call(*options, text="a red seven on brick"):
+        arguments = ["--dalle_path", str(tiny_bundle / "dalle"), "--clip_path", str(tiny_bundle / "clip"), "--device", "cpu",
+                     "--outputs_dir", str(tmp_path / "out"), "--num_images", "5", "--batch_size", "2"]  # fmt: skip
+        generate.main([*arguments, *(["--text", text] if text is not None else []), *map(str, options)])
+        return tmp_path / "out"
+
+    return call
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_ranked_pictures_and_tokens(command, tiny_bundle):
+    folder = command("--clip_sort", "--output_npy") / "a_red_seven_on_brick"
+    pictures = sorted(folder.glob("[0-9]*.png"), key=lambda path: int(path.name.split("-")[0]))
+    scores = [float(path.stem.split("-", 1)[1]) for path in pictures]
+    assert len(pictures) == 5 and scores == sorted(scores, reverse=True)
+    assert (folder / "caption.txt").read_text() == "a red seven on brick\n"
+    assert Image.open(folder / "grid.png").width > 3 * 64
+    # The tokens decode to the picture beside them.
+    vae = load_dalle(tiny_bundle / "dalle").vae
+    for rank, picture in enumerate(pictures):
+        tokens = files.load_tokens(folder / f"{rank}.npy", 32, 256)
+        assert np.load(folder / f"{rank}.npy").dtype == np.int64
+        decoded = np.asarray(files.tensor_to_image(vae.decode_image(tokens[None])[0])).astype(int)
+        assert np.abs(decoded - np.asarray(Image.open(picture))).max() <= 1
+
+
+def test_scores_are_the_cosine_of_clip(command, tiny_bundle):
+    from dalle_pytorch import load_clip
+
+    folder = command("--clip_sort") / "a_red_seven_on_brick"
+    best = next(folder.glob("0-*.png"))
+    score = load_clip(tiny_bundle / "clip").score("a red seven on brick", files.image_to_tensor(files.read_image(best)))
+    assert float(best.stem[2:]) == pytest.approx(score.item(), abs=2e-3)  # a PNG has eight bits
+
+
+def test_unsorted_names_and_keep(command):
+    assert names(command("--keep", 2) / "a_red_seven_on_brick") == ["0.png", "1.png", "caption.txt", "grid.png"]
+
+
+def test_keep_writes_the_best(command):
+    every = names(command("--clip_sort") / "a_red_seven_on_brick")
+    best = names(command("--clip_sort", "--keep", 2) / "a_red_seven_on_brick")
+    assert set(best) < set(every) and len(best) == 4  # what the first run left under other numbers is gone
+
+
+def test_candidates_do_not_depend_on_batch_or_number(command):
+    def tokens(*options):
+        folder = command("--output_npy", *options) / "a_red_seven_on_brick"
+        return [np.load(folder / f"{i}.npy").tolist() for i in range(3)]
+
+    first = tokens()
+    assert first == tokens("--batch_size", 5) == tokens("--num_images", 3)
+    assert first != tokens("--seed", 1)
+
+
+def test_two_prompts_and_two_that_share_a_folder_name(command):
+    out = command(text="A Red Seven|a red/seven|a red?seven|a blue star")
+    assert names(out) == ["a_blue_star", "a_red_seven", "a_red_seven-2", "a_red_seven-3"]
+    assert (out / "a_red_seven-2/caption.txt").read_text() == "a red/seven\n"
+    assert (out / "a_red_seven/caption.txt").read_text() == "a red seven\n"
+
+
+def test_prompts_from_a_file(command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red seven\n\na blue star\n")
+    assert names(command("--prompts", tmp_path / "prompts.txt", text=None)) == ["a_blue_star", "a_red_seven"]
+
+
+@pytest.mark.parametrize("text", ["../../evil", "/etc/passwd", "a\0b", "🐟🐟", "x" * 10_000, "a" + "/" * 300 + "b"])
+def test_prompts_write_nothing_outside(command, tmp_path, text):
+    before = names(tmp_path)
+    out = command("--num_images", 1, text=text)
+    assert len(names(out)) == 1 and names(tmp_path) == sorted([*before, "out"])
+
+
+def test_picture_is_finished_from_its_top_rows(command, tmp_path, tiny_bundle):
+    image = torch.rand(1, 3, 64, 64)
+    files.save_image(tmp_path / "half.png", image[0])
+    folder = command("--image", tmp_path / "half.png", "--num_init_img_tokens", 48, "--output_npy") / "a_red_seven_on_brick"
+    vae = load_dalle(tiny_bundle / "dalle").vae
+    given = vae.get_codebook_indices(files.image_to_tensor(files.read_image(tmp_path / "half.png")))[0, :48]
+    tokens = [files.load_tokens(folder / f"{i}.npy", 32) for i in range(5)]
+    assert all(torch.equal(row[:48], given) for row in tokens)
+    assert not torch.equal(tokens[0], tokens[1])
+
+
+def test_gentxt_finishes_the_prompt_first(command, capsys):
+    out = command("--gentxt", "--num_images", 1, text="a red")
+    assert "the prompt goes on: a red" in capsys.readouterr().out
+    assert next(out.glob("*/caption.txt")).read_text().startswith("a red")
+
+
+def test_unknown_words_are_named(command, capsys):
+    command("--num_images", 1, text="a жук on brick")
+    assert "жук" in capsys.readouterr().err
+
+
+# Bad input: one line, exit code 2, and nothing lost
+
+
+def refused(*options, out, text="a red seven"):
+    result = subprocess.run([sys.executable, ROOT / "generate.py", "--text", text, "--outputs_dir", out, "--num_images", "1",
+                             "--device", "cpu", *map(str, options)], capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ([], " ", "empty"),
+        ([], "a|", "empty"),
+        (["--top_p", 0], "a", "--top_p"),
+        (["--top_p", 1.5], "a", "--top_p"),
+        (["--temperature", -1], "a", "--temperature"),
+        (["--num_images", 0], "a", "--num_images"),
+        (["--num_init_img_tokens", 3], "a", "--image"),
+        (["--device", "cuda:99"], "a", "cuda:99"),
+        (["--dalle_path", "nowhere/dalle"], "a", "nowhere/dalle"),
+        (["--dalle_path", "missing.pt"], "a", "missing.pt"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, text, message):
+    assert message in refused(*options, out=tmp_path / "out", text=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_that_is_none_is_refused(command, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(files.FileError, match=r"a\.png"):
+        command("--image", tmp_path / "a.png")
+
+
+def test_damaged_weights_are_refused(tmp_path, tiny_bundle):
+    weights = tiny_bundle / "dalle/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "model.safetensors" in refused("--dalle_path", tiny_bundle / "dalle", out=tmp_path / "out")
+
+
+def test_output_folder_that_cannot_be_is_refused(tmp_path, tiny_bundle):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("--dalle_path", tiny_bundle / "dalle", out=tmp_path / "file")
+
+
+def test_full_disk_leaves_earlier_outputs(command, monkeypatch):
+    folder = command("--output_npy") / "a_red_seven_on_brick"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real = os.fsync
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        command("--output_npy", "--seed", 1)
+    assert names(folder) == sorted(before)  # no half-written file, none missing
+    assert all((folder / name).stat().st_size > 0 for name in before)
+
+
+def test_help_answers_at_once():
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "--clip_sort" in result.stdout
+    probe = "import sys, generate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
+    assert time.monotonic() - started < 10  # generous: tests share their cores
