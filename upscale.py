@@ -36,8 +36,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_batches", type=number(int, 1), default=1, help="batches drawn from an input (default 1)")
     group.add_argument("--batch_size", type=number(int, 1), default=1, help="pictures drawn at once (default 1)")
-    group.add_argument("--steps", default="25",
-                       help="diffusion steps: 25, ddim25, or 10,10,5 of equal parts (default 25)")  # fmt: skip
+    group.add_argument("--steps", default="quad25",
+                       help="diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as guided-diffusion's, "
+                            "10,10,5 of three equal parts (default quad25)")  # fmt: skip
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default ddim)")
     group.add_argument("--seed", type=int, default=0, help="a picture is the same under a seed, whatever else is drawn")
     group.add_argument("--stop_at", type=number(int, 1), metavar="N",
@@ -109,7 +110,6 @@ def read_prompts(arguments: argparse.Namespace) -> list[tuple[str, float]]:
 def open_vae(arguments: argparse.Namespace) -> Any:
     """The VAE that is asked for, or None where the model brings its own."""
     from dalle_pytorch.checkpoints import PretrainedModel
-    from dalle_pytorch.vae import discrete, vqgan  # noqa: F401  their classes must be known when a folder is opened
 
     path = arguments.vae_path
     if path and Path(path).is_dir():

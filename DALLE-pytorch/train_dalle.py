@@ -21,6 +21,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--heads", type=int, default=4)
     group.add_argument("--dim_head", type=int, default=64)
     group.add_argument("--text_seq_len", type=int, default=32)
+    group.add_argument("--rotary_emb", action=argparse.BooleanOptionalAction, default=True,
+                       help="rotary positions, or learned ones")  # fmt: skip
     group.add_argument("--loss_img_weight", type=float, default=7)
     group.add_argument("--null_cond_prob", type=float, default=0.1, help="share of captions dropped, for --cond_scale")
     group.add_argument(
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = HugTokenizer(arguments.bpe_path)
     vae = PretrainedModel.from_pretrained(arguments.vae_path)
-    names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "loss_img_weight")
+    names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "rotary_emb", "loss_img_weight")
     dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, qk_norm=True,
                   **{name: getattr(arguments, name) for name in names})  # fmt: skip
     task = DalleTask(dalle, tokenizer, arguments.null_cond_prob, arguments.subject_weight)

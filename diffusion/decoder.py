@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
-from dalle_pytorch.vae import vqgan  # noqa: F401  its class must be known when a folder's VAE is opened
 from diffusion.denoiser import Denoiser, Schedule
 from diffusion.guidance import ClipGuidance
 from diffusion.samplers import SAMPLERS, Noise, generator
@@ -99,7 +98,7 @@ class DiffusionDecoder(PretrainedModel):
     def decode(
         self,
         tokens: Tensor,
-        steps: str | int | Iterable[int] = 25,
+        steps: str | int | Iterable[int] = "quad25",
         sampler: str = "ddim",
         seed: int = 0,
         images: Sequence[int] | None = None,

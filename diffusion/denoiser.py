@@ -38,14 +38,17 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
 
     `spacing` as in guided-diffusion: "ddimN" takes N steps at a fixed stride from 0; "N" takes N steps spread evenly,
     the first and the last among them; "a,b,c" divides the steps into equal sections and takes a, b and c of them so.
+    "quadN" takes N steps that grow like squares (Song et al. 2021): most of them where fine detail is decided.
     Raises `ValueError` where there are not enough steps.
     """
     if isinstance(spacing, str) and spacing.startswith("ddim"):
-        wanted = _count(spacing[len("ddim"):], spacing)
+        wanted = _count(spacing.removeprefix("ddim"), spacing)
         for stride in range(1, num_steps):
             if len(range(0, num_steps, stride)) == wanted:
                 return list(range(0, num_steps, stride))
         raise ValueError(f"no whole stride takes {wanted} of {num_steps} steps; '{wanted}' spaces them without one")
+    if isinstance(spacing, str) and spacing.startswith("quad"):
+        return _quadratic_steps(num_steps, _count(spacing.removeprefix("quad"), spacing))
     if isinstance(spacing, str):
         counts = [_count(part, spacing) for part in spacing.split(",")]
     else:
@@ -54,8 +57,7 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
     steps, start = [], 0
     for section, count in enumerate(counts):
         size = num_steps // len(counts) + (section < num_steps % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(f"cannot take {count} of {size} diffusion steps: 1 to {size} is possible")
+        _check_count(count, size)
         stride = (size - 1) / (count - 1) if count > 1 else 1
         # Added up, not multiplied: rounding then falls where guided-diffusion's does.
         position = 0.0
@@ -66,11 +68,25 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
     return steps
 
 
+def _quadratic_steps(num_steps: int, count: int) -> list[int]:
+    _check_count(count, num_steps)
+    steps = [0]
+    for i in range(1, count):
+        # Where squares grow by less than one, the next step.
+        steps.append(max(steps[-1] + 1, round((num_steps - 1) * (i / (count - 1)) ** 2)))
+    return steps
+
+
+def _check_count(count: int, available: int) -> None:
+    if not 1 <= count <= available:
+        raise ValueError(f"cannot take {count} of {available} diffusion steps: 1 to {available} is possible")
+
+
 def _count(text: str, spacing: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"step spacing {spacing!r} is not understood: '25', 'ddim25' and '10,5,5' are") from None
+        raise ValueError(f"steps {spacing!r} are not understood; '25', 'quad25', 'ddim25' and '10,10,5' are") from None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dalle_pytorch.training_cli import add_training_arguments, run_training, tra
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_training_arguments(parser, steps=20_000, batch_size=32, learning_rate=1e-3)
-    parser.set_defaults(ema_decay=0.999, weight_decay=0.0)
+    add_training_arguments(parser, steps=12_000, batch_size=16, learning_rate=1e-3)
+    parser.set_defaults(ema_decay=0.999, weight_decay=0.0, num_workers=2)
     parser.add_argument("--vae_path", required=True, help="native folder of the VAE whose tokens are to be decoded")
     parser.add_argument("--crop_size", type=int, default=128, help="train mostly on crops of this many pixels")
     group = parser.add_argument_group("model")
@@ -29,7 +29,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dropout", type=float, default=0.0)
     group = parser.add_argument_group("diffusion")
     group.add_argument("--diffusion_steps", type=int, default=1000)
-    group.add_argument("--noise_schedule", choices=["linear", "cosine"], default="linear")
+    group.add_argument("--noise_schedule", choices=["linear", "cosine"], default="cosine")
     group.add_argument("--predict", choices=["x_0", "eps"], default="x_0", help="what the network predicts")
     group.add_argument("--learn_sigma", action="store_true", help="learn the variance too")
     return parser.parse_args(argv)

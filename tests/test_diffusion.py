@@ -69,7 +69,14 @@ def test_spacing_follows_guided_diffusion():
     assert spaced_steps(7, 7) == list(range(7))
 
 
-@pytest.mark.parametrize("spacing", ["0", "1001", "ddim999", "ddim", "x", "-5", "", "600,600", 0])
+def test_quadratic_spacing_keeps_both_ends_and_repeats_nothing():
+    assert spaced_steps(1000, "quad5") == [0, 62, 250, 562, 999]
+    for count in (1, 2, 25, 60, 99, 100):
+        steps = spaced_steps(100, f"quad{count}")
+        assert len(set(steps)) == count and steps == sorted(steps) and steps[-1] == (99 if count > 1 else 0)
+
+
+@pytest.mark.parametrize("spacing", ["0", "1001", "ddim999", "ddim", "quad0", "quad1001", "x", "-5", "", "600,600", 0])
 def test_spacing_that_cannot_be_is_one_clear_line(spacing):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         spaced_steps(1000, spacing)
@@ -110,9 +117,9 @@ def test_posterior_is_bayes_rule():
 # Samplers, on data whose perfect network is known: independent normal pixels
 
 
-def gaussian_denoiser(mean=0.3, deviation=0.2, steps="20", **settings):
+def gaussian_denoiser(mean=0.3, deviation=0.2, steps="20", schedule="linear", **settings):
     """E[eps | x] where pixels are normal: what a network would learn of them."""
-    schedule = Schedule.named("linear", 1000)
+    schedule = Schedule.named(schedule, 1000)
     alpha_bar = schedule.alphas_cumprod.float()
 
     def network(x, timesteps):
@@ -122,15 +129,27 @@ def gaussian_denoiser(mean=0.3, deviation=0.2, steps="20", **settings):
     return Denoiser(network, schedule, **settings).respaced(steps)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_draw_from_the_distribution(sampler):
-    denoiser = gaussian_denoiser(steps="200", sigma_small=True)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddim", "200"), ("ddpm", "200"), ("dpm++", "quad25"), ("unipc", "quad25")]
+)
+def test_samplers_draw_from_the_distribution(sampler, steps, schedule):
+    denoiser = gaussian_denoiser(steps=steps, schedule=schedule, sigma_small=True)
     noise = Noise([generator(i) for i in range(4)], (3, 32, 32))
     seen = list(SAMPLERS[sampler](denoiser, noise(), noise))
-    assert [step for step, _, _ in seen] == list(reversed(range(200)))
+    assert [step for step, _, _ in seen] == list(reversed(range(denoiser.num_steps)))
     pixels = seen[-1][1]
     assert pixels.mean().item() == pytest.approx(0.3, abs=0.02)
     assert pixels.std().item() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_last_step_of_pure_noise_is_survived(sampler):
+    """There 1 - beta is below the resolution of single precision."""
+    denoiser = gaussian_denoiser(steps="18,3,2,2", schedule="cosine")
+    assert 1 - denoiser.schedule.betas[-1] < 2e-8
+    noise = Noise([generator(0)], (3, 8, 8))
+    assert last(SAMPLERS[sampler](denoiser, noise(), noise)).isfinite().all()
 
 
 def test_ddim_with_eta_1_is_as_noisy_as_the_posterior():

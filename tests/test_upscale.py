@@ -244,7 +244,7 @@ def test_models_that_are_none(model, folder, tmp_path, capsys):
         (("--keep", "0"), "--keep"),
         (("--output_size", "0"), "--output_size"),
         (("--steps", "0"), "cannot take 0"),
-        (("--steps", "many"), "'many' is not understood"),
+        (("--steps", "many"), "'many' are not understood"),
         (("--stop_at", "26"), "--stop_at 26"),
         (("--sampler", "plms"), "plms"),
         (("--clip_guidance", "--text", ""), "prompt is empty"),

@@ -35,7 +35,7 @@ def stages(runs: Path) -> dict[str, list[str]]:
         "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), "--steps", "2400",
                   "--learning_rate", "1.5e-3", "--save_every", "300"],
         "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--steps", "4000", "--batch_size", "16", "--learning_rate", "2e-3",
+                  "--bpe_path", tokenizer, "--steps", "4800", "--batch_size", "16", "--learning_rate", "2e-3",
                   "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--ema_decay", "0.998",
                   "--muon", "--save_every", "200"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer, "--muon"],
