@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_pytorch.checkpoints import CheckpointError, load_state
+from dalle_pytorch.foreign import read_torch, tensor_dict
 from diffusion.decoder import DiffusionDecoder
 from diffusion.denoiser import Denoiser, Schedule
 from diffusion.unet import UNet
@@ -65,7 +66,7 @@ def load_unet(path: str | os.PathLike, **flags: Any) -> UNet:
     published model; the network takes any.) A whole set of flags may be given: those of the diffusion are for
     `load_denoiser`. Raises `CheckpointError` for a file that is none, and for a flag that contradicts the weights.
     """
-    state = read_state(path)
+    state = tensor_dict(read_torch(path), path)
     settings = _settings(path, _read_architecture(path, state), _parse_flags(flags))
     try:
         with torch.device("meta"):
@@ -102,20 +103,6 @@ def load_decoder(path: str | os.PathLike, vae: nn.Module, **flags: Any) -> Diffu
         return DiffusionDecoder(unet, vae, **settings).eval()
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit its VAE: {error}") from error
-
-
-def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.pt` file, nothing in it executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"the weights file {path} is missing") from None
-    except Exception as error:  # a damaged or hostile file makes torch raise a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or no PyTorch weights file ({reason})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold the weights of a network by name, as guided-diffusion's files do")
-    return dict(state)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         emb_output_dims=arguments.emb_output_dims,
         emb_stride=max(1, vae.image_size // 2**vae.num_layers // middle),
         low_res_condition=True,
+        low_res_residual=arguments.predict == "x_0",
         patch_size=arguments.patch_size,
     ).to(memory_format=torch.channels_last)
     decoder = DiffusionDecoder(

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DALLE": "dalle",
     "CLIP": "clip",
+    "PublishedCLIP": "clip_published",
     "DiscreteVAE": "vae.discrete",
     "VQGanVAE": "vae.vqgan",
     "OpenAIDiscreteVAE": "vae.openai",
@@ -27,6 +28,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from dalle_pytorch.clip import CLIP
+    from dalle_pytorch.clip_published import PublishedCLIP
     from dalle_pytorch.dalle import DALLE
     from dalle_pytorch.published import load_clip, load_dalle
     from dalle_pytorch.tokenizers import ChineseTokenizer, HugTokenizer, SimpleTokenizer, YttmTokenizer

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+NATIVE_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 
 _CLASSES: dict[str, type[PretrainedModel]] = {}
 _META_LOCK = threading.Lock()
@@ -114,6 +115,27 @@ def records_config(init: Callable) -> Callable:
     return wrapper
 
 
+def opens_published(init: Callable) -> Callable:
+    """Decorates `__init__` so that `Class(path, …)` opens published files, and `Class()` the best-known ones.
+
+    The class's `read_published` takes those paths and returns the constructor's arguments, the weights, and what an
+    error calls them. A model made that way is in evaluation mode.
+    """
+
+    @functools.wraps(init)
+    def wrapper(self, *paths, **arguments):
+        names_of_paths = inspect.signature(self.read_published).parameters
+        if arguments and not paths and names_of_paths.keys().isdisjoint(arguments):
+            return init(self, **arguments)
+        settings, state, source = self.read_published(*paths, **arguments)
+        with parameters_on_meta():
+            init(self, **settings)
+        load_state(self, state, source)
+        self.eval()
+
+    return wrapper
+
+
 class PretrainedModel(nn.Module):
     """A module that can be saved to and rebuilt from a native folder."""
 
@@ -171,7 +193,7 @@ class PretrainedModel(nn.Module):
                 f"{folder / CONFIG_NAME} has settings that {name} does not know: {', '.join(unknown)}"
             )
         try:
-            with _parameters_on_meta():
+            with parameters_on_meta():
                 model = model_class(**arguments)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a {name}: {error}") from error
@@ -201,8 +223,8 @@ def companion_path(folder: Path, name: str) -> Path | None:
 # Reading
 
 
-def resolve_folder(name: str | os.PathLike) -> Path:
-    """A local folder as it is; anything else of the form `owner/name` through `huggingface_hub`."""
+def resolve_folder(name: str | os.PathLike, patterns: Sequence[str] = NATIVE_FILES) -> Path:
+    """A local folder as it is; of anything else of the form `owner/name` the files like `patterns` from the hub."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -212,7 +234,7 @@ def resolve_folder(name: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]))
+        return Path(snapshot_download(text, allow_patterns=list(patterns)))
     except Exception as error:  # the hub raises a dozen kinds, all of them meaning: not to be had
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{text} is neither a local folder nor to be had from the hub ({reason})") from error
@@ -245,7 +267,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def load_state(
     model: nn.Module, state: dict[str, torch.Tensor], source: object, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Puts `state` into `model`, every key and shape checked; parameters on the meta device are taken over, not copied."""
+    """Puts `state` into `model`, every key and shape checked. The tensors are taken over and not copied where they can."""
     own = model.own_state_dict() if isinstance(model, PretrainedModel) else model.state_dict()
     problems = [f"lacks {key}" for key in own.keys() - state.keys()]
     problems += [f"has the unknown {key}" for key in state.keys() - own.keys()]
@@ -264,7 +286,7 @@ def load_state(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Within it, parameters get a shape and no memory: they are about to be replaced. Buffers are made as usual."""
     original = nn.Module.register_parameter
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import json
 import os
 import re
 import string
 import unicodedata
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
@@ -128,8 +130,8 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class SimpleTokenizer(Tokenizer):
     """CLIP's byte-pair encoding: 49,408 tokens that can spell any text, lower-cased.
 
-    `bpe_path` is the list of merges, plain or gzipped. Left out, it is taken from an installed package that carries it,
-    or downloaded.
+    `bpe_path` is the list of merges, plain or gzipped, or a tokenizer.json with them. Left out, it is taken from an
+    installed package that carries it, or downloaded.
     """
 
     def __init__(self, bpe_path: str | os.PathLike | None = None):
@@ -183,7 +185,7 @@ def _clean(text: str) -> str:
 
 
 def _clip_vocabulary(path: str | os.PathLike | None) -> str:
-    """The text of CLIP's list of merges."""
+    """The text of CLIP's list of merges, which begins with a line that is none."""
     data = _packaged_vocabulary() if path is None else None
     if data is None:
         if path is None:
@@ -195,9 +197,13 @@ def _clip_vocabulary(path: str | os.PathLike | None) -> str:
         except OSError as error:
             raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
     try:
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, ValueError):
-        raise CheckpointError(f"the vocabulary {path} is damaged: it is neither text nor gzipped text") from None
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        if not text.startswith("{"):
+            return text
+        merges = json.loads(text)["model"]["merges"]
+        return "\n".join(["#", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"the vocabulary {path} is damaged: it holds no list of merges") from None
 
 
 def _packaged_vocabulary() -> bytes | None:
@@ -341,6 +347,8 @@ def load_tokenizer(
     if chinese:
         return ChineseTokenizer() if path is None else ChineseTokenizer(path)
     if path is not None:
-        return HugTokenizer(path) if hug or Path(path).suffix == ".json" else YttmTokenizer(path)
+        if hug or Path(path).suffix == ".json":
+            return HugTokenizer(path)
+        return SimpleTokenizer(path) if Path(path).suffix in (".txt", ".gz") else YttmTokenizer(path)
     found = companion_path(Path(beside), "tokenizer.json") if beside is not None and Path(beside).is_dir() else None
     return SimpleTokenizer() if found is None else HugTokenizer(found)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, records_config
+from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
 
 # --------------------------------------------------------------------------------------------------
 # Blocks
@@ -224,10 +224,14 @@ class GumbelQuantizer(nn.Module):
 class VQGanVAE(PretrainedModel):
     """A VQGAN as the image side of a prior: pictures to tokens and back.
 
+    `VQGanVAE(vqgan_model_path, vqgan_config_path)` opens taming's checkpoint with its model.yaml, `VQGanVAE()` the
+    published one of 1024 codes at f = 16; with the sizes below by name, a new one is made.
+
     `image_size` is the side in pixels it was trained at; it works at any multiple of f = `patch_size` · 2^(len(ch_mult) − 1).
     `attn_resolutions` name the sides, counted from `image_size` / `patch_size` down, at which the blocks attend.
     """
 
+    @opens_published
     @records_config
     def __init__(
         self,
@@ -270,6 +274,14 @@ class VQGanVAE(PretrainedModel):
         self.image_size = image_size
         self.num_tokens = num_tokens
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+
+    @classmethod
+    def read_published(
+        cls, vqgan_model_path: str | os.PathLike | None = None, vqgan_config_path: str | os.PathLike | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+        from dalle_pytorch.published import read_vqgan
+
+        return read_vqgan(vqgan_model_path, vqgan_config_path)
 
     @property
     def num_layers(self) -> int:

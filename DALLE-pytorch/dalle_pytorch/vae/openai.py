@@ -1,0 +1,164 @@
+"""OpenAI's discrete VAE, the image side of the first DALL-E (Ramesh et al. 2021, arXiv:2102.12092).
+
+image (b, 3, h, w) ─▶ encoder ─▶ logits (b, num_tokens, h / 8, w / 8) ─▶ tokens
+tokens ─▶ one-hot, 1×1 convolution: the rows of a codebook ─▶ decoder ─▶ image
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
+
+# The logit-Laplace distribution needs pixels inside (0, 1): they are squeezed by this much at either end.
+PIXEL_MARGIN = 0.1
+
+
+class Block(nn.Module):
+    """(b, in, h, w) → (b, out, h, w): four convolutions beside a skip connection, the branch scaled by `gain`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernels: Sequence[int], gain: float):
+        super().__init__()
+        hidden = out_channels // 4
+        widths = [in_channels, hidden, hidden, hidden, out_channels]
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2) for i, kernel in enumerate(kernels)
+        )
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for conv in self.convs:
+            h = conv(F.relu(h))
+        return self.skip(x) + self.gain * h
+
+
+def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.ModuleList:
+    """One group of `blocks` blocks for each step from a width to the next."""
+    gain = 1 / (blocks * (len(widths) - 1)) ** 2
+    return nn.ModuleList(
+        nn.Sequential(*(Block(width if i == 0 else out, out, kernels, gain) for i in range(blocks)))
+        for width, out in zip(widths[:-1], widths[1:], strict=True)
+    )
+
+
+class Stack(nn.Module):
+    """A convolution, groups of blocks with a change of resolution between them, a 1×1 convolution."""
+
+    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, out: int, resample: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.conv_in = conv_in
+        self.groups = groups
+        self.conv_out = nn.Conv2d(groups[-1][-1].convs[-1].out_channels, out, 1)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From what `conv_in` gives to what `conv_out` gives."""
+        for i, group in enumerate(self.groups):
+            x = group(x if i == 0 else self.resample(x))
+        return self.conv_out(F.relu(x))
+
+
+def _halve(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2)
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class OpenAIDiscreteVAE(PretrainedModel):
+    """The published dVAE: 8192 tokens, f = 8, made for 256 pixels.
+
+    `OpenAIDiscreteVAE(encoder_path, decoder_path)` opens `encoder.pkl` and `decoder.pkl`, `OpenAIDiscreteVAE()` those
+    that OpenAI publishes; with the sizes below by name, a new one is made.
+
+    Args:
+        image_size: side in pixels of the pictures it is made for; it takes any multiple of 8.
+        num_tokens: size of the codebook.
+        codebook_dim: width of the codebook's rows.
+        encoder_dim, decoder_dim: width of the convolutions at full resolution; 2, 4 and 8 times that below.
+        encoder_blocks, decoder_blocks: blocks at each of the four resolutions.
+        channels: of the pictures.
+    """
+
+    @opens_published
+    @records_config
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        num_tokens: int = 8192,
+        codebook_dim: int = 128,
+        encoder_dim: int = 256,
+        decoder_dim: int = 256,
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 2,
+        channels: int = 3,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.num_tokens = num_tokens
+        self.num_layers = 3
+        self.channels = channels
+        down = [encoder_dim * times for times in (1, 1, 2, 4, 8)]
+        up = [codebook_dim, *(decoder_dim * times for times in (8, 4, 2, 1))]
+        self.encoder = Stack(
+            nn.Conv2d(channels, encoder_dim, 7, padding=3),
+            _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
+            num_tokens,
+            _halve,
+        )
+        # Twice the channels: the second half are the scales of the Laplace distributions, which only training needs.
+        self.decoder = Stack(
+            nn.Conv2d(num_tokens, codebook_dim, 1),
+            _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
+            2 * channels,
+            _double,
+        )
+
+    @classmethod
+    def read_published(
+        cls, encoder_path: str | os.PathLike | None = None, decoder_path: str | os.PathLike | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+        from dalle_pytorch.published import read_openai_dvae
+
+        return read_openai_dvae(encoder_path, decoder_path)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(num_tokens, codebook_dim): what the decoder makes of each one-hot token."""
+        return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias
+
+    def encode_logits(self, image: Tensor) -> Tensor:
+        """Logits of the codes, (b, num_tokens, h / 8, w / 8), of pictures (b, channels, h, w) in [0, 1]."""
+        if image.shape[-2] % 8 or image.shape[-1] % 8:
+            raise ValueError(f"image sides are multiples of 8 pixels, and {tuple(image.shape[-2:])} are not")
+        return self.encoder(self.encoder.conv_in((1 - 2 * PIXEL_MARGIN) * image + PIXEL_MARGIN))
+
+    @torch.no_grad()
+    def get_codebook_indices(self, image: Tensor) -> Tensor:
+        """The likeliest codes (b, h·w / 64) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
+        return self.encode_logits(image).argmax(dim=1).flatten(1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
+        side = math.isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not make a square grid")
+        return F.embedding(tokens, self.codebook).transpose(1, 2).unflatten(2, (side, side))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pictures (b, channels, 8·side, 8·side) in [0, 1] of tokens (b, side²)."""
+        pixels = self.decoder(self.embed(tokens))[:, : self.channels].sigmoid()
+        return ((pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+    decode_image = decode

@@ -1,0 +1,76 @@
+"""What scripts share: mistakes are one line and exit code 2, bugs keep their traceback."""
+
+import errno
+
+import pytest
+import torch
+
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+
+
+def outcome(error, capsys):
+    """Exit code and stderr of a script that fails with `error`."""
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main, [])
+    return exit.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UsageError("--this and --that"), "--this and --that"),
+        (CheckpointError("two\nlines"), "two lines"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/closed"), "/closed may not be written"),
+        (FileExistsError(errno.EEXIST, "File exists", "/there"), "/there cannot be a folder"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/gone"), "/gone: No such file"),
+        (MemoryError(), "--batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--batch_size"),
+    ],
+)
+def test_mistakes_are_one_line(error, said, capsys):
+    code, err = outcome(error, capsys)
+    assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_interrupting_is_no_mistake(capsys):
+    assert outcome(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug"), AssertionError("a bug")])
+def test_bugs_keep_their_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        run(main, [])
+
+
+def test_done_is_done():
+    run(lambda argv: None, [])
+
+
+def test_numbers_and_their_bounds(capsys):
+    parser = ArgumentParser(prog="script")
+    parser.add_argument("--count", type=number(int, 1))
+    parser.add_argument("--share", type=number(float, 0, 1, above=True))
+    assert parser.parse_args(["--count", "3", "--share", "1"]).share == 1
+    for options in ("--count 0", "--count 1.5", "--count x", "--share 0", "--share 1.01", "--share nan", "--share inf"):
+        with pytest.raises(SystemExit) as exit:
+            parser.parse_args(options.split())
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and options.split()[0] in err and err.count("\n") == 1
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("warp", "cuda:99", "cpu:x"):
+        with pytest.raises(UsageError, match=name):
+            pick_device(name)
