@@ -31,10 +31,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_images", type=number(int, 1), default=16, help="candidates per prompt (default 16)")
     group.add_argument("--batch_size", type=number(int, 1), default=32, help="candidates sampled at once (default 32)")
-    group.add_argument("--top_k", type=number(float, 0), help="below 1: the fraction of tokens cut away; a whole number: the "
-                                                              "tokens kept. Wins over --top_p")  # fmt: skip
+    group.add_argument("--top_k", type=number(float, 0), help="below 1: the fraction of tokens cut away; a whole "
+                                                              "number: the tokens kept. Wins over --top_p")  # fmt: skip
     group.add_argument("--top_p", type=number(float, 0, 1, above=True),
-                       help=f"draw from the likeliest tokens that make up this share (default {DEFAULT_TOP_P})")  # fmt: skip
+                       help=f"draw from the likeliest tokens of this share (default {DEFAULT_TOP_P})")  # fmt: skip
     group.add_argument(
         "--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token (default 1)"
     )
@@ -154,7 +154,7 @@ def claim_folder(outputs_dir: Path, prompt: str) -> Path:
 
 
 def write_results(folder: Path, candidates: list[Candidate], dalle: DALLE, output_npy: bool) -> None:
-    """Writes pictures, tokens and the contact sheet, then clears away what an earlier run left under the same numbers."""
+    """Writes pictures, tokens and the contact sheet, then clears away what an earlier run left under such numbers."""
     import re
 
     from dalle_pytorch.files import contact_sheet, save_image, save_tokens

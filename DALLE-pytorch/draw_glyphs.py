@@ -1,4 +1,4 @@
-"""Draws scenes of the glyphs world into an image-text folder: name.png, its caption in name.txt, its facts in name.json."""
+"""Draws scenes of the glyphs world into an image-text folder: name.png, caption in name.txt, facts in name.json."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = [[r[attribute] for r in results if attribute in r] for attribute in attributes]
         print(f"{name:18}" + "".join(f"{sum(v) / max(1, len(v)):12.1%}" for v in values))
     write_text(arguments.output_dir / "quality.json", json.dumps(records, indent=1) + "\n")
-    save_image(arguments.output_dir / "sheet.png", contact_sheet(sheet, columns=len(sheet) // min(ON_SHEET, len(records))))
+    save_image(
+        arguments.output_dir / "sheet.png", contact_sheet(sheet, columns=len(sheet) // min(ON_SHEET, len(records)))
+    )
     print(f"\n{arguments.output_dir}/sheet.png: drawn scene, {', '.join(rows)}")
 
 

@@ -15,7 +15,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture
 def parity():
-    """The path of a recorded reference case, `parity("unet/adm_superres")`; the test is skipped where it is not to be had."""
+    """The path of a recorded reference case, `parity("unet/adm_superres")`; a test is skipped where it is not there."""
 
     def find(name: str) -> Path:
         path = PARITY / name

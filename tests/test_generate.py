@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 
-import generate
 import numpy as np
 import pytest
 import torch
-from dalle_pytorch import checkpoints, files, load_dalle
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
+import generate
+from dalle_pytorch import checkpoints, files, load_dalle
 
 
 @pytest.fixture
@@ -21,8 +21,9 @@ def command(tiny_bundle, tmp_path):
     """Runs generate.py on the tiny bundle in this process."""
 
     def call(*options, text="a red seven on brick"):
-        arguments = ["--dalle_path", str(tiny_bundle / "dalle"), "--clip_path", str(tiny_bundle / "clip"), "--device", "cpu",
-                     "--outputs_dir", str(tmp_path / "out"), "--num_images", "5", "--batch_size", "2"]  # fmt: skip
+        models = ["--dalle_path", str(tiny_bundle / "dalle"), "--clip_path", str(tiny_bundle / "clip")]
+        arguments = [*models, "--device", "cpu", "--outputs_dir", str(tmp_path / "out"), "--num_images", "5"]
+        arguments += ["--batch_size", "2"]
         generate.main([*arguments, *(["--text", text] if text is not None else []), *map(str, options)])
         return tmp_path / "out"
 
@@ -100,7 +101,9 @@ def test_prompts_write_nothing_outside(command, tmp_path, text):
 def test_picture_is_finished_from_its_top_rows(command, tmp_path, tiny_bundle):
     image = torch.rand(1, 3, 64, 64)
     files.save_image(tmp_path / "half.png", image[0])
-    folder = command("--image", tmp_path / "half.png", "--num_init_img_tokens", 48, "--output_npy") / "a_red_seven_on_brick"
+    folder = (
+        command("--image", tmp_path / "half.png", "--num_init_img_tokens", 48, "--output_npy") / "a_red_seven_on_brick"
+    )
     vae = load_dalle(tiny_bundle / "dalle").vae
     given = vae.get_codebook_indices(files.image_to_tensor(files.read_image(tmp_path / "half.png")))[0, :48]
     tokens = [files.load_tokens(folder / f"{i}.npy", 32) for i in range(5)]
@@ -123,8 +126,9 @@ def test_unknown_words_are_named(command, capsys):
 
 
 def refused(*options, out, text="a red seven"):
-    result = subprocess.run([sys.executable, ROOT / "generate.py", "--text", text, "--outputs_dir", out, "--num_images", "1",
-                             "--device", "cpu", *map(str, options)], capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    arguments = ["--text", text, "--outputs_dir", out, "--num_images", "1", "--device", "cpu", *map(str, options)]
+    command = [sys.executable, ROOT / "generate.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1 and "Traceback" not in result.stderr

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from dalle_pytorch.checkpoints import CheckpointError
 from dalle_pytorch.training import TrainingOptions, train
-from torch import nn
 
 
 class Numbers(torch.utils.data.Dataset):

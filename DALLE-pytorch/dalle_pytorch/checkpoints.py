@@ -267,7 +267,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def load_state(
     model: nn.Module, state: dict[str, torch.Tensor], source: object, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Puts `state` into `model`, every key and shape checked. The tensors are taken over and not copied where they can."""
+    """Puts `state` into `model`, every key and shape checked; tensors are taken over and not copied where they can."""
     own = model.own_state_dict() if isinstance(model, PretrainedModel) else model.state_dict()
     problems = [f"lacks {key}" for key in own.keys() - state.keys()]
     problems += [f"has the unknown {key}" for key in state.keys() - own.keys()]

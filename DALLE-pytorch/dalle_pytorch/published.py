@@ -16,9 +16,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from dalle_pytorch.attention import make_pattern
 from dalle_pytorch.checkpoints import (
     CheckpointError,
     PretrainedModel,
@@ -28,7 +28,6 @@ from dalle_pytorch.checkpoints import (
     read_tensors,
     resolve_folder,
 )
-from dalle_pytorch.attention import make_pattern
 from dalle_pytorch.clip import CLIP
 from dalle_pytorch.dalle import DALLE
 from dalle_pytorch.downloads import CLIPS, DVAE_DECODER, DVAE_ENCODER, VQGANS, default_file
@@ -443,14 +442,8 @@ def _openai_dvae(source: object, encoder: State, decoder: State) -> tuple[dict[s
 # CLIP
 
 _HUB_FILES = ("config.json", "preprocessor_config.json", "merges.txt", "tokenizer.json")
-_TEXT_SETTINGS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act "
-    "layer_norm_eps eos_token_id"
-).split()
-_VISION_SETTINGS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act "
-    "layer_norm_eps"
-).split()
+_TEXT_SETTINGS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps", "eos_token_id"]
+_VISION_SETTINGS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"]
 
 
 def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | PublishedCLIP:

@@ -28,7 +28,7 @@ METRICS_NAME = "metrics.jsonl"
 
 @dataclass
 class TrainingOptions:
-    """What every training is told. `output_dir` holds its checkpoint and `metrics.jsonl`, and is where it resumes from."""
+    """What every training is told. `output_dir` holds its `metrics.jsonl` and the checkpoint that it resumes from."""
 
     output_dir: Path
     steps: int

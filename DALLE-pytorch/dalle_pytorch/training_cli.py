@@ -22,8 +22,9 @@ def add_training_arguments(
     group.add_argument("--image_text_folder", default="glyphs",
                        help="a folder of pictures, each with its caption in a .txt of the same name; "
                             "'glyphs' draws the scenes of the default model on the fly")  # fmt: skip
-    group.add_argument("--output_dir", required=True, help="where checkpoint, metrics.jsonl and the trained model go; "
-                                                           "the same command again goes on from its checkpoint")  # fmt: skip
+    group.add_argument("--output_dir", required=True,
+                       help="where checkpoint, metrics.jsonl and the trained model go; the same command again goes on "
+                            "from its checkpoint")  # fmt: skip
     group.add_argument("--steps", type=int, default=steps)
     group.add_argument("--batch_size", type=int, default=batch_size)
     group.add_argument("--learning_rate", type=float, default=learning_rate)

@@ -2,9 +2,9 @@
 
     python models/default/make.py
 
-Every stage goes on from its last checkpoint, so the command can be broken off and given again at any time. Checkpoints and
-logs go to `runs/default`; the weights are copied here when all stages are done. README.md beside this file says how
-long it took and what came of it.
+Every stage goes on from its last checkpoint, so the command can be broken off and given again at any time. Checkpoints
+and logs go to `runs/default`; the weights are copied here when all stages are done. README.md beside this file says
+how long it took and what came of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dalle_pytorch.files import IMAGE_SUFFIXES, FileError, image_to_tensor, read
 
 
 class GlyphsDataset(Dataset):
-    """Scenes of the glyphs world, drawn when asked for; `mask` (16, 16) says how much of each cell the subjects cover."""
+    """Scenes of the glyphs world, drawn when asked for; `mask` (16, 16) is the share of each cell under a subject."""
 
     def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train"):
         self.resolution, self.count, self.split = resolution, count, split
@@ -37,7 +37,7 @@ class GlyphsDataset(Dataset):
 class ImageTextFolder(Dataset):
     """Pictures in a folder, nested or not, each with its captions in a `.txt` of the same stem, one a line.
 
-    Pictures are cut to their centre square and scaled to `resolution` pixels. Raises `FileError` for a folder without pairs.
+    Pictures are cut to their centre square and scaled to `resolution` pixels. `FileError`: the folder holds no pair.
     """
 
     def __init__(self, folder: str | os.PathLike, resolution: int):
@@ -95,5 +95,5 @@ class StepBatches(torch.utils.data.Sampler[list[int]]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors, and lists everything else."""
     first = items[0]
-    return {key: torch.stack([item[key] for item in items]) if torch.is_tensor(first[key]) else [item[key] for item in items]
-            for key in first}  # fmt: skip
+    columns = {key: [item[key] for item in items] for key in first}
+    return {key: torch.stack(values) if torch.is_tensor(first[key]) else values for key, values in columns.items()}

@@ -197,7 +197,7 @@ def states_size(scene: Scene) -> bool:
 
 
 def change_caption(scene: Scene, seed: int = 0) -> str:
-    """The caption with one fact made wrong: another subject, colour, size, place, background, or the two subjects swapped.
+    """The caption with one fact made wrong: a subject, colour, size, place or background, or the two subjects swapped.
 
     Hard negatives for CLIP. Only what the caption says can be made wrong.
     """
@@ -330,7 +330,7 @@ def _signed_distance(kind: str, side: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _subject_layers(kind: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Coverage of shadow, outline and fill, and the light on the fill, each (side, side), for a box of `side` pixels."""
+    """Coverage of shadow, outline and fill, and the light on the fill, each (side, side) for a box of `side` pixels."""
     fine = side * SUPERSAMPLE
     distance = _signed_distance(kind, fine)
     edge = 2.5 / fine  # half a pixel, in units of half the box

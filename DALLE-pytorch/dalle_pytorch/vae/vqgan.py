@@ -1,6 +1,7 @@
 """VQGAN: a convolutional autoencoder whose bottleneck is a grid of codes (Esser et al. 2021, taming-transformers).
 
-    image (b, 3, h, w) ─Encoder─▶ (b, z, side, side) ─quantizer─▶ tokens (b, side²) ─codebook─▶ (b, c, side, side) ─Decoder─▶ image
+    image (b, 3, h, w) ─Encoder─▶ (b, z, side, side) ─quantizer─▶ tokens (b, side²)
+    tokens (b, side²) ─codebook─▶ (b, c, side, side) ─Decoder─▶ image (b, 3, h, w)
 
 Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ), which scores every code with a
 1×1 convolution. The layout and the parameter names are those of the published checkpoints; `patch_size` is our own
@@ -9,8 +10,10 @@ addition: the network works on folded pixels, which is some ten times cheaper fo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +122,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pixels (b, in_channels, h, w) in [-1, 1] → (b, z_channels, h / f, w / f)."""
 
-    def __init__(self, *, in_channels, z_channels, ch, ch_mult, num_res_blocks, resolution, attn_resolutions, patch_size,
-                 mid_attention, double_z, dropout):  # fmt: skip
+    def __init__(self, *, in_channels, z_channels, ch, ch_mult, num_res_blocks, resolution, attn_resolutions,
+                 patch_size, mid_attention, double_z, dropout):  # fmt: skip
         super().__init__()
         self.patch_size = patch_size
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, ch, 3, padding=1)
@@ -210,8 +213,8 @@ class GumbelQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor) -> None:
-        """Sets the codebook (num_tokens, embed_dim) and the logits that go with it: minus squared distances, up to a term
-        that all codes share, which is what a 1×1 convolution can compute."""
+        """Sets the codebook (num_tokens, embed_dim) and the logits that go with it: minus squared distances, up to a
+        term that all codes share, which is what a 1×1 convolution can compute."""
         self.embed.weight.copy_(codes)
         self.proj.weight.copy_(2 * codes[..., None, None])
         self.proj.bias.copy_(-codes.square().sum(1))
@@ -227,7 +230,7 @@ class VQGanVAE(PretrainedModel):
     `VQGanVAE(vqgan_model_path, vqgan_config_path)` opens taming's checkpoint with its model.yaml, `VQGanVAE()` the
     published one of 1024 codes at f = 16; with the sizes below by name, a new one is made.
 
-    `image_size` is the side in pixels it was trained at; it works at any multiple of f = `patch_size` · 2^(len(ch_mult) − 1).
+    `image_size` is the side in pixels it was trained at; any multiple of f = `patch_size` · 2^(len(ch_mult) − 1) works.
     `attn_resolutions` name the sides, counted from `image_size` / `patch_size` down, at which the blocks attend.
     """
 

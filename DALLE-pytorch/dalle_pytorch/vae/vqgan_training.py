@@ -1,9 +1,9 @@
 """What a VQGAN is trained on: reconstruction, with a codebook that follows the encoder and does not collapse.
 
-Codes are drawn by the Gumbel-max trick from logits that are minus squared distances, at a temperature that falls to zero
-(Jang et al. 2017); the gradient goes straight through (van den Oord et al. 2017). The codebook is not learned by gradient:
-it is the running mean of the encodings that chose each code, it starts from k-means, and a code that nobody chooses
-any more is moved to an encoding at random. So the quantizer is a Gumbel quantizer whose projection is tied to its codebook.
+Codes are drawn by the Gumbel-max trick from logits that are minus squared distances, at a temperature that falls to
+zero (Jang et al. 2017); the gradient goes straight through (van den Oord et al. 2017). The codebook is not learned by
+gradient: it is the running mean of the encodings that chose each code, it starts from k-means, and a code that nobody
+chooses any more is moved to an encoding at random: a Gumbel quantizer whose projection is tied to its codebook.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
 class VQGanTask(nn.Module):
-    """A batch of pictures to a loss. The first `warmup_steps` train a plain autoencoder, so that k-means has something to find.
+    """A batch of pictures to a loss. The first `warmup_steps` train a plain autoencoder, so that k-means finds something.
 
     `crop_size` trains on token-aligned crops of that many pixels, a quarter of the work at half the side; the share
     `full_share` of the steps sees a part of the batch whole, so that the borders of a picture are learned too.
@@ -86,13 +86,13 @@ class VQGanTask(nn.Module):
         )
 
     def _draw(self, flat: Tensor) -> Tensor:
-        """(n, dim) encodings → (n,) codes, by Gumbel noise on minus the squared distances while the temperature is above 0."""
+        """(n, dim) encodings → (n,) codes: the nearest, under Gumbel noise while the temperature is above 0."""
         codes = self.vae.codebook
         logits = 2 * flat @ codes.T - codes.square().sum(1)
         done = (self.step - self.warmup_steps) / max(1, 0.7 * (self.steps - self.warmup_steps))
         temperature = self.start_temperature * float(1 - done.clamp(max=1))
         if temperature > 0:
-            # In units of the mean squared distance to the nearest code, so that the setting means the same at any scale.
+            # In units of the mean squared distance to the nearest code: the setting means the same at any scale.
             unit = (flat.square().sum(1) - logits.max(1).values).clamp(min=0).mean()
             logits = logits - temperature * unit * torch.empty_like(logits).exponential_().log()
         return logits.argmax(1)
