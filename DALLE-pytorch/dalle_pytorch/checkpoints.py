@@ -240,13 +240,13 @@ def resolve_folder(name: str | os.PathLike, patterns: Sequence[str] = NATIVE_FIL
         raise CheckpointError(f"{text} is neither a local folder nor to be had from the hub ({reason})") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in a native folder's `config.json`."""
-    path = folder / CONFIG_NAME
+def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """The settings in a model folder's `config.json`, or in another JSON file there."""
+    path = folder / name
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG_NAME}") from None
+        raise CheckpointError(f"{folder} is not a model folder: it has no {name}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):

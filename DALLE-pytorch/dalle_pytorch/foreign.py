@@ -16,7 +16,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,10 +82,11 @@ class ForeignObject:
 # What is public
 
 
-def read_torch(path: str | os.PathLike) -> Any:
+def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
     """What `torch.save`, `torch.jit.save` or an old PyTorch's `torch.save` wrote, on the CPU.
 
-    It is made of tensors, dicts, lists, tuples, sets, numbers, strings and `ForeignObject`s. Raises `CheckpointError`
+    It is made of tensors, dicts, lists, tuples, sets, numbers, strings and `ForeignObject`s. If it is a dict, entries
+    named in `leave_out` are missing and their tensors are not read. Raises `CheckpointError`
     with one line if the file is missing or damaged, or holds anything else; that is then not run.
     """
     path = Path(path)
@@ -93,7 +94,7 @@ def read_torch(path: str | os.PathLike) -> Any:
         with open(path, "rb") as file:
             read = _read_zip if file.read(4) == b"PK\x03\x04" else _read_legacy
             file.seek(0)
-            return read(file, os.fstat(file.fileno()).st_size)
+            return read(file, os.fstat(file.fileno()).st_size, leave_out)
     except FileNotFoundError:
         raise CheckpointError(f"the weights file {path} is missing") from None
     except OSError as error:
@@ -294,7 +295,7 @@ def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
 # Files
 
 
-def _read_zip(file: BinaryIO, size: int) -> Any:
+def _read_zip(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
     """The format since PyTorch 1.6, and TorchScript: a zip of `data.pkl` and `data/<key>` in a folder of any name."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
@@ -317,12 +318,12 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
 
         if f"{folder}byteorder" in members and read("byteorder") != b"little":
             raise pickle.UnpicklingError("its numbers are big-endian")
-        contents, storages = _unpickle(io.BytesIO(read("data.pkl")))
-        return _Finisher({key: _flat(storage, read(f"data/{key}")) for key, storage in storages.items()})(contents)
+        contents, _ = _unpickle(io.BytesIO(read("data.pkl")))
+        return _Finisher(lambda storage: read(f"data/{storage.key}")).finish(contents, leave_out)
 
 
-def _read_legacy(file: BinaryIO, size: int) -> Any:
-    """The format before PyTorch 1.6: five pickles, then the storages, each after its number of elements."""
+def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
+    """The format before PyTorch 1.6: five pickles, then the storages, each after the number of its elements."""
     if _unpickle(file)[0] != LEGACY_MAGIC:
         raise pickle.UnpicklingError("it begins like none")
     _protocol, system = _unpickle(file)[0], _unpickle(file)[0]
@@ -330,14 +331,21 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
         raise pickle.UnpicklingError("its numbers are big-endian")
     contents, storages = _unpickle(file)
     keys, _ = _unpickle(file)
-    tensors = {}
+    places = {}
     for key in map(str, keys):
         (numel,) = struct.unpack("<q", file.read(8))
         length = numel * storages[key].dtype.itemsize
         if not 0 <= length <= size - file.tell():
             raise pickle.UnpicklingError(f"storage {key} is cut short")
-        tensors[key] = _flat(storages[key], bytearray(file.read(length)))
-    return _Finisher(tensors)(contents)
+        places[key] = (file.tell(), length)
+        file.seek(length, os.SEEK_CUR)
+
+    def read(storage: _Storage) -> bytearray:
+        start, length = places[storage.key]
+        file.seek(start)
+        return bytearray(file.read(length))
+
+    return _Finisher(read).finish(contents, leave_out)
 
 
 def _flat(storage: _Storage, data: bytearray) -> Tensor:
@@ -351,9 +359,15 @@ def _flat(storage: _Storage, data: bytearray) -> Tensor:
 class _Finisher:
     """Copies what was unpickled, with tensors in their places, and refuses whatever is not plain data."""
 
-    def __init__(self, storages: dict[str, Tensor]):
-        self.storages = storages
+    def __init__(self, read: Callable[[_Storage], bytearray]):
+        self.read = read
+        self.flat: dict[str, Tensor] = {}
         self.done: dict[int, Any] = {}  # by identity: shared parts stay shared, and cycles end
+
+    def finish(self, contents: Any, leave_out: Collection[str]) -> Any:
+        if isinstance(contents, dict):
+            contents = {key: value for key, value in contents.items() if key not in leave_out}
+        return self(contents)
 
     def __call__(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
@@ -381,8 +395,11 @@ class _Finisher:
         return copy
 
     def tensor(self, stored: _StoredTensor) -> Tensor:
-        flat = self.storages[stored.storage.key]
-        if stored.storage.dtype != stored.dtype:
+        storage = stored.storage
+        if storage.key not in self.flat:
+            self.flat[storage.key] = _flat(storage, self.read(storage))
+        flat = self.flat[storage.key]
+        if storage.dtype != stored.dtype:
             flat = flat.view(stored.dtype)
         if len(stored.size) != len(stored.stride) or min(stored.offset, *stored.size, *stored.stride, 0) < 0:
             raise pickle.UnpicklingError("a tensor has an impossible shape")

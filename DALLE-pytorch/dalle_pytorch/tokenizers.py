@@ -300,6 +300,22 @@ class YttmTokenizer(Tokenizer):
         text = "".join(" " + piece[1:] if piece.startswith(self.SPACE) else piece for piece in pieces)
         return text.removeprefix(" ")
 
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        """The same encoding as a tokenizer.json has it. Raises `ValueError` where two tokens spell the same piece."""
+        vocabulary = {piece: i for i, piece in self._pieces.items()}
+        if len(vocabulary) < len(self._pieces):
+            raise ValueError("two tokens of this vocabulary spell the same, which a tokenizer.json cannot hold")
+        merges = [(self._pieces[left], self._pieces[right]) for left, right in self._merges]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<UNK>", fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(f"[ \\t\\n\\v\\f\\r{self.SPACE}]+"), behavior="removed"),
+                pre_tokenizers.Metaspace(self.SPACE, prepend_scheme="always", split=False),
+            ]
+        )
+        tokenizer.decoder = decoders.Metaspace(self.SPACE, prepend_scheme="always", split=False)
+        return tokenizer
+
 
 # --------------------------------------------------------------------------------------------------
 # BERT's Chinese characters

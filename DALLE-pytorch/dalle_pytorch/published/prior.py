@@ -1,0 +1,177 @@
+"""DALLE-pytorch's priors, of releases 0.11 to 1.6 and of the DALL-3 fork, as one file or as DeepSpeed leaves them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.dalle import DALLE
+from dalle_pytorch.downloads import VQGANS, default_file
+from dalle_pytorch.foreign import read_torch
+from dalle_pytorch.published.common import (
+    TRAINING_STATE,
+    TRANSFORMER_NAMES,
+    State,
+    agree,
+    as_checkpoint,
+    below,
+    build,
+    is_file,
+    rename,
+)
+from dalle_pytorch.published.vaes import openai_dvae, vqgan
+from dalle_pytorch.vae.discrete import DiscreteVAE
+from dalle_pytorch.vae.openai import OpenAIDiscreteVAE
+from dalle_pytorch.vae.vqgan import VQGanVAE
+
+AUXILIARY_NAME = "auxiliary.pt"  # what DALLE-pytorch writes beside DeepSpeed's weights
+CONSOLIDATED_NAME = "pytorch_model.bin"  # what DeepSpeed's zero_to_fp32.py makes of them
+
+_DALLE_NAMES = (
+    *TRANSFORMER_NAMES,
+    (r"^to_logits\.0\.", "norm."),
+    (r"^to_logits\.1\.", "to_logits."),
+    (r"^image_pos_emb\.weights[._]0$", "image_pos_emb.rows"),
+    (r"^image_pos_emb\.weights[._]1$", "image_pos_emb.columns"),
+)
+# Tables that are computed here, and second names of the output layer under share_input_output_emb.
+_DALLE_DROPPED = re.compile(r"vae\.|logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
+# Recorded by some releases and without a meaning for the weights; 1.x took sparse_attn and ignored it.
+_DALLE_IGNORED = {"vae", "sparse_attn", "optimize_for_inference"}
+
+
+def load_dalle(path: str | os.PathLike, vae: nn.Module | None = None) -> DALLE:
+    """Opens a prior, in evaluation mode on the CPU: a native folder; a `dalle.pt` of DALLE-pytorch or its DALL-3 fork;
+    DeepSpeed's consolidated weights beside their `auxiliary.pt`, or the folder of the two.
+
+    `vae` overrides the one that the checkpoint names.
+    """
+    if not is_file(path) and not (Path(path) / AUXILIARY_NAME).is_file():
+        return DALLE.from_pretrained(path, **({} if vae is None else {"vae": vae}))
+    return open_dalle(path, _prior_checkpoint(Path(path)), vae)
+
+
+def _prior_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, put together from its parts if DeepSpeed wrote it."""
+    if path.name == AUXILIARY_NAME:
+        path = path.parent
+    if path.is_dir():
+        if not (path / CONSOLIDATED_NAME).is_file():
+            raise CheckpointError(
+                f"{path} has no {CONSOLIDATED_NAME}; run DeepSpeed's zero_to_fp32.py in it, which makes that"
+            )
+        path = path / CONSOLIDATED_NAME
+    content = read_torch(path, TRAINING_STATE)
+    auxiliary = find_auxiliary(path)
+    if auxiliary is None or not isinstance(content, dict) or "hparams" in content:
+        return as_checkpoint(path, content)
+    # `module` is where DeepSpeed's own files have the weights.
+    return as_checkpoint(path, {**_settings(auxiliary), "weights": content.get("module", content)})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    content = read_torch(path, TRAINING_STATE)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint of DALLE-pytorch: it holds a {type(content).__name__}")
+    return content
+
+
+def find_auxiliary(path: Path) -> Path | None:
+    """The `auxiliary.pt` that belongs to DeepSpeed's weights: beside them, or beside their folder."""
+    places = (path.parent, path.parent.parent)
+    return next((place / AUXILIARY_NAME for place in places if (place / AUXILIARY_NAME).is_file()), None)
+
+
+def open_dalle(path: str | os.PathLike, checkpoint: dict[str, Any], vae: nn.Module | None) -> DALLE:
+    weights = checkpoint["weights"]
+    if all(key.startswith("module.") for key in weights):
+        weights = below(weights, "module.")
+    arguments = _dalle_arguments(path, checkpoint["hparams"], weights)
+    image_tokens = arguments["num_image_tokens"]
+    if vae is None:
+        vae = _checkpoint_vae(path, checkpoint, weights, image_tokens)
+    if vae.num_tokens != image_tokens:
+        raise CheckpointError(f"{path}: {image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
+    state = rename({key: value for key, value in weights.items() if not _DALLE_DROPPED.match(key)}, _DALLE_NAMES)
+    for key in ("image_pos_emb.rows", "image_pos_emb.columns"):
+        if key in state:
+            state[key] = state[key].squeeze(0)
+    # Upstream draws the random blocks of `sparse` layers anew at each start, and does not save them.
+    return build(path, DALLE, {**arguments, "vae": vae}, state, computed="pattern.layout")
+
+
+def _checkpoint_vae(
+    path: str | os.PathLike, checkpoint: dict[str, Any], weights: State, image_tokens: int
+) -> nn.Module:
+    """The VAE that was trained with: from the checkpoint itself if its weights are there, else the published one."""
+    if checkpoint.get("vae_params"):
+        return build(path, DiscreteVAE, checkpoint["vae_params"], below(weights, "vae."))
+    if "vae.model.encoder.conv_in.weight" in weights:
+        return build(path, VQGanVAE, *vqgan(path, below(weights, "vae.model.")))
+    if "vae.enc.blocks.input.w" in weights:
+        return build(
+            path, OpenAIDiscreteVAE, *openai_dvae(path, below(weights, "vae.enc."), below(weights, "vae.dec."))
+        )
+    name = checkpoint.get("vae_class_name") or "OpenAIDiscreteVAE"
+    if name == "OpenAIDiscreteVAE":
+        return OpenAIDiscreteVAE()
+    if name == "VQGanVAE" and image_tokens in VQGANS:
+        return VQGanVAE(*map(default_file, VQGANS[image_tokens]))
+    raise CheckpointError(
+        f"{path} was trained with a {name} of {image_tokens} tokens, which is not in it; give that one"
+    )
+
+
+def _dalle_arguments(path: str | os.PathLike, hparams: dict[str, Any], weights: State) -> dict[str, Any]:
+    """The constructor's arguments: sizes and options from the weights where they tell, the rest as recorded."""
+    types = hparams.get("attn_types") or ()
+    if "mlp" in ((types,) if isinstance(types, str) else types):
+        raise CheckpointError(f"{path} has gMLP layers (attn_types mlp), which are not supported")
+    arguments = {key: value for key, value in hparams.items() if key not in _DALLE_IGNORED}
+    try:
+        text_seq_len = hparams.get("text_seq_len", 256)
+        rotary_emb = "text_pos_emb.weight" not in weights
+        share_emb = "text_emb.linear.weight" in weights
+        reversible = any(".layers.blocks." in key for key in weights)
+        feed_forwards = [key for key in weights if key.endswith("fn.net.0.weight")]
+        if not feed_forwards:
+            raise KeyError("layers")
+        total_tokens, dim = weights["to_logits.1.weight"].shape
+        told = {
+            "dim": dim,
+            "depth": 1 + max(int(re.search(r"\.(?:layers|blocks)\.(\d+)\.", key)[1]) for key in feed_forwards),
+            "rotary_emb": rotary_emb,
+            "share_input_output_emb": share_emb,
+            "reversible": reversible,
+            "sandwich_norm": any(key.endswith("norm_out.weight") for key in weights),
+            # Without token shift the feed-forward stands in layer scale and norm alone.
+            "shift_tokens": feed_forwards[0].count("fn.") > 2,
+        }
+        if not rotary_emb:
+            told["text_seq_len"] = text_seq_len = len(weights["text_pos_emb.weight"]) - 1
+        if not share_emb:
+            told["num_text_tokens"] = len(weights["text_emb.weight"]) - text_seq_len
+        agree(path, arguments, told)
+        arguments |= told
+        inner = next(value for key, value in weights.items() if key.endswith("to_qkv.weight")).shape[0] // 3
+        heads, dim_head = hparams.get("heads", 8), hparams.get("dim_head", 64)
+        if heads * dim_head != inner:
+            raise CheckpointError(
+                f"{path}: {heads} heads of {dim_head} are recorded, and the weights' add up to {inner}"
+            )
+        image_tokens = total_tokens - text_seq_len - arguments.get("num_text_tokens", 10000)
+        if rotary_emb:
+            # One position per token; some releases leave out the last.
+            side = math.isqrt(weights["transformer.pos_emb"].shape[-2] - text_seq_len)
+        else:
+            side = next(w for key, w in weights.items() if re.match(r"image_pos_emb\.weights[._]0$", key)).shape[1]
+    except (KeyError, StopIteration, TypeError) as error:
+        missing = f" {error}" if isinstance(error, KeyError) else ""
+        raise CheckpointError(f"{path} is no prior of DALLE-pytorch: its weights lack{missing or ' layers'}") from None
+    return {**arguments, "image_fmap_size": side, "num_image_tokens": image_tokens}

@@ -1,0 +1,247 @@
+"""Tokenizers: recorded ids, round trips, padding, length, unknown words, damaged files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+
+from dalle_pytorch import tokenizers
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.data import glyphs
+from dalle_pytorch.tokenizers import (
+    ChineseTokenizer,
+    HugTokenizer,
+    SimpleTokenizer,
+    YttmTokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+CAPTIONS = [glyphs.make_scene(i).caption for i in range(500)]
+
+
+@pytest.fixture
+def hug(tmp_path) -> HugTokenizer:
+    train_bpe(CAPTIONS, 256).save(str(tmp_path / "tokenizer.json"))
+    return HugTokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.fixture
+def yttm(parity) -> YttmTokenizer:
+    return YttmTokenizer(parity("tokenizers/yttm") / "bpe.model")
+
+
+@pytest.fixture(scope="module")
+def simple() -> SimpleTokenizer:
+    if tokenizers._packaged_vocabulary() is None:
+        pytest.skip("no installed package carries CLIP's vocabulary")
+    return SimpleTokenizer()
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+def test_captions_survive(hug):
+    unseen = [glyphs.make_scene(i, "test").caption for i in range(300)]
+    assert all(hug.decode(hug.encode(caption)) == caption for caption in unseen)
+    assert hug.decode(hug.encode("  A Red\tSEVEN,\non  brick ")) == "a red seven, on brick"
+    assert max(max(hug.encode(caption)) for caption in unseen) < hug.vocab_size <= 256
+
+
+def test_padding_and_length(hug):
+    tokens = hug.tokenize(["a red seven", ""], 8)
+    ids = hug.encode("a red seven")
+    assert tokens.dtype == torch.int64 and tokens.tolist() == [ids + [0] * (8 - len(ids)), [0] * 8]
+    assert 0 not in ids and torch.equal(hug.tokenize("a red seven", 8), tokens[:1])
+    assert hug.decode(tokens[0]) == "a red seven"
+    assert hug.decode(tokens[0], pad_tokens={ids[1]}) == "a seven"
+    for error in (ValueError, RuntimeError):  # DALLE-pytorch raises the latter
+        with pytest.raises(error, match=r"^[^\n]*'a red seven' is 3 tokens, too long for 2$"):
+            hug.tokenize("a red seven", 2)
+    assert hug.tokenize("a red seven", 2, truncate_text=True).tolist() == [ids[:2]]
+
+
+def test_unknown_words(hug):
+    assert hug.unknown_words("a 猫, red 犬! seven 猫") == ["猫", "犬"]
+
+
+def test_training_is_deterministic():
+    first, second = (train_bpe(CAPTIONS, 256).to_str() for _ in range(2))
+    assert first == second
+    tokenizer = json.loads(first)
+    assert [tokenizer["model"]["vocab"][token] for token in ("[PAD]", "[UNK]")] == [0, 1]
+    assert train_bpe(CAPTIONS, 60).get_vocab_size() == 60
+
+
+def test_train_tokenizer(tmp_path, capsys):
+    captions = tmp_path / "captions/deeper"
+    captions.mkdir(parents=True)
+    (captions / "0.txt").write_text("ein rotes Haus\n\nein blaues Haus\n", "utf-8")
+    train_tokenizer(
+        ["--image_text_folder", str(tmp_path), "--vocab_size", "64", "--output", str(tmp_path / "out.json")]
+    )
+    tokenizer = HugTokenizer(output)
+    assert len(tokenizer.encode("ein haus")) == 2 and "2 captions" in capsys.readouterr().out
+    train_tokenizer(["--count", "50", "--output", str(tmp_path / "glyphs.json")])
+    assert HugTokenizer(tmp_path / "glyphs.json").decode([0]) == ""
+
+
+@pytest.mark.parametrize("content", ["", "{}", "no json", '{"version": "1.0"}'])
+def test_damaged_tokenizer_json(tmp_path, content):
+    with pytest.raises(CheckpointError, match="there is no tokenizer file"):
+        HugTokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*tokenizer\.json is not a tokenizer\.json[^\n]*$"):
+        HugTokenizer(tmp_path / "tokenizer.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# YouTokenToMe
+
+
+def test_yttm_as_recorded(parity, yttm):
+    golden = json.loads((parity("tokenizers/yttm") / "golden.json").read_text("utf-8"))
+    assert yttm.vocab_size == golden["vocab_size"]
+    assert [yttm.encode(text) for text in golden["texts"]] == golden["ids"]
+    assert [yttm.decode(ids) for ids in golden["ids"]] == golden["decoded"]
+    assert yttm.unknown_words("UPPER lower Mixed") == ["UPPER", "Mixed"]
+
+
+def test_yttm_by_definition(parity, yttm):
+    """Against the algorithm written out: the whole word again after each merge."""
+    lines = (parity("tokenizers/yttm") / "bpe.model").read_text().splitlines()
+    num_characters, num_merges = map(int, lines[0].split())
+    characters = {chr(int(code)): int(i) for code, i in (line.split() for line in lines[1 : num_characters + 1])}
+    merges = [tuple(map(int, line.split())) for line in lines[num_characters + 1 :][:num_merges]]
+
+    def encode(word: str) -> list[int]:
+        ids = [characters["▁"]]
+        for character in word:
+            if character in characters:
+                ids.append(characters[character])
+            elif ids[-1] != 1:
+                ids.append(1)
+        for left, right, merged in merges:
+            at = 0
+            while at + 1 < len(ids):
+                if ids[at : at + 2] == [left, right]:
+                    ids[at : at + 2] = [merged]
+                at += 1
+        return ids
+
+    random.seed(0)
+    letters = [character for character in characters if character != "▁"] + ["x", "X", "?"]
+    for _ in range(300):
+        words = ["".join(random.choices(letters, k=random.randint(1, 12))) for _ in range(random.randint(0, 4))]
+        assert yttm.encode("  ".join(words)) == [i for word in words for i in encode(word)]
+
+
+def test_yttm_as_tokenizer_json(tmp_path, parity, yttm):
+    yttm.to_hugging_face().save(str(tmp_path / "tokenizer.json"))
+    hug = HugTokenizer(tmp_path / "tokenizer.json")
+    golden = json.loads((parity("tokenizers/yttm") / "golden.json").read_text("utf-8"))
+    assert [hug.encode(text) for text in golden["texts"]] == golden["ids"]
+    assert [hug.decode(ids) for ids in golden["ids"]] == golden["decoded"]
+    assert hug.vocab_size == yttm.vocab_size and hug.unknown_words("UPPER lower") == ["UPPER"]
+
+
+def test_two_yttm_tokens_may_spell_the_same(tmp_path):
+    path = tmp_path / "bpe.model"
+    # ▁ a b c; ab+c and a+bc both spell abc.
+    path.write_text("4 4\n9601 4\n97 5\n98 6\n99 7\n5 6 8\n6 7 9\n8 7 10\n5 9 11\n1 0 2 3\n")
+    tokenizer = YttmTokenizer(path)
+    assert tokenizer.encode("abc bc") == [4, 10, 4, 9] and tokenizer.decode([4, 11, 4, 10]) == "abc abc"
+    with pytest.raises(ValueError, match="spell the same"):
+        tokenizer.to_hugging_face()
+    with pytest.raises(ValueError, match="token 99 is outside this vocabulary of 12"):
+        tokenizer.decode([99])
+
+
+@pytest.mark.parametrize("content", ["", "1", "no numbers", "1 0\n97 4\n1 0 2 3\n", "2 1\n9601 4\n97 5\n4 5 6\n",
+                                     "2 1\n9601 4\n97 5\n4 9 6\n1 0 2 3\n", "-1 0\n1 0 2 3"])  # fmt: skip
+def test_damaged_yttm(tmp_path, content):
+    (tmp_path / "bpe.model").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*bpe\.model[^\n]*$"):
+        YttmTokenizer(tmp_path / "bpe.model")
+
+
+# --------------------------------------------------------------------------------------------------
+# CLIP's vocabulary
+
+
+def test_simple_as_recorded(parity, simple):
+    golden = json.loads((parity("tokenizers/clip_bpe") / "golden.json").read_text("utf-8"))
+    assert [simple.encode(text) for text in golden["texts"]] == golden["ids"]
+    assert simple.vocab_size == 49408
+    assert simple.decode([49406, *simple.encode("A small  DOG!"), 49407, 0]) == "a small dog !"
+    assert simple.encode("<|startoftext|>a<|endoftext|>") == [49406, 320, 49407]
+    assert simple.unknown_words("猫 zzzqqq") == []
+
+
+def test_simple_against_another_implementation(simple):
+    other = pytest.importorskip("instant_clip_tokenizer").Tokenizer()
+    random.seed(0)
+    letters = "abcdefghij klmnopqrstuvwxyz  0129 .,!?'\"-_#@;<>|éüñß漢字かなж\n\tİǅKﬁ😀'S'T'LL"
+    for _ in range(2000):
+        text = "".join(random.choices(letters, k=random.randint(0, 30)))
+        assert simple.encode(text) == list(other.encode(text)), text
+
+
+def test_simple_from_files(tmp_path, simple, monkeypatch):
+    text = tokenizers._clip_vocabulary(None)
+    (tmp_path / "merges.txt").write_text(text, "utf-8")
+    (tmp_path / "vocab.txt.gz").write_bytes(gzip.compress(text.encode()))
+    merges = [line.split() for line in text.split("\n")[1:48895]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}), "utf-8")
+    for name in ("merges.txt", "vocab.txt.gz", "tokenizer.json"):
+        assert SimpleTokenizer(tmp_path / name).encode("a photo of a dog") == simple.encode("a photo of a dog")
+    assert isinstance(load_tokenizer(tmp_path / "vocab.txt.gz"), SimpleTokenizer)
+    # Without a package that has it, it is the downloaded file.
+    monkeypatch.setattr(tokenizers, "_packaged_vocabulary", lambda: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = tmp_path / ".cache/dalle"
+    cache.mkdir(parents=True)
+    (cache / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert SimpleTokenizer().encode("dog") == simple.encode("dog")
+
+
+@pytest.mark.parametrize("content", [b"", b"#version\na b\n", b"\xff\xfe", b"\x1f\x8bno gzip", b'{"model": 1}'])
+def test_damaged_clip_vocabulary(tmp_path, content):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*vocab\.txt[^\n]*$"):
+        SimpleTokenizer(tmp_path / "vocab.txt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SimpleTokenizer(tmp_path / "none.txt")
+
+
+# --------------------------------------------------------------------------------------------------
+# BERT, and which one
+
+
+def test_chinese_from_a_folder(tmp_path, monkeypatch):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "猫", "红", "色", "的", "a", "##b"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = ChineseTokenizer(tmp_path)
+    assert tokenizer.vocab_size == len(words)
+    assert tokenizer.encode("红色的猫 AB") == [6, 7, 8, 5, 9, 10]
+    assert tokenizer.tokenize("红色", 4).tolist() == [[6, 7, 0, 0]]
+    assert tokenizer.decode([6, 7, 8, 5, 0, 0]).replace(" ", "") == "红色的猫"
+    assert tokenizer.unknown_words("猫 狗") == ["狗"]
+    assert isinstance(load_tokenizer(tmp_path, chinese=True), ChineseTokenizer)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=r"^[^\n]*neither a folder with a BERT vocabulary[^\n]*$"):
+        ChineseTokenizer(tmp_path / "nothing")
+
+
+def test_which_one(tmp_path, hug, parity):
+    assert isinstance(load_tokenizer(tmp_path / "tokenizer.json"), HugTokenizer)
+    assert isinstance(load_tokenizer(parity("tokenizers/yttm") / "bpe.model"), YttmTokenizer)
+    (tmp_path / "dalle").mkdir()
+    beside = load_tokenizer(beside=tmp_path / "dalle")
+    assert isinstance(beside, HugTokenizer) and beside.vocab_size == hug.vocab_size
