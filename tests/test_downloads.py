@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
+import multiprocessing
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -122,12 +121,13 @@ def test_no_network_and_no_file_are_one_line(server):
     assert default_file(gone).read_bytes() == b"by hand"
 
 
-def test_processes_share_one_download(server, tmp_path):
-    program = f"""
-from dalle_pytorch.downloads import PublicFile, default_file
-path = default_file(PublicFile("file.bin", {server.file().url!r}))
-assert path.read_bytes() == bytes(range(256)) * 40
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path) for _ in range(3)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
-    assert len(server.asked) == 1
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside the server's thread
+def test_processes_share_one_download(server):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=default_file, args=(server.file(),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0, 0] and len(server.asked) == 1
+    assert default_file(server.file()).read_bytes() == CONTENT

@@ -42,8 +42,9 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 _INERT = re.compile(
-    r"(pytorch_lightning|lightning|lightning\.pytorch)\.(callbacks|utilities)(\.\w+)*\.[A-Z]\w*"  # Lightning
+    r"(pytorch_lightning|lightning|lightning\.pytorch|lightning_fabric)\.(callbacks|utilities)(\.\w+)*\.[A-Z]\w*"
     r"|omegaconf(\.\w+)*\.[A-Z]\w*|typing\.Any|argparse\.Namespace|pathlib\.\w*Path"  # settings beside the weights
+    r"|(builtins|__builtin__)\.(dict|list|tuple|str|int|float|bool)"  # the types of such settings
     r"|numpy\.dtype|numpy\.(_?core)\.multiarray\.scalar"
     r"|dall_e\.(encoder|decoder|utils)\.[A-Z]\w*|torch\.nn\.modules\.\w+\.[A-Z]\w*|torch\.device"  # whole modules
     r"|torch\.nn\.parameter\.Parameter|torch\.Tensor"
@@ -228,6 +229,7 @@ _FUNCTIONS = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda rebuild, _type, args, _state: rebuild(*args),
     "_codecs.encode": lambda text, *_: text,
+    "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
 }
 _TYPES = {

@@ -107,10 +107,12 @@ def load_trainable_clip(path: str | os.PathLike) -> CLIP:
 
 
 def open_trainable_clip(path: str | os.PathLike, checkpoint: dict[str, Any]) -> CLIP:
+    """`load_trainable_clip` of a checkpoint that has been read."""
     return build(path, CLIP, checkpoint["hparams"], rename(checkpoint["weights"], _TRAINABLE_CLIP_NAMES))
 
 
 def open_clip(path: str | os.PathLike, content: Any) -> CLIP | PublishedCLIP:
+    """`load_clip` of what is in a file."""
     if isinstance(content, dict) and "hparams" in content:
         return open_trainable_clip(path, as_checkpoint(path, content))
     return _open_openai_clip(path, as_state(path, content))

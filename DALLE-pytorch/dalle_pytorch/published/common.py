@@ -45,6 +45,7 @@ TRANSFORMER_NAMES = (
 
 
 def rename(state: State, names: Names) -> State:
+    """The same tensors under other names."""
     renamed = {}
     for key, tensor in state.items():
         for pattern, replacement in names:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dalle_pytorch.checkpoints import CheckpointError
@@ -41,7 +42,7 @@ _DALLE_NAMES = (
     (r"^image_pos_emb\.weights[._]1$", "image_pos_emb.columns"),
 )
 # Tables that are computed here, and second names of the output layer under share_input_output_emb.
-_DALLE_DROPPED = re.compile(r"vae\.|logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
+_DALLE_DROPPED = re.compile(r"logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
 # Recorded by some releases and without a meaning for the weights; 1.x took sparse_attn and ignored it.
 _DALLE_IGNORED = {"vae", "sparse_attn", "optimize_for_inference"}
 
@@ -89,21 +90,39 @@ def find_auxiliary(path: Path) -> Path | None:
 
 
 def open_dalle(path: str | os.PathLike, checkpoint: dict[str, Any], vae: nn.Module | None) -> DALLE:
+    """`load_dalle` of a checkpoint that has been read."""
     weights = checkpoint["weights"]
     if all(key.startswith("module.") for key in weights):
         weights = below(weights, "module.")
-    arguments = _dalle_arguments(path, checkpoint["hparams"], weights)
+    # A VAE has names of its own that sound like the prior's.
+    own = {key: tensor for key, tensor in weights.items() if not key.startswith("vae.")}
+    arguments = _dalle_arguments(path, checkpoint["hparams"], own)
     image_tokens = arguments["num_image_tokens"]
     if vae is None:
         vae = _checkpoint_vae(path, checkpoint, weights, image_tokens)
     if vae.num_tokens != image_tokens:
         raise CheckpointError(f"{path}: {image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
-    state = rename({key: value for key, value in weights.items() if not _DALLE_DROPPED.match(key)}, _DALLE_NAMES)
+    state = rename({key: tensor for key, tensor in own.items() if not _DALLE_DROPPED.match(key)}, _DALLE_NAMES)
     for key in ("image_pos_emb.rows", "image_pos_emb.columns"):
         if key in state:
             state[key] = state[key].squeeze(0)
     # Upstream draws the random blocks of `sparse` layers anew at each start, and does not save them.
-    return build(path, DALLE, {**arguments, "vae": vae}, state, computed="pattern.layout")
+    dalle = build(path, DALLE, {**arguments, "vae": vae}, state, computed="pattern.layout")
+    _check_rotary(path, dalle, own)
+    return dalle
+
+
+def _check_rotary(path: str | os.PathLike, dalle: DALLE, weights: State) -> None:
+    """Refuses a prior whose recorded angles are other than those that are computed here, as they are in 1.x."""
+    if dalle.transformer.rotary is None:
+        return
+    # Each angle stands there twice, for the two channels that it turns.
+    angles = weights["transformer.pos_emb"].float().flatten(0, -2)[:, ::2]
+    length, pairs = angles.shape
+    recorded = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    computed = dalle.transformer.rotary[:length, :pairs]
+    if recorded.shape != computed.shape or (recorded - computed).abs().max() > 0.01:
+        raise CheckpointError(f"{path} has rotary positions of a kind that is not supported")
 
 
 def _checkpoint_vae(

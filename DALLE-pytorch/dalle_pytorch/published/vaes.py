@@ -30,6 +30,7 @@ def load_discrete_vae(path: str | os.PathLike) -> DiscreteVAE:
 
 
 def open_discrete_vae(path: str | os.PathLike, checkpoint: dict[str, Any]) -> DiscreteVAE:
+    """`load_discrete_vae` of a checkpoint that has been read."""
     return build(path, DiscreteVAE, checkpoint["hparams"], checkpoint["weights"])
 
 
@@ -125,6 +126,8 @@ def read_openai_dvae(
 
 
 def openai_dvae(source: object, encoder: State, decoder: State) -> tuple[dict[str, Any], State]:
+    """`OpenAIDiscreteVAE`'s arguments and weights from those of its two halves."""
+
     def blocks(state: State) -> int:
         return len({key.split(".")[2] for key in state if key.startswith("blocks.group_1.block_")})
 

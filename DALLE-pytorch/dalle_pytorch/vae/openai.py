@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.Mo
     gain = 1 / (blocks * (len(widths) - 1)) ** 2
     return nn.ModuleList(
         nn.Sequential(*(Block(width if i == 0 else out, out, kernels, gain) for i in range(blocks)))
-        for width, out in zip(widths[:-1], widths[1:], strict=True)
+        for width, out in pairwise(widths)
     )
 
 

@@ -1,0 +1,583 @@
+"""Published checkpoints: the recorded numbers, sizes read off the weights, and what is said of what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dalle_pytorch import clip_published
+from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, load_state
+from dalle_pytorch.clip_published import PublishedCLIP
+from dalle_pytorch.foreign import module_state, read_torch
+from dalle_pytorch.published import (
+    UnknownFormatError,
+    load_clip,
+    load_dalle,
+    load_discrete_vae,
+    load_trainable_clip,
+    open_published,
+)
+from dalle_pytorch.vae.discrete import DiscreteVAE
+from dalle_pytorch.vae.openai import OpenAIDiscreteVAE
+from dalle_pytorch.vae.vqgan import VQGanVAE
+
+PRIORS = ["full_rotary_shift", "full_learned_pos", "axial_conv", "reversible", "stable_sandwich", "shared_layers",
+          "dall3_default"]  # fmt: skip
+VQGANS = ["gumbel_f8", "vq_f16"]
+
+
+def assert_close(actual: torch.Tensor, reference: torch.Tensor) -> None:
+    assert actual.shape == reference.shape
+    assert (actual - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+def one_line(function, *arguments, **keywords) -> str:
+    """The message of the `CheckpointError` that a call raises."""
+    with pytest.raises(CheckpointError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def changed(source, target, change) -> str:
+    """A copy of a checkpoint after `change` has worked on it."""
+    content = torch.load(source, weights_only=True)
+    change(content)
+    torch.save(content, target)
+    return str(target)
+
+
+def same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# --------------------------------------------------------------------------------------------------
+# VQGAN
+
+
+@pytest.mark.parametrize("case", VQGANS)
+@torch.no_grad()
+def test_vqgan_as_recorded(parity, case):
+    folder = parity(f"vqgan/{case}")
+    golden = load_file(folder / "golden.safetensors")
+    vae = VQGanVAE(folder / "last.ckpt", folder / "model.yaml")
+    tokens = vae.get_codebook_indices(golden["image"])
+    assert torch.equal(tokens, golden["indices"]) and not vae.training
+    assert torch.equal(vae.embed(tokens), golden["embeddings"])
+    assert_close(vae.decode(tokens), golden["decoded"])
+    assert vae.image_size == 64 and vae.num_layers == {"gumbel_f8": 3, "vq_f16": 4}[case]
+
+
+@pytest.mark.parametrize("case", VQGANS)
+def test_vqgan_needs_no_configuration(parity, case, tmp_path):
+    folder = parity(f"vqgan/{case}")
+    shutil.copy(folder / "last.ckpt", tmp_path)
+    with_it = VQGanVAE(vqgan_model_path=folder / "last.ckpt", vqgan_config_path=str(folder / "model.yaml"))
+    without = VQGanVAE(tmp_path / "last.ckpt")
+    assert same_weights(with_it, without)
+    tokens = torch.arange(16)[None]
+    assert torch.equal(with_it.decode(tokens), without.decode(tokens))
+    assert without.image_size == 256  # which only the configuration tells
+
+
+def test_vqgan_becomes_a_native_folder(parity, tmp_path):
+    vae = VQGanVAE(parity("vqgan/vq_f16") / "last.ckpt")  # model.yaml is beside it
+    vae.save_pretrained(tmp_path / "native")
+    config = json.loads((tmp_path / "native/config.json").read_text())
+    assert config["num_tokens"] == 80 and config["image_size"] == 64 and not any("path" in name for name in config)
+    again = PretrainedModel.from_pretrained(tmp_path / "native")
+    assert same_weights(vae, again) and again.config == vae.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model["params"].update(n_embed=1024), "n_embed is 1024 by .*model.yaml, and 96 by the weights"),
+        (lambda model: model["params"]["ddconfig"].update(ch_mult=[1, 2]), r"ch_mult is \[1, 2\] by"),
+        (lambda model: model["params"]["ddconfig"].update(attn_resolutions=[16]), r"attn_resolutions is \[16\] by"),
+        (lambda model: model.update(target="taming.models.vqgan.VQModel"), "quantizer is VQModel by"),
+        (lambda model: model["params"].update(remap="used.npy"), "remap"),
+        (lambda model: model.pop("params"), "no configuration of a VQGAN"),
+    ],
+)
+def test_vqgan_configuration_that_contradicts(parity, tmp_path, change, message):
+    folder = parity("vqgan/gumbel_f8")
+    config = yaml.safe_load((folder / "model.yaml").read_text())
+    change(config["model"])
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match=message):
+        VQGanVAE(folder / "last.ckpt", tmp_path / "model.yaml")
+
+
+def test_attention_at_sides_that_do_not_occur(parity, tmp_path):
+    folder = parity("vqgan/gumbel_f8")
+    config = yaml.safe_load((folder / "model.yaml").read_text())
+    config["model"]["params"]["ddconfig"]["attn_resolutions"] = [8, 5]
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    assert VQGanVAE(folder / "last.ckpt", tmp_path / "model.yaml").config["attn_resolutions"] == [8]
+
+
+def test_vqgan_keys_are_named(parity, tmp_path):
+    state = read_torch(parity("vqgan/gumbel_f8") / "last.ckpt")["state_dict"]
+    state["encoder.extra"] = state.pop("decoder.mid.block_1.conv1.bias")
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    message = one_line(VQGanVAE, tmp_path / "last.ckpt")
+    assert "lacks decoder.mid.block_1.conv1.bias" in message and "unknown encoder.extra" in message
+    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "last.ckpt")
+    assert "is no VQGAN of taming-transformers: it lacks 'encoder.conv_in.weight'" in one_line(
+        VQGanVAE, tmp_path / "last.ckpt"
+    )
+    assert "without the VQGAN's weights" in one_line(VQGanVAE, None, tmp_path / "model.yaml")
+
+
+# --------------------------------------------------------------------------------------------------
+# OpenAI's dVAE
+
+
+@pytest.fixture
+def dvae_folder(parity):
+    return parity("openai_dvae/openai_dvae")
+
+
+@torch.no_grad()
+def test_dvae_as_recorded(dvae_folder):
+    golden = load_file(dvae_folder / "golden.safetensors")
+    vae = OpenAIDiscreteVAE(dvae_folder / "encoder.pkl", dvae_folder / "decoder.pkl")
+    tokens = vae.get_codebook_indices(golden["image"])
+    assert torch.equal(tokens, golden["indices"]) and (vae.image_size, vae.num_layers, vae.num_tokens) == (256, 3, 128)
+    assert_close(vae.decode(tokens), golden["decoded"])
+    rows = vae.embed(tokens)
+    assert rows.shape == (1, 16, 8, 8) and torch.equal(rows[0, :, 1, 2], vae.codebook[tokens[0, 10]])
+
+
+def test_dvae_becomes_a_native_folder(dvae_folder, tmp_path):
+    vae = open_published(dvae_folder / "decoder.pkl")
+    vae.save_pretrained(tmp_path / "native")
+    assert same_weights(vae, OpenAIDiscreteVAE.from_pretrained(tmp_path / "native"))
+    assert same_weights(vae, open_published(dvae_folder))
+
+
+def test_new_dvae_has_the_published_sizes():
+    with torch.device("meta"):
+        vae = OpenAIDiscreteVAE(image_size=256)
+    assert vae.encoder.conv_out.weight.shape == (8192, 2048, 1, 1) and vae.decoder.conv_in.weight.shape[1] == 8192
+    assert len(vae.encoder.groups) == 4 and [len(group) for group in vae.decoder.groups] == [2] * 4
+
+
+def test_dvae_halves_that_do_not_belong_together(dvae_folder, tmp_path):
+    decoder = module_state(read_torch(dvae_folder / "decoder.pkl"))
+    decoder["blocks.input.w"] = decoder["blocks.input.w"][:, :100]
+    torch.save(decoder, tmp_path / "decoder.pkl")
+    message = one_line(OpenAIDiscreteVAE, dvae_folder / "encoder.pkl", tmp_path / "decoder.pkl")
+    assert "encoder has 128 codes, the decoder 100" in message
+    message = one_line(OpenAIDiscreteVAE, dvae_folder / "decoder.pkl", dvae_folder / "encoder.pkl")
+    assert "the encoder has" in message or "they lack" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# CLIP
+
+
+@pytest.fixture
+def clip_folder(parity):
+    return parity("clip/clip_vit_jit")
+
+
+@pytest.mark.parametrize("name", ["clip_jit.pt", "clip_state_dict.pt"])
+@torch.no_grad()
+def test_clip_as_recorded(clip_folder, name, tmp_path):
+    golden = load_file(clip_folder / "golden.safetensors")
+    clip = load_clip(clip_folder / name)
+    clip.save_pretrained(tmp_path / "native")
+    for model in (clip, load_clip(tmp_path / "native")):
+        image, text = model.encode_image(golden["image"]), model.encode_text(golden["tokens"])
+        assert_close(image, golden["image_features"])
+        assert_close(text, golden["text_features"])
+        cosine = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+        assert_close(cosine * model.model.logit_scale.exp(), golden["logits_per_image"])
+        assert model.image_size == 64 and not model.training
+
+
+def test_clip_in_half_precision_opens_in_float32(clip_folder, tmp_path):
+    state = read_torch(clip_folder / "clip_state_dict.pt")
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in state.items()},
+               tmp_path / "clip.pt")  # fmt: skip
+    assert {parameter.dtype for parameter in load_clip(str(tmp_path / "clip.pt")).parameters()} == {torch.float32}
+
+
+def test_clip_that_is_none(clip_folder, tmp_path):
+    state = read_torch(clip_folder / "clip_state_dict.pt")
+    torch.save({**state, "visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "clip.pt")
+    assert "with a ResNet" in one_line(load_clip, tmp_path / "clip.pt")
+    del state["visual.proj"]
+    torch.save({**state, "more": torch.ones(1)}, tmp_path / "clip.pt")
+    message = one_line(load_clip, tmp_path / "clip.pt")
+    assert "lacks model.visual_projection.weight" in message and "unknown model.more" in message
+    torch.save({"a": torch.ones(1)}, tmp_path / "clip.pt")
+    assert "is no CLIP of OpenAI's: it lacks 'token_embedding.weight'" in one_line(load_clip, tmp_path / "clip.pt")
+    assert "is missing" in one_line(load_clip, tmp_path / "none.pt")
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    vocab_size = 600
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 96 for letter in text]
+
+
+@torch.no_grad()
+def test_clip_tokens_and_scores(clip_folder, monkeypatch):
+    clip = load_clip(clip_folder / "clip_jit.pt")
+    monkeypatch.setattr(clip_published, "SimpleTokenizer", lambda path: Letters())
+    tokens = clip.tokenize(["ab", "", "a" * 100])
+    assert tokens.shape == (3, 77) and tokens[0, :5].tolist() == [598, 1, 2, 599, 0]
+    assert tokens[1, :3].tolist() == [598, 599, 0] and tokens[2, -2:].tolist() == [1, 599]
+    images = torch.rand(3, 3, 128, 128)
+    scores = clip.score("ab", images)
+    features = clip.encode_image(F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1))
+    assert_close(scores, F.cosine_similarity(clip.encode_text(tokens[:1]), features))
+
+    clip = load_clip(clip_folder / "clip_jit.pt")
+    Letters.vocab_size = 601
+    assert "knows 600 text tokens" in one_line(clip.tokenize, "ab")
+    clip.tokenizer = Letters()
+    assert clip.tokenize("ab").shape == (1, 77)
+
+
+@pytest.mark.parametrize("eos", ["the end token", "2, as in older configurations"])
+@torch.no_grad()
+def test_hugging_face_clip(tmp_path, eos):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 50, "max_position_embeddings": 9, "bos_token_id": 48, "pad_token_id": 49,
+            "eos_token_id": 49 if eos == "the end token" else 2}  # fmt: skip
+    vision = {**sizes, "hidden_act": "gelu", "image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 2]}')
+    tokens = torch.tensor([[48, 3, 4, 49, 49, 49, 49, 49, 49], [48, 9, 8, 7, 6, 5, 4, 3, 49]])
+    image = torch.rand(2, 3, 32, 32)
+    pixels = (image - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([1, 1, 2])[:, None, None]
+    expected = model(input_ids=tokens, pixel_values=pixels)
+    clip = load_clip(tmp_path / "hf")
+    clip.save_pretrained(tmp_path / "native", dtype=torch.float32)
+    for model in (clip, load_clip(tmp_path / "native")):
+        assert isinstance(model, PublishedCLIP) and model.image_size == 32
+        assert_close(F.normalize(model.encode_text(tokens), dim=-1), expected.text_embeds)
+        assert_close(F.normalize(model.encode_image(image), dim=-1), expected.image_embeds)
+
+
+def test_hugging_face_weights_in_other_files(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    whole = load_clip(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "neither model.safetensors nor pytorch_model.bin" in one_line(load_clip, tmp_path)
+    # As older versions saved it, with tables that are computed now.
+    torch.save({**state, "text_model.embeddings.position_ids": torch.arange(77)[None]}, tmp_path / "pytorch_model.bin")
+    assert same_weights(whole, load_clip(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    keys = sorted(state)
+    parts = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
+    for name, part in parts.items():
+        save_file({key: state[key] for key in part}, tmp_path / name)
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same_weights(whole, load_clip(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "a model of type bert, and a clip is wanted" in one_line(load_clip, tmp_path)
+
+
+def test_vocabulary_goes_with_the_model(tmp_path, clip_folder):
+    clip = load_clip(clip_folder / "clip_jit.pt")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/merges.txt").write_text("#version\n")
+    clip.bpe_path = tmp_path / "hf/merges.txt"
+    clip.save_pretrained(tmp_path / "native")
+    assert load_clip(tmp_path / "native").bpe_path == tmp_path / "native/merges.txt"
+
+
+@torch.no_grad()
+def test_trainable_clip_as_recorded(parity):
+    folder = parity("dalle/clip_trainable")
+    golden = load_file(folder / "golden.safetensors")
+    clip = load_clip(folder / "clip.pt")
+    mask = golden["text_mask"].bool() if "text_mask" in golden else None
+    assert_close(clip(golden["text"], golden["image"], text_mask=mask).flatten(), golden["scores"].flatten())
+    loss = clip(golden["text"], golden["image"], text_mask=mask, return_loss=True)
+    assert_close(loss.flatten(), golden["loss"].flatten())
+    assert same_weights(clip, load_trainable_clip(folder / "clip.pt"))
+
+
+def test_hub_name_without_a_network(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert "owner/name is neither a local folder nor to be had from the hub (no route)" in one_line(
+        load_clip, "owner/name"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The prior. Its numbers are those of tests/test_dalle.py
+
+
+@pytest.mark.parametrize("case", PRIORS)
+@torch.no_grad()
+def test_prior_becomes_a_native_folder(parity, case, tmp_path):
+    folder = parity(f"dalle/{case}")
+    golden = load_file(folder / "golden.safetensors")
+    load_dalle(folder / "dalle.pt").save_pretrained(tmp_path / "native")
+    dalle = load_dalle(tmp_path / "native")
+    allowed = golden["logits_allowed"].bool()
+    assert_close(dalle(golden["text"], golden["image_tokens"])[allowed], golden["logits"][allowed])
+    assert_close(dalle.vae.decode(golden["image_tokens"]), golden["decoded_image"])
+
+
+@pytest.fixture
+def prior(parity):
+    return parity("dalle/full_rotary_shift") / "dalle.pt"
+
+
+def test_another_vae(prior, tmp_path):
+    vae = DiscreteVAE(image_size=32, num_tokens=64, codebook_dim=8, hidden_dim=8)
+    assert load_dalle(prior, vae).vae is vae
+    vae = DiscreteVAE(image_size=32, num_tokens=65, codebook_dim=8, hidden_dim=8)
+    assert one_line(load_dalle, prior, vae) == f"{prior}: 64 image tokens wanted, this VAE has 65"
+    load_dalle(prior).save_pretrained(tmp_path)
+    assert "64 image tokens wanted, this VAE has 65" in one_line(load_dalle, tmp_path, vae=vae)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"dim": 64}, "dim is 64 by its hparams, and 48 by the weights"),
+        ({"depth": 4}, "depth is 4 by its hparams, and 3 by the weights"),
+        ({"num_text_tokens": 100}, "num_text_tokens is 100 by its hparams, and 120 by the weights"),
+        ({"heads": 4}, "4 heads of 16 are recorded, and the weights' add up to 48"),
+        ({"shift_tokens": False}, "shift_tokens is False by its hparams, and True by the weights"),
+        ({"attn_types": ("full", "mlp")}, r"gMLP layers \(attn_types mlp\), which are not supported"),
+        ({"hidden": 3}, "settings that DALLE does not know: hidden"),
+        ({"attn_types": ("fully",)}, "'fully' is unknown"),
+    ],
+)
+def test_hparams_that_contradict(prior, tmp_path, hparams, message):
+    path = changed(prior, tmp_path / "dalle.pt", lambda content: content["hparams"].update(hparams))
+    with pytest.raises(CheckpointError, match=message):
+        load_dalle(path)
+
+
+def test_prior_keys_are_named(prior, tmp_path):
+    def change(content):
+        content["weights"]["more"] = content["weights"].pop("to_logits.0.bias")
+
+    message = one_line(load_dalle, changed(prior, tmp_path / "dalle.pt", change))
+    assert "lacks norm.bias" in message and "has the unknown more" in message
+
+
+@torch.no_grad()
+def test_ignored_and_sparse_attention(prior, tmp_path):
+    golden = load_file(prior.parent / "golden.safetensors")
+    # 1.x took sparse_attn and ignored it.
+    path = changed(prior, tmp_path / "dalle.pt", lambda content: content["hparams"].update(sparse_attn=True))
+    logits = load_dalle(path)(golden["text"], golden["image_tokens"])
+    allowed = golden["logits_allowed"].bool()
+    assert_close(logits[allowed], golden["logits"][allowed])
+    # The random blocks of `sparse` layers were never saved: they are chosen here, always the same.
+    path = changed(
+        prior, tmp_path / "dalle.pt", lambda content: content["hparams"].update(attn_types=("full", "sparse"))
+    )
+    first, second = load_dalle(path), load_dalle(path)
+    assert first.transformer.layers[1].attn.fn.pattern.layout.any() and same_weights(first, second)
+
+
+def test_other_rotary_positions_are_refused(prior, tmp_path):
+    path = changed(prior, tmp_path / "dalle.pt", lambda content: content["weights"]["transformer.pos_emb"].mul_(2))
+    assert "rotary positions of a kind that is not supported" in one_line(load_dalle, path)
+
+
+def test_training_state_is_not_read(prior, tmp_path, monkeypatch):
+    def change(content):
+        content["opt_state"] = {"state": {0: {"exp_avg": torch.zeros(2**20)}}}
+
+    path = changed(prior, tmp_path / "dalle.pt", change)
+    monkeypatch.setattr("dalle_pytorch.foreign.zipfile.ZipFile.read", counted := Counted())
+    assert same_weights(load_dalle(path), load_dalle(prior))
+    assert counted.largest < 2**20
+
+
+class Counted:
+    """Stands for `ZipFile.read` and remembers the largest answer."""
+
+    largest = 0
+
+    def __get__(self, archive, _):
+        def read(info):
+            with archive.open(info) as member:
+                data = member.read()
+            Counted.largest = max(Counted.largest, len(data))
+            return data
+
+        return read
+
+
+# Other VAEs within a checkpoint, as DALLE-pytorch saves them with the prior
+
+
+def with_vae(prior, path, name: str, num_tokens: int, vae: dict[str, torch.Tensor]) -> None:
+    """A prior for another codebook, its VAE saved with it under `vae.`."""
+    content = torch.load(prior, weights_only=True)
+    weights = {key: value for key, value in content["weights"].items() if not key.startswith("vae.")}
+    text = len(weights["text_emb.weight"])
+    for key in ("to_logits.1.weight", "to_logits.1.bias"):
+        weights[key] = torch.cat((weights[key][:text], torch.zeros(num_tokens, *weights[key].shape[1:])))
+    weights["image_emb.weight"] = torch.zeros(num_tokens, 48)
+    weights |= {f"vae.{key}": value for key, value in vae.items()}
+    torch.save({**content, "weights": weights, "vae_params": None, "vae_class_name": name}, path)
+
+
+def test_vqgan_within_a_checkpoint(prior, parity, tmp_path):
+    folder = parity("vqgan/gumbel_f8")
+    state = read_torch(folder / "last.ckpt")["state_dict"]
+    with_vae(prior, tmp_path / "dalle.pt", "VQGanVAE", 96, {f"model.{key}": value for key, value in state.items()})
+    vae = load_dalle(tmp_path / "dalle.pt").vae
+    assert isinstance(vae, VQGanVAE) and same_weights(vae, VQGanVAE(folder / "last.ckpt"))
+
+
+def test_dvae_within_a_checkpoint(prior, dvae_folder, tmp_path):
+    halves = {"enc": "encoder.pkl", "dec": "decoder.pkl"}
+    state = {
+        f"{half}.{key}": value
+        for half, name in halves.items()
+        for key, value in module_state(read_torch(dvae_folder / name)).items()
+    }
+    with_vae(prior, tmp_path / "dalle.pt", "OpenAIDiscreteVAE", 128, state)
+    vae = load_dalle(tmp_path / "dalle.pt").vae
+    assert isinstance(vae, OpenAIDiscreteVAE) and same_weights(vae, open_published(dvae_folder))
+
+
+def test_vae_that_is_not_there(prior, tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle_pytorch.downloads._download", offline)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "dalle.pt"
+    with_vae(prior, path, "VQGanVAE", 64, {})
+    assert "a VQGanVAE of 64 tokens, which is not in it" in one_line(load_dalle, path)
+    for name, tokens, url in (
+        ("OpenAIDiscreteVAE", 64, "https://cdn.openai.com/dall-e/encoder.pkl"),
+        (None, 64, "https://cdn.openai.com/dall-e/encoder.pkl"),
+        ("VQGanVAE", 1024, "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1"),
+        ("VQGanVAE", 8192, "https://heibox.uni-heidelberg.de/f/34a747d5765840b5a99d/?dl=1"),
+    ):
+        with_vae(prior, path, name, tokens, {})
+        message = one_line(load_dalle, path)
+        assert url in message and str(tmp_path / ".cache/dalle") in message
+
+
+def offline(*args):
+    raise OSError("no network")
+
+
+@pytest.mark.parametrize("call", [VQGanVAE, OpenAIDiscreteVAE, load_clip, lambda: load_clip("ViT-L/14")])
+def test_nothing_given_means_the_published_files(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle_pytorch.downloads._download", offline)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    message = one_line(call)
+    assert "no network" in message and "https://" in message and str(tmp_path / ".cache/dalle") in message
+
+
+# DeepSpeed
+
+
+@pytest.mark.parametrize("kind", ["consolidated", "beside", "mp_rank", "module"])
+def test_deepspeed(prior, tmp_path, kind):
+    content = torch.load(prior, weights_only=True)
+    weights = content.pop("weights")
+    folder = tmp_path / "dalle-ds-cp"
+    (folder / "global_step10").mkdir(parents=True)
+    # What DALLE-pytorch puts in the place of the weights.
+    torch.save({**content, "weights": "To get a working standard checkpoint, look into consolidating"},
+               folder / "auxiliary.pt")  # fmt: skip
+    if kind != "mp_rank":
+        assert "zero_to_fp32.py" in one_line(load_dalle, folder)
+    if kind == "consolidated":
+        torch.save(weights, folder / "pytorch_model.bin")
+        opened = [load_dalle(folder), load_dalle(folder / "auxiliary.pt"), open_published(folder)]
+    elif kind == "beside":
+        torch.save({f"module.{key}": value for key, value in weights.items()}, folder / "consolidated.pt")
+        opened = [load_dalle(folder / "consolidated.pt")]
+    elif kind == "mp_rank":
+        torch.save({"module": weights, "dp_world_size": 1}, folder / "global_step10/mp_rank_00_model_states.pt")
+        opened = [load_dalle(folder / "global_step10/mp_rank_00_model_states.pt")]
+    else:
+        torch.save({"module": weights}, folder / "pytorch_model.bin")
+        opened = [open_published(folder / "pytorch_model.bin")]
+    assert all(same_weights(dalle, load_dalle(prior)) for dalle in opened)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any file
+
+
+def test_what_a_file_is(parity, tmp_path):
+    kinds = {
+        "dalle/dvae_gumbel/vae.pt": DiscreteVAE,
+        "dalle/clip_trainable/clip.pt": "CLIP",
+        "dalle/reversible/dalle.pt": "DALLE",
+        "vqgan/vq_f16/last.ckpt": VQGanVAE,
+        "vqgan/vq_f16": VQGanVAE,
+        "openai_dvae/openai_dvae/encoder.pkl": OpenAIDiscreteVAE,
+        "clip/clip_vit_jit/clip_jit.pt": PublishedCLIP,
+        "clip/clip_vit_jit/clip_state_dict.pt": PublishedCLIP,
+    }
+    for name, kind in kinds.items():
+        model = open_published(parity(name))
+        assert type(model).__name__ == getattr(kind, "__name__", kind) and not model.training
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(UnknownFormatError, match="no prior, VAE or CLIP") as error:
+        open_published(tmp_path / "a.pt")
+    assert list(error.value.entries) == ["a"]
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "a.pt")
+    assert "is no CLIP of OpenAI's" in one_line(open_published, tmp_path / "a.pt")
+    load_discrete_vae(parity("dalle/dvae_gumbel") / "vae.pt").save_pretrained(tmp_path / "vae")
+    assert isinstance(open_published(tmp_path / "vae"), DiscreteVAE)
+
+
+def test_no_file_runs_code(parity, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return (tmp_path / "touched").touch, ()
+
+    calls = [load_dalle, load_discrete_vae, load_clip, load_trainable_clip, open_published, VQGanVAE, OpenAIDiscreteVAE]
+    for call in calls:
+        torch.save({"hparams": {"dim": Touch()}, "weights": {}, "state_dict": {}}, tmp_path / "file.pt")
+        message = one_line(call, tmp_path / "file.pt")
+        assert "holds more than tensors and settings" in message and not (tmp_path / "touched").exists()
+
+
+def test_no_memory_for_parameters_that_are_replaced(parity, monkeypatch):
+    devices = set()
+
+    def load(model, *args):
+        devices.update(parameter.device.type for parameter in model.parameters())
+        load_state(model, *args)
+
+    monkeypatch.setattr("dalle_pytorch.published.common.load_state", load)
+    model = load_discrete_vae(parity("dalle/dvae_gumbel") / "vae.pt")
+    assert devices == {"meta"} and model.device.type == "cpu"
