@@ -169,6 +169,21 @@ class DALLE(PretrainedModel):
             self.vae.eval()
         return self
 
+    @torch.no_grad()
+    def start_from_codebook(self) -> None:
+        """Starts the image tokens' embeddings and output rows from random projections of the VAE's codebook.
+
+        Codes that look alike then begin alike, in place of every code being a symbol of its own: what is learned of one
+        carries over to the others. For a new model, before training.
+        """
+        rows = self.vae.embed(torch.arange(self.num_image_tokens, device=self.device)[:, None]).flatten(1)
+        rows = (rows - rows.mean(0)) / rows.std()
+        targets = [self.to_logits.weight[self.num_text_tokens :]]
+        targets += [] if self.image_emb is None else [self.image_emb.weight]
+        for target in targets:
+            projection = torch.randn(rows.shape[1], target.shape[1], device=rows.device) / rows.shape[1] ** 0.5
+            target.copy_(rows @ projection * target.std() + 0.1 * target)
+
     # ----------------------------------------------------------------------------------------------
     # Embeddings
 

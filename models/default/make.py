@@ -39,7 +39,7 @@ def stages(runs: Path) -> dict[str, list[str]]:
                   "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--ema_decay", "0.998",
                   "--muon", "--save_every", "200"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
-                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "900", "--batch_size", "96",
+                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "600", "--batch_size", "96",
                  "--learning_rate", "2e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
                     "--steps", "1800", "--save_every", "200"],
