@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, run
+from dalle_pytorch.cli import ArgumentParser, UsageError, run, setting
 
 if TYPE_CHECKING:
     from dalle_pytorch.checkpoints import PretrainedModel
@@ -29,13 +29,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae_path", metavar="PATH",
                         help="the VAE of a prior or a U-Net: a native folder or a published file")  # fmt: skip
     parser.add_argument("--model_size", type=int, choices=(64, 128, 256), help="which published settings a U-Net has")
-    parser.add_argument("--unet_flags", nargs="+", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--unet_flags", nargs="+", type=setting, default=[], metavar="NAME=VALUE",
                         help="guided-diffusion's flags for a U-Net, such as num_head_channels=64")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                         help="of the weights that are written (default float32)")  # fmt: skip
     arguments = parser.parse_args(argv)
-    if wrong := [flag for flag in arguments.unet_flags if "=" not in flag]:
-        parser.error(f"--unet_flags takes NAME=VALUE, and not {wrong[0]}")
     if arguments.folder is not None and (arguments.folder / "config.json").exists():
         parser.error(f"{arguments.folder} holds a model already; give a folder that is not there yet")
     return arguments
@@ -55,7 +53,7 @@ def open_model(arguments: argparse.Namespace) -> PretrainedModel:
             raise
     from diffusion.published import MODEL_SIZES, load_decoder, load_unet
 
-    flags = {**MODEL_SIZES.get(arguments.model_size, {}), **dict(flag.split("=", 1) for flag in arguments.unet_flags)}
+    flags = {**MODEL_SIZES.get(arguments.model_size, {}), **dict(arguments.unet_flags)}
     # With its VAE it is a decoder, whose folder upscale.py takes.
     return load_unet(arguments.file, **flags) if vae is None else load_decoder(arguments.file, vae, **flags)
 

@@ -105,10 +105,12 @@ def load_models(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any, A
     from dalle_pytorch.vae import load_vqgan
 
     vae = None
-    if arguments.taming or arguments.vqgan_model_path:
+    if arguments.vqgan_model_path:
         vae = load_vqgan(arguments.vqgan_model_path, arguments.vqgan_config_path)
+    elif arguments.vqgan_config_path:
+        raise UsageError("--vqgan_config_path goes with --vqgan_model_path")
     dalle_path = arguments.dalle_path or DEFAULT_MODEL / "dalle"
-    dalle = load_dalle(dalle_path, vae=vae).to(device)
+    dalle = load_dalle(dalle_path, vae=vae, taming=arguments.taming).to(device)
     tokenizer = load_tokenizer(arguments.bpe_path, hug=arguments.hug, chinese=arguments.chinese, beside=dalle_path)
     scorer = None
     if arguments.clip_sort:

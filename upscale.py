@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.decoder import DiffusionDecoder
     from diffusion.guidance import ClipGuidance
+    from diffusion.superres import SuperResolution
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "models/default"
 SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
@@ -43,7 +44,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="a picture is the same under a seed, whatever else is drawn")
     group.add_argument("--stop_at", type=number(int, 1), metavar="N",
                        help="end after N steps: early pictures are smooth")  # fmt: skip
-    group.add_argument("--output_size", type=number(int, 16, 8192), help="final side in pixels (default: the model's)")
+    group.add_argument("--output_size", type=number(int, 16, 8192),
+                       help="final side in pixels (default: the model's; four times that with --super_res_path)")  # fmt: skip
 
     group = parser.add_argument_group("guidance by CLIP")
     group.add_argument("--clip_guidance", action="store_true", help="lead the pictures towards the prompts")
@@ -62,6 +64,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("models (without these, the one in models/default)")
     group.add_argument("--model_path", help="a native folder, or a .pt of guided-diffusion's")
     group.add_argument("--model_size", type=int, choices=(64, 128, 256), help="which published settings a .pt has")
+    group.add_argument("--unet_flags", nargs="+", type=setting, default=[], metavar="NAME=VALUE",
+                       help="guided-diffusion's flags for a .pt, such as num_head_channels=64")  # fmt: skip
+    group.add_argument("--super_res_path", help="a super-resolution U-Net that draws the pictures at --output_size: "
+                                                "a .pt of guided-diffusion's, or a native folder")  # fmt: skip
+    group.add_argument("--super_res_flags", nargs="+", type=setting, default=[], metavar="NAME=VALUE",
+                       help="its flags, likewise")  # fmt: skip
+    group.add_argument("--super_res_class", type=number(int, 0, 999), metavar="N",
+                       help="the class of ImageNet that it is told, if it is one that wants to know")  # fmt: skip
     group.add_argument("--vae_path", help="the VAE of the tokens: a native folder, or a VQGAN's .ckpt")
     group.add_argument("--vqgan_config_path", help="its model.yaml")
     group.add_argument("--dvae_mode", action="store_true", help="--vae_path is a DiscreteVAE, a vae.pt")
@@ -71,6 +81,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.dvae_mode and not arguments.vae_path:
         parser.error("--dvae_mode goes with --vae_path")
+    if (arguments.super_res_flags or arguments.super_res_class is not None) and not arguments.super_res_path:
+        parser.error("--super_res_flags and --super_res_class go with --super_res_path")
+    if (arguments.unet_flags or arguments.model_size) and not is_foreign(arguments.model_path):
+        parser.error("--unet_flags and --model_size go with a .pt in --model_path")
     return arguments
 
 
@@ -137,9 +151,24 @@ def open_decoder(arguments: argparse.Namespace) -> DiffusionDecoder:
     if is_foreign(arguments.model_path):
         from diffusion.published import MODEL_SIZES, load_decoder
 
-        return load_decoder(arguments.model_path, vae, **MODEL_SIZES.get(arguments.model_size, {}))
+        flags = {**MODEL_SIZES.get(arguments.model_size, {}), **dict(arguments.unet_flags)}
+        return load_decoder(arguments.model_path, vae, **flags)
     overrides = {} if vae is None else {"vae": vae}
     return DiffusionDecoder.from_pretrained(arguments.model_path or DEFAULT_MODEL / "decoder", **overrides)
+
+
+def open_super_resolution(arguments: argparse.Namespace, decoder: DiffusionDecoder) -> SuperResolution | None:
+    """The second stage, if one is asked for; `output_size` is then settled."""
+    if arguments.super_res_path is None:
+        return None
+    from diffusion.published import load_super_resolution
+
+    drawn = decoder.unet.image_size
+    arguments.output_size = arguments.output_size or 4 * drawn
+    if arguments.output_size <= drawn:
+        raise UsageError(f"--super_res_path enlarges: --output_size is to be above the decoder's {drawn} pixels")
+    flags = dict(arguments.super_res_flags)
+    return load_super_resolution(arguments.super_res_path, arguments.super_res_class, **flags)
 
 
 def open_guidance(arguments: argparse.Namespace, device: Any) -> ClipGuidance | None:
@@ -178,6 +207,7 @@ def read_tokens(path: Path, decoder: DiffusionDecoder) -> Tensor:
 def draw(
     arguments: argparse.Namespace,
     decoder: DiffusionDecoder,
+    super_resolution: SuperResolution | None,
     guidance: ClipGuidance | None,
     tokens: Tensor,
     names: list[str],
@@ -208,6 +238,15 @@ def draw(
             stop_at=arguments.stop_at,
             callback=preview,
         )
+        if super_resolution is not None:
+            pictures = super_resolution.enlarge(
+                pictures,
+                arguments.output_size,
+                [(arguments.seed, tuple(tokens.tolist()), image) for image in images],
+                steps=arguments.steps,
+                sampler=arguments.sampler,
+                callback=lambda: bar.update(arguments.batch_size),
+            )
         for image, picture in zip(images, final_size(arguments, decoder, pictures), strict=True):
             write(names[image], picture)
             drawn.append(picture)
@@ -241,20 +280,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device("cpu" if arguments.cpu else arguments.device)
     guidance = open_guidance(arguments, device)
     decoder = open_decoder(arguments).to(device).requires_grad_(False)
+    super_resolution = open_super_resolution(arguments, decoder)
+    if super_resolution is not None:
+        super_resolution.to(device).requires_grad_(False)
     grids = [read_tokens(path, decoder) for path in inputs]
     steps = len(spaced_steps(decoder.denoiser.num_steps, arguments.steps))
     if arguments.stop_at and arguments.stop_at > steps:
         raise UsageError(f"--stop_at {arguments.stop_at} lies beyond the last of {steps} steps")
+    larger = 0
+    if super_resolution is not None:
+        larger = len(spaced_steps(super_resolution.denoiser.num_steps, arguments.steps))
     claim_folder(arguments.outputs_dir)
 
     each = arguments.num_batches * arguments.batch_size
     sheet: list[Tensor] = []
     started = time.monotonic()
-    total = len(inputs) * each * (arguments.stop_at or steps)
+    total = len(inputs) * each * ((arguments.stop_at or steps) + larger)
     with tqdm(total=total, unit="step", dynamic_ncols=True, desc="diffusing") as bar:
         for i, (path, tokens) in enumerate(zip(inputs, grids, strict=True)):
             names = [f"{path.stem}-upscaled{f'-{image}' if image else ''}" for image in range(each)]
-            drawn = draw(arguments, decoder, guidance, tokens, names, bar)
+            drawn = draw(arguments, decoder, super_resolution, guidance, tokens, names, bar)
             if i < LARGEST_SHEET:
                 before = decoder.vae.decode_image(tokens[None].to(device))
                 sheet += [*final_size(arguments, decoder, before), *drawn]

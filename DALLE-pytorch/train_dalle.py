@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "rotary_emb", "loss_img_weight")
     dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, qk_norm=True,
                   **{name: getattr(arguments, name) for name in names})  # fmt: skip
-    dalle.start_from_codebook()
     task = DalleTask(dalle, tokenizer, arguments.null_cond_prob, arguments.subject_weight)
     dataset = open_dataset(arguments.image_text_folder, vae.image_size)
     run_training("DALLE", task, dataset, training_options(arguments))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dalle_pytorch.checkpoints import CheckpointError, load_state
 from dalle_pytorch.foreign import read_torch, tensor_dict
 from diffusion.decoder import DiffusionDecoder
 from diffusion.denoiser import Denoiser, Schedule
+from diffusion.superres import SuperResolution
 from diffusion.unet import UNet
 
 # guided-diffusion chooses the widths by the image size unless told.
@@ -78,8 +80,15 @@ def load_unet(path: str | os.PathLike, **flags: Any) -> UNet:
 
 
 def load_denoiser(path: str | os.PathLike, **flags: Any) -> Denoiser:
-    """`load_unet`, under the diffusion that the flags describe, respaced if `timestep_respacing` says so."""
-    unet = load_unet(path, **flags)
+    """`load_unet`, or a native folder of a `UNet`, under the diffusion that the flags describe, respaced if
+    `timestep_respacing` says so.
+    """
+    if Path(path).is_dir():
+        unet = UNet.from_pretrained(path)
+        if told := sorted(set(_parse_flags(flags)) - DIFFUSION_DEFAULTS.keys()):
+            raise CheckpointError(f"{path} is a native folder, which tells its {', '.join(told)} itself")
+    else:
+        unet = load_unet(path, **flags)
     flags = DIFFUSION_DEFAULTS | _parse_flags(flags)
     schedule = Schedule.named(flags["noise_schedule"], flags["diffusion_steps"])
     if flags["timestep_respacing"]:
@@ -103,6 +112,21 @@ def load_decoder(path: str | os.PathLike, vae: nn.Module, **flags: Any) -> Diffu
         return DiffusionDecoder(unet, vae, **settings).eval()
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit its VAE: {error}") from error
+
+
+def load_super_resolution(
+    path: str | os.PathLike, class_label: int | None = None, **flags: Any
+) -> SuperResolution:
+    """Opens a super-resolution U-Net for `SuperResolution`: a guided-diffusion `.pt`, or a native folder of a `UNet`.
+
+    What the weights do not tell are the flags of the diffusion and the number of heads: guided-diffusion's defaults,
+    four heads among them, are those of its 64 → 256 model; its 128 → 512 model wants num_head_channels=64.
+    """
+    denoiser = load_denoiser(path, **flags)
+    try:
+        return SuperResolution(denoiser, class_label).eval()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def records_config(init: Callable) -> Callable:
 
 
 def opens_published(init: Callable) -> Callable:
-    """Decorates `__init__` so that `Class(path, …)` opens published files, and `Class()` the best-known ones.
+    """Decorates `__init__` so that `Class(path, …)` opens published files, and `Class()` the best-known ones, if
+    `read_published` can do without a path.
 
     The class's `read_published` takes those paths and returns the constructor's arguments, the weights, and what an
     error calls them. A model made that way is in evaluation mode.
@@ -124,8 +125,9 @@ def opens_published(init: Callable) -> Callable:
 
     @functools.wraps(init)
     def wrapper(self, *paths, **arguments):
-        names_of_paths = inspect.signature(self.read_published).parameters
-        if arguments and not paths and names_of_paths.keys().isdisjoint(arguments):
+        wanted = inspect.signature(self.read_published).parameters
+        best_known = not arguments and all(path.default is not path.empty for path in wanted.values())
+        if not paths and not best_known and wanted.keys().isdisjoint(arguments):
             return init(self, **arguments)
         settings, state, source = self.read_published(*paths, **arguments)
         with parameters_on_meta():

@@ -48,6 +48,14 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def setting(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"NAME=VALUE is wanted, not {text!r}")
+    return name, value
+
+
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Calls `main(argv)`. A mistake of the user's, or of the machine's, is told in one line and exits with code 2.
 

@@ -169,21 +169,6 @@ class DALLE(PretrainedModel):
             self.vae.eval()
         return self
 
-    @torch.no_grad()
-    def start_from_codebook(self) -> None:
-        """Starts the image tokens' embeddings and output rows from random projections of the VAE's codebook.
-
-        Codes that look alike then begin alike, in place of every code being a symbol of its own: what is learned of one
-        carries over to the others. For a new model, before training.
-        """
-        rows = self.vae.embed(torch.arange(self.num_image_tokens, device=self.device)[:, None]).flatten(1)
-        rows = (rows - rows.mean(0)) / rows.std()
-        targets = [self.to_logits.weight[self.num_text_tokens :]]
-        targets += [] if self.image_emb is None else [self.image_emb.weight]
-        for target in targets:
-            projection = torch.randn(rows.shape[1], target.shape[1], device=rows.device) / rows.shape[1] ** 0.5
-            target.copy_(rows @ projection * target.std() + 0.1 * target)
-
     # ----------------------------------------------------------------------------------------------
     # Embeddings
 
@@ -198,6 +183,15 @@ class DALLE(PretrainedModel):
             text = text.masked_fill(~mask.bool(), 0)
         padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
         return F.pad(torch.where(text == 0, padding, text), (1, 0))
+
+    def check_text(self, text: Tensor) -> None:
+        """Raises `ValueError` if `text` holds tokens that this prior does not know: another tokenizer made them."""
+        known = self.num_text_tokens - self.text_seq_len
+        if text.numel() and int(text.max()) >= known:
+            raise ValueError(
+                f"the tokenizer gives the text token {int(text.max())}, and this prior knows {known}: "
+                "it was trained with another tokenizer"
+            )
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """The stream (b, n, dim) for what `prepare_text` gives, or the first n tokens of it."""
@@ -348,6 +342,7 @@ class DALLE(PretrainedModel):
         top_k = filter_thres if top_k is None and top_p is None else top_k
         settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "on_token": on_token}
         text = text[:, : self.text_seq_len]
+        self.check_text(text)
         if mask is not None:
             text = text.masked_fill(~mask[:, : self.text_seq_len].bool(), 0)
         with evaluation(self):
@@ -390,6 +385,7 @@ class DALLE(PretrainedModel):
         """
         top_k = filter_thres if top_k is None and top_p is None else top_k
         begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
+        self.check_text(begin)
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len)

@@ -57,7 +57,7 @@ def candidate_batches(
         progress: called with the candidates that are finished and the tokens drawn for each of the batch at work.
 
     Raises:
-        ValueError: settings out of range.
+        ValueError: settings out of range, or a tokenizer that is not the prior's.
     """
     check_sampling(top_k, top_p, temperature)
     if num_images < 1:
@@ -65,6 +65,7 @@ def candidate_batches(
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, and it is {batch_size}")
     text = tokenizer.tokenize(prompt, dalle.text_seq_len, truncate_text=True).to(dalle.device)
+    dalle.check_text(text)
     given = None if init_tokens is None else init_tokens[None].to(dalle.device)
     with evaluation(dalle):
         prefix = prefill(dalle, text, given, cond_scale)

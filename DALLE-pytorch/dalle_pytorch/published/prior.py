@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.checkpoints import CheckpointError, read_config, resolve_folder
 from dalle_pytorch.dalle import DALLE
 from dalle_pytorch.downloads import VQGANS, default_file
 from dalle_pytorch.foreign import read_torch
@@ -47,15 +47,17 @@ _DALLE_DROPPED = re.compile(r"logits_mask$|transformer\.pos_emb$|(text|image)_em
 _DALLE_IGNORED = {"vae", "sparse_attn", "optimize_for_inference"}
 
 
-def load_dalle(path: str | os.PathLike, vae: nn.Module | None = None) -> DALLE:
+def load_dalle(path: str | os.PathLike, vae: nn.Module | None = None, taming: bool = False) -> DALLE:
     """Opens a prior, in evaluation mode on the CPU: a native folder; a `dalle.pt` of DALLE-pytorch or its DALL-3 fork;
     DeepSpeed's consolidated weights beside their `auxiliary.pt`, or the folder of the two.
 
-    `vae` overrides the one that the checkpoint names.
+    `vae` overrides the one that the checkpoint names; `taming` does so with the published VQGAN of as many codes.
     """
     if not is_file(path) and not (Path(path) / AUXILIARY_NAME).is_file():
+        if vae is None and taming:
+            vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
         return DALLE.from_pretrained(path, **({} if vae is None else {"vae": vae}))
-    return open_dalle(path, _prior_checkpoint(Path(path)), vae)
+    return open_dalle(path, _prior_checkpoint(Path(path)), vae, taming)
 
 
 def _prior_checkpoint(path: Path) -> dict[str, Any]:
@@ -89,7 +91,9 @@ def find_auxiliary(path: Path) -> Path | None:
     return next((place / AUXILIARY_NAME for place in places if (place / AUXILIARY_NAME).is_file()), None)
 
 
-def open_dalle(path: str | os.PathLike, checkpoint: dict[str, Any], vae: nn.Module | None) -> DALLE:
+def open_dalle(
+    path: str | os.PathLike, checkpoint: dict[str, Any], vae: nn.Module | None, taming: bool = False
+) -> DALLE:
     """`load_dalle` of a checkpoint that has been read."""
     weights = checkpoint["weights"]
     if all(key.startswith("module.") for key in weights):
@@ -98,7 +102,9 @@ def open_dalle(path: str | os.PathLike, checkpoint: dict[str, Any], vae: nn.Modu
     own = {key: tensor for key, tensor in weights.items() if not key.startswith("vae.")}
     arguments = _dalle_arguments(path, checkpoint["hparams"], own)
     image_tokens = arguments["num_image_tokens"]
-    if vae is None:
+    if vae is None and taming:
+        vae = _published_vqgan(path, image_tokens)
+    elif vae is None:
         vae = _checkpoint_vae(path, checkpoint, weights, image_tokens)
     if vae.num_tokens != image_tokens:
         raise CheckpointError(f"{path}: {image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
@@ -141,10 +147,18 @@ def _checkpoint_vae(
     if name == "OpenAIDiscreteVAE":
         return OpenAIDiscreteVAE()
     if name == "VQGanVAE" and image_tokens in VQGANS:
-        return VQGanVAE(*map(default_file, VQGANS[image_tokens]))
+        return _published_vqgan(path, image_tokens)
     raise CheckpointError(
         f"{path} was trained with a {name} of {image_tokens} tokens, which is not in it; give that one"
     )
+
+
+def _published_vqgan(path: str | os.PathLike, image_tokens: int | None) -> VQGanVAE:
+    """The one of taming's VQGANs that has as many codes as a prior draws from."""
+    if image_tokens not in VQGANS:
+        sizes = ", ".join(map(str, VQGANS))
+        raise CheckpointError(f"{path}: {image_tokens} image tokens wanted, taming's published VQGANs have {sizes}")
+    return VQGanVAE(*map(default_file, VQGANS[image_tokens]))
 
 
 def _dalle_arguments(path: str | os.PathLike, hparams: dict[str, Any], weights: State) -> dict[str, Any]:

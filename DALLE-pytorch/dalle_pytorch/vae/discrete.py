@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, records_config
+from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
 
 
 class ResBlock(nn.Module):
@@ -32,6 +34,8 @@ class ResBlock(nn.Module):
 class DiscreteVAE(PretrainedModel):
     """A grid of codebook entries per picture (the dVAE of arXiv:2102.12092), with DALLE-pytorch's options and defaults.
 
+    `DiscreteVAE(vae_path)` opens a `vae.pt` of DALLE-pytorch.
+
     Args:
         image_size: side in pixels of the pictures it is made for; it takes any that `2^num_layers` divides.
         num_tokens, codebook_dim: the codebook's shape.
@@ -45,9 +49,11 @@ class DiscreteVAE(PretrainedModel):
         normalization: means and standard deviations per channel that pictures are normalised by, or None.
     """
 
+    @opens_published
     @records_config
     def __init__(
         self,
+        *,
         image_size: int = 256,
         num_tokens: int = 512,
         codebook_dim: int = 512,
@@ -93,6 +99,13 @@ class DiscreteVAE(PretrainedModel):
             nn.Conv2d(hidden_dim, channels, 1),
         )
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
+
+    @classmethod
+    def read_published(cls, vae_path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], object]:
+        from dalle_pytorch.published import load_discrete_vae
+
+        vae = load_discrete_vae(vae_path)
+        return vae.config, vae.state_dict(), vae_path
 
     # ----------------------------------------------------------------------------------------------
     # What every VAE offers

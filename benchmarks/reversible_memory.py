@@ -1,0 +1,121 @@
+"""Peak memory of one training step by depth, with reversible layers and without.
+
+    python benchmarks/reversible_memory.py --output outputs/reversible_memory.json
+
+Every case runs in a process of its own. On a CPU the peak is that of the process's resident memory, on a GPU that of
+PyTorch's allocations, both counted from before the step. Weights and their gradients, which grow with depth whatever
+the layers are, have a column of their own. Prints a table; with --output it is written as JSON too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+
+MIB = 2**20
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=number(int, 1), nargs="+", default=[8, 16, 32], help="(default 8 16 32)")
+    parser.add_argument("--dim", type=number(int, 16), default=64, help="width, of heads of 16 (default 64)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=8, help="(default 8)")
+    parser.add_argument("--image_fmap_size", type=number(int, 1), default=16, help="side of the token grid (default 16)")
+    parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--case", choices=("plain", "reversible"), help=argparse.SUPPRESS)  # a child's: one depth
+    return parser.parse_args(argv)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """One training step of one depth, in this process: MiB and seconds."""
+    import torch
+
+    from dalle_pytorch import DALLE
+    from dalle_pytorch.vae.discrete import DiscreteVAE
+
+    torch.manual_seed(0)
+    device, side, text_seq_len = pick_device(arguments.device), arguments.image_fmap_size, 64
+    vae = DiscreteVAE(image_size=8 * side, num_tokens=256, codebook_dim=8, hidden_dim=8)
+    dalle = DALLE(
+        dim=arguments.dim, vae=vae, num_text_tokens=256, text_seq_len=text_seq_len, depth=arguments.depths[0],
+        heads=max(arguments.dim // 16, 1), dim_head=16, reversible=arguments.case == "reversible",
+    ).to(device)  # fmt: skip
+    text = torch.randint(1, 256, (arguments.batch_size, text_seq_len), device=device)
+    image = torch.randint(256, (arguments.batch_size, side * side), device=device)
+
+    def step(size: slice) -> None:
+        dalle(text[size], image[size], return_loss=True).backward()
+
+    step(slice(1))  # loads what the first step loads, and makes the gradients
+    before = peak(device, reset=True)
+    started = time.perf_counter()
+    step(slice(None))
+    used = peak(device) - before
+    weights = 2 * sum(parameter.numel() * parameter.element_size() for parameter in dalle.transformer.parameters())
+    return {
+        "activations_mib": round(used / MIB, 1),
+        "weights_and_gradients_mib": round(weights / MIB, 1),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def peak(device: object, reset: bool = False) -> int:
+    """Bytes of the most memory held so far; with `reset`, of what is held now, from which a GPU's peak counts anew."""
+    import torch
+
+    if getattr(device, "type", None) == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_apart(arguments: argparse.Namespace, depth: int, case: str) -> dict[str, float]:
+    """`measure` in a fresh process, whose peak is its own."""
+    options = {"depths": depth, "case": case, **{name: getattr(arguments, name) for name in
+               ("dim", "batch_size", "image_fmap_size", "device")}}  # fmt: skip
+    command = [sys.executable, __file__]
+    for name, value in options.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    # Large blocks go back to the system when they are freed, and so are not counted as held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UsageError(f"depth {depth}, {case}: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.case is not None:
+        print(json.dumps(measure(arguments)))
+        return
+    print("| depth | layers | activations, MiB | weights and gradients, MiB | step, s |")
+    print("|---:|---|---:|---:|---:|")
+    rows = []
+    for depth in arguments.depths:
+        for case in ("plain", "reversible"):
+            row = {"depth": depth, "layers": case, **measure_apart(arguments, depth, case)}
+            rows.append(row)
+            print("| {depth} | {layers} | {activations_mib} | {weights_and_gradients_mib} | {seconds} |".format(**row),
+                  flush=True)  # fmt: skip
+    if arguments.output is not None:
+        from dalle_pytorch.checkpoints import write_text
+
+        settings = {name: getattr(arguments, name) for name in ("dim", "batch_size", "image_fmap_size")}
+        write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
