@@ -45,7 +45,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--stop_at", type=number(int, 1), metavar="N",
                        help="end after N steps: early pictures are smooth")  # fmt: skip
     group.add_argument("--output_size", type=number(int, 16, 8192),
-                       help="final side in pixels (default: the model's; four times that with --super_res_path)")  # fmt: skip
+                       help="final side in pixels (default: the model's, and four times that with "
+                            "--super_res_path)")  # fmt: skip
 
     group = parser.add_argument_group("guidance by CLIP")
     group.add_argument("--clip_guidance", action="store_true", help="lead the pictures towards the prompts")

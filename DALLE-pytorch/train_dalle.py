@@ -16,6 +16,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--vae_path", required=True, help="native folder of the VAE whose tokens are learned")
     group.add_argument("--bpe_path", required=True, help="tokenizer.json of train_tokenizer.py")
+    group.add_argument("--dalle_path", help="native folder of a prior to go on from; its sizes count, not those below")
     group.add_argument("--dim", type=int, default=256)
     group.add_argument("--depth", type=int, default=8)
     group.add_argument("--heads", type=int, default=4)
@@ -44,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = HugTokenizer(arguments.bpe_path)
     vae = PretrainedModel.from_pretrained(arguments.vae_path)
-    names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "rotary_emb", "loss_img_weight")
-    dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, qk_norm=True,
-                  **{name: getattr(arguments, name) for name in names})  # fmt: skip
+    if arguments.dalle_path:
+        dalle = DALLE.from_pretrained(arguments.dalle_path, vae=vae)
+    else:
+        names = ("dim", "depth", "heads", "dim_head", "text_seq_len", "rotary_emb", "loss_img_weight")
+        sizes = {name: getattr(arguments, name) for name in names}
+        dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, qk_norm=True, **sizes)
     task = DalleTask(dalle, tokenizer, arguments.null_cond_prob, arguments.subject_weight)
     dataset = open_dataset(arguments.image_text_folder, vae.image_size)
     run_training("DALLE", task, dataset, training_options(arguments))

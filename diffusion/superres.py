@@ -56,8 +56,7 @@ class SuperResolution(nn.Module):
         denoiser = self.denoiser.respaced(steps).conditioned(**conditioning)
         generators = [generator("super-resolution", identity) for identity in identities]
         noise = Noise(generators, (3, size, size), pictures.device)
-        x = noise()
-        for _, x, _ in SAMPLERS[sampler](denoiser, x, noise, None):  # noqa: B007  the last one is wanted
+        for _, x, _ in SAMPLERS[sampler](denoiser, noise(), noise, None):  # noqa: B007  the last one is wanted
             if callback is not None:
                 callback()
         return ((x + 1) / 2).clamp(0, 1)

@@ -42,6 +42,7 @@ BACKGROUNDS = ("white", "black", "brick", "wood", "water", "lego", "checks", "st
 SIZES = {"big": 10, "small": 6}  # side in grid cells
 PLACES = ("middle", "left", "right", "top", "bottom")
 RELATIONS = ("left", "above")  # where the first subject of two stands, seen from the second
+BIG_SHARE = 0.4  # of single subjects
 VARIANTS = 4  # ways in which the pattern of one background can lie
 
 SPLITS = ("train", "test")
@@ -105,7 +106,9 @@ def _draw_lots(rng: np.random.Generator, num_subjects: int) -> Scene:
     colours = rng.choice(list(COLOURS), num_subjects, replace=False)
     place = relation = None
     if num_subjects == 1:
-        size, place = str(rng.choice(list(SIZES))), str(rng.choice(PLACES))
+        # A big subject fills the middle; a small one stands where one of two might stand, or in the middle.
+        size = "big" if rng.random() < BIG_SHARE else "small"
+        place = "middle" if size == "big" else str(rng.choice(PLACES))
         sizes, corners = [size], [_corner(place, SIZES[size])]
     else:
         relation = str(rng.choice(RELATIONS))
