@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dalle_pytorch.generation import Candidate
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "models/default"
-DEFAULT_TOP_P = 0.9
+SAMPLING = {"top_p": 0.9, "temperature": 1.0, "cond_scale": 1.0}  # of a model that says nothing else
 LARGEST_SHEET = 64  # pictures on a contact sheet
 
 
@@ -34,11 +34,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--top_k", type=number(float, 0), help="below 1: the fraction of tokens cut away; a whole "
                                                               "number: the tokens kept. Wins over --top_p")  # fmt: skip
     group.add_argument("--top_p", type=number(float, 0, 1, above=True),
-                       help=f"draw from the likeliest tokens of this share (default {DEFAULT_TOP_P})")  # fmt: skip
-    group.add_argument(
-        "--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token (default 1)"
-    )
-    group.add_argument("--cond_scale", type=number(float, 0), default=1.0, help="guidance by the prompt; 1 is none")
+                       help=f"draw from the likeliest tokens of this share (default {SAMPLING['top_p']:g})")  # fmt: skip
+    group.add_argument("--temperature", type=number(float, 0),
+                       help="0 takes the likeliest token (default 1; the embedded model has its own)")  # fmt: skip
+    group.add_argument("--cond_scale", type=number(float, 0),
+                       help="guidance by the prompt; 1 is none (default 1, or the embedded model's own)")  # fmt: skip
     group.add_argument(
         "--seed", type=int, default=0, help="candidate i is the same under a seed, however many are drawn"
     )
@@ -92,6 +92,19 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if not all(prompts):
         raise UsageError("a prompt is empty; say in a few words what to draw")
     return list(dict.fromkeys(prompts))
+
+
+def sampling_settings(arguments: argparse.Namespace) -> dict[str, float | None]:
+    """What the tokens are drawn by: the flags given, and for the rest what the model's sampling.json says."""
+    import json
+
+    beside = DEFAULT_MODEL / "sampling.json"
+    own = json.loads(beside.read_text("utf-8")) if arguments.dalle_path is None and beside.exists() else {}
+    settings = {**SAMPLING, **own}
+    if arguments.top_k is not None:
+        settings["top_p"] = None
+    given = {name: getattr(arguments, name) for name in ("top_k", "top_p", "temperature", "cond_scale")}
+    return settings | {name: value for name, value in given.items() if value is not None}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,12 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(arguments.device)
     dalle, tokenizer, scorer = load_models(arguments, device)
     given = init_tokens(arguments, dalle)
-    top_p = DEFAULT_TOP_P if arguments.top_k is None and arguments.top_p is None else arguments.top_p
+    sampling = sampling_settings(arguments)
 
     for prompt in prompts:
         if arguments.gentxt:
-            _, (prompt,) = dalle.generate_texts(tokenizer, prompt, top_k=arguments.top_k, top_p=top_p,
-                                                temperature=arguments.temperature, seed=arguments.seed)  # fmt: skip
+            text_sampling = {name: value for name, value in sampling.items() if name != "cond_scale"}
+            _, (prompt,) = dalle.generate_texts(tokenizer, prompt, seed=arguments.seed, **text_sampling)
             print(f"the prompt goes on: {prompt}")
         warn_of_unknown_words(prompt, tokenizer, arguments)
         folder = claim_folder(arguments.outputs_dir, prompt)
@@ -225,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             candidates = generate_candidates(
                 dalle, tokenizer, prompt, count, scorer=scorer, keep=arguments.keep, batch_size=arguments.batch_size,
-                top_k=arguments.top_k, top_p=top_p, temperature=arguments.temperature, cond_scale=arguments.cond_scale,
-                seed=arguments.seed, init_tokens=given, progress=progress,
+                seed=arguments.seed, init_tokens=given, progress=progress, **sampling,
             )  # fmt: skip
             bar.set_postfix_str(f"{count} of {count} candidates")
         seconds = time.monotonic() - started

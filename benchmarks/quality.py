@@ -39,9 +39,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", required=True, help="native folder of the judge (benchmarks/judge.py trains it)")
     parser.add_argument("--count", type=number(int, 1), default=200, help="test captions (default 200)")
     parser.add_argument("--num_images", type=number(int, 1), default=16, help="candidates per caption (default 16)")
-    parser.add_argument("--top_p", type=number(float, 0, 1, above=True), default=0.9)
-    parser.add_argument("--cond_scale", type=number(float, 0), default=1.0)
-    parser.add_argument("--steps", type=number(int, 1), default=25, help="diffusion steps (default 25)")
+    parser.add_argument("--top_p", type=number(float, 0, 1, above=True), help="(default: the model's own)")
+    parser.add_argument("--temperature", type=number(float, 0), help="likewise")
+    parser.add_argument("--cond_scale", type=number(float, 0), help="likewise")
+    parser.add_argument("--split", choices=glyphs.SPLITS, default="test", help="train: for choosing settings")
+    parser.add_argument("--first", type=number(int, 0), default=0, help="number of the first scene")
+    parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_diffusion", action="store_true", help="leave out stage 2")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
@@ -70,14 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoder = DiffusionDecoder.from_pretrained(DEFAULT_MODEL / "decoder").to(device)
     print(f"the judge reads {share_of_scenes_read(judge):.1%} of 1,000 drawn test scenes without a mistake")
 
+    sampling = json.loads((DEFAULT_MODEL / "sampling.json").read_text("utf-8"))
+    given = {name: getattr(arguments, name) for name in ("top_p", "temperature", "cond_scale")}
+    sampling |= {name: value for name, value in given.items() if value is not None}
+    print(f"sampling with {sampling}")
+
     rows: dict[str, list[dict[str, bool]]] = defaultdict(list)
     records, sheet = [], []
     started = time.monotonic()
     for index in tqdm(range(arguments.count), desc="captions", dynamic_ncols=True):
-        scene = glyphs.make_scene(index, "test")
+        scene = glyphs.make_scene(arguments.first + index, arguments.split)
         candidates = generate_candidates(
             dalle, tokenizer, scene.caption, arguments.num_images, batch_size=arguments.num_images, scorer=clip,
-            top_p=arguments.top_p, cond_scale=arguments.cond_scale, seed=arguments.seed,
+            seed=arguments.seed, **sampling,
         )  # fmt: skip
         best = candidates[0]
         pictures = {"one candidate": next(c.image for c in candidates if c.index == 0)[None],
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None] / 255
             sheet += [resize(picture, 256)[0] for picture in (drawn, *pictures.values())]
 
-    print(f"{arguments.count} test captions in {time.monotonic() - started:.0f} s; all that the caption says is so in:")
+    print(f"{arguments.count} {arguments.split} captions in {time.monotonic() - started:.0f} s; all that the caption says is so in:")
     print(f"{'':18}{'all':>24}{'one subject':>24}{'two subjects':>24}")
     for name, results in rows.items():
         two = [result.pop("_two") for result in results]

@@ -29,7 +29,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", type=number(int, 1), nargs="+", default=[8, 16, 32], help="(default 8 16 32)")
     parser.add_argument("--dim", type=number(int, 16), default=64, help="width, of heads of 16 (default 64)")
     parser.add_argument("--batch_size", type=number(int, 1), default=8, help="(default 8)")
-    parser.add_argument("--image_fmap_size", type=number(int, 1), default=16, help="side of the token grid (default 16)")
+    parser.add_argument(
+        "--image_fmap_size", type=number(int, 1), default=16, help="side of the token grid (default 16)"
+    )
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
     parser.add_argument("--case", choices=("plain", "reversible"), help=argparse.SUPPRESS)  # a child's: one depth

@@ -114,9 +114,7 @@ def load_decoder(path: str | os.PathLike, vae: nn.Module, **flags: Any) -> Diffu
         raise CheckpointError(f"{path} does not fit its VAE: {error}") from error
 
 
-def load_super_resolution(
-    path: str | os.PathLike, class_label: int | None = None, **flags: Any
-) -> SuperResolution:
+def load_super_resolution(path: str | os.PathLike, class_label: int | None = None, **flags: Any) -> SuperResolution:
     """Opens a super-resolution U-Net for `SuperResolution`: a guided-diffusion `.pt`, or a native folder of a `UNet`.
 
     What the weights do not tell are the flags of the diffusion and the number of heads: guided-diffusion's defaults,

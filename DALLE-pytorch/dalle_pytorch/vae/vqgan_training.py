@@ -17,7 +17,7 @@ from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
 class VQGanTask(nn.Module):
-    """A batch of pictures to a loss. The first `warmup_steps` train a plain autoencoder, so that k-means finds something.
+    """A batch of pictures to a loss. The first `warmup_steps` train a plain autoencoder, for k-means to start from.
 
     `crop_size` trains on token-aligned crops of that many pixels, a quarter of the work at half the side; the share
     `full_share` of the steps sees a part of the batch whole, so that the borders of a picture are learned too.
