@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None] / 255
             sheet += [resize(picture, 256)[0] for picture in (drawn, *pictures.values())]
 
-    print(f"{arguments.count} {arguments.split} captions in {time.monotonic() - started:.0f} s; all that the caption says is so in:")
+    seconds = time.monotonic() - started
+    print(f"{arguments.count} {arguments.split} captions in {seconds:.0f} s; all that the caption says is so in:")
     print(f"{'':18}{'all':>24}{'one subject':>24}{'two subjects':>24}")
     for name, results in rows.items():
         two = [result.pop("_two") for result in results]

@@ -1,4 +1,4 @@
-"""Programs as users of DALLE-pytorch have them, with its keyword names, at tiny sizes: they run and do what they say."""
+"""Programs as users of DALLE-pytorch have them, with its keyword names, at tiny sizes: they run and do as they say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seeded():
 
 @pytest.fixture
 def images():
-    return torch.rand(3, 3, 32, 32)
+    return torch.rand(3, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_discrete_vae(images):
 
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = vae(images, return_loss=True)
         loss.backward()
@@ -107,7 +107,8 @@ def test_training_as_in_older_releases(images, text):
     torch.testing.assert_close(whole, dalle(text, images, return_loss=True))
     mask[:, 5:] = False
     padded = text.masked_fill(~mask, 0)
-    torch.testing.assert_close(dalle(text, images, mask=mask, return_loss=True), dalle(padded, images, return_loss=True))
+    expected = dalle(padded, images, return_loss=True)
+    torch.testing.assert_close(dalle(text, images, mask=mask, return_loss=True), expected)
     # The condition is dropped from every text, and from none.
     nothing = dalle(torch.zeros_like(text), images, return_loss=True)
     torch.testing.assert_close(dalle(text, images, return_loss=True, null_cond_prob=1.0), nothing)
@@ -119,7 +120,7 @@ def test_generate_images_with_every_keyword(images, text):
     mask = torch.ones_like(text).bool()
     settings = {"mask": mask, "filter_thres": 0.9, "temperature": 1.0, "cond_scale": 3.0}
     drawn = dalle.generate_images(text, use_cache=True, **settings)
-    assert drawn.shape == (3, 3, 32, 32) and 0 <= drawn.min() and drawn.max() <= 1
+    assert drawn.shape == (3, 3, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
     drawn, scores = dalle.generate_images(text, clip=clip, top_k=0.5, **settings)
     assert scores.shape == (3,)
     torch.testing.assert_close(scores, clip(text, drawn, return_loss=False))
@@ -177,7 +178,7 @@ def test_generate_texts():
 def test_tokens_of_another_tokenizer_are_one_line(text):
     dalle = make_dalle()
     text[0, 0] = 60
-    for call in (lambda: dalle.generate_images(text), lambda: dalle.generate_texts(Letters(), "~" * 9)):
+    for call in (lambda: dalle.generate_images(text), lambda: dalle.generate_texts(Letters(), "é")):
         with pytest.raises(ValueError, match=r"this prior knows 60: it was trained with another tokenizer$"):
             call()
 
@@ -209,12 +210,13 @@ def test_sparse_attention(images, text):
     assert kinds == [True, False] * 32
     loss = dalle(text, images, return_loss=True)
     loss.backward()
-    assert dalle.generate_images(text[:1]).shape == (1, 3, 32, 32)
     mixed = make_dalle(depth=3, attn_types=("sparse", "axial_row", "sparse"), reversible=True)
     assert [isinstance(pattern, SparsePattern) for pattern in patterns(mixed)] == [True, False, True]
     # The random blocks are kept with the weights, and the same in every run.
     layouts = {name for name in mixed.state_dict() if name.endswith("pattern.layout")}
-    assert len(layouts) == 2 and torch.equal(patterns(mixed)[0].layout, patterns(make_dalle(attn_types="sparse"))[0].layout)
+    again = make_dalle(attn_types="sparse")
+    assert len(layouts) == 2 and torch.equal(patterns(mixed)[0].layout, patterns(again)[0].layout)
+    assert mixed.generate_images(text[:1]).shape == (1, 3, 32, 32)
 
 
 # --------------------------------------------------------------------------------------------------

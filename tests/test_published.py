@@ -559,12 +559,36 @@ def test_what_a_file_is(parity, tmp_path):
     assert isinstance(open_published(tmp_path / "vae"), DiscreteVAE)
 
 
+def test_discrete_vae_opens_its_file(parity, tmp_path):
+    path = parity("dalle/dvae_gumbel") / "vae.pt"
+    vae = DiscreteVAE(path)
+    assert not vae.training and same_weights(vae, load_discrete_vae(path)) and vae.config == DiscreteVAE(path).config
+    vae.save_pretrained(tmp_path / "native")
+    assert same_weights(vae, DiscreteVAE.from_pretrained(tmp_path / "native"))
+    # Without a path it is a new one, as ever.
+    assert DiscreteVAE().training and DiscreteVAE(num_tokens=8).num_tokens == 8
+    # And as DALLE-pytorch's own scripts open it.
+    content = torch.load(path, weights_only=True)
+    again = DiscreteVAE(**content["hparams"])
+    again.load_state_dict(content["weights"])
+    assert same_weights(vae, again)
+
+
 def test_no_file_runs_code(parity, tmp_path):
     class Touch:
         def __reduce__(self):
             return (tmp_path / "touched").touch, ()
 
-    calls = [load_dalle, load_discrete_vae, load_clip, load_trainable_clip, open_published, VQGanVAE, OpenAIDiscreteVAE]
+    calls = [
+        load_dalle,
+        load_discrete_vae,
+        DiscreteVAE,
+        load_clip,
+        load_trainable_clip,
+        open_published,
+        VQGanVAE,
+        OpenAIDiscreteVAE,
+    ]
     for call in calls:
         torch.save({"hparams": {"dim": Touch()}, "weights": {}, "state_dict": {}}, tmp_path / "file.pt")
         message = one_line(call, tmp_path / "file.pt")

@@ -88,7 +88,8 @@ def test_tamings_vqgan_and_openais_clip(parity, tmp_path, command, bpe, monkeypa
     # The VAE that the checkpoint names is not fetched.
     path = prior(parity, tmp_path / "dalle.pt", image_tokens=96, own_vae=False)
     models = ("--vqgan_model_path", vqgan / "last.ckpt", "--vqgan_config_path", vqgan / "model.yaml", "--taming")
-    folder = command("--dalle_path", path, "--bpe_path", bpe, *models, "--clip_path", clip, "--clip_sort", "--output_npy")
+    ranked = ("--clip_path", clip, "--clip_sort", "--output_npy")
+    folder = command("--dalle_path", path, "--bpe_path", bpe, *models, *ranked)
     pictures = sorted(folder.glob("[0-9]*.png"), key=lambda picture: int(picture.name.split("-")[0]))
     scores = [float(picture.stem.split("-", 1)[1]) for picture in pictures]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)

@@ -50,7 +50,7 @@ class DALLE(PretrainedModel):
         num_text_tokens: size of the tokenizer's vocabulary.
         text_seq_len: text tokens in a sequence, padding included.
         depth, heads, dim_head, attn_dropout, ff_dropout: the transformer's sizes.
-        reversible: memory in training does not grow with depth.
+        reversible: memory in training does not grow with depth (docs/reversible.md has figures).
         sparse_attn: layers (cycling) whose attention is block-sparse; the same as `attn_types` with `sparse` there.
         attn_types: `full`, `axial_row`, `axial_col`, `conv_like`, `sparse`, cycling over the layers.
         loss_img_weight: the image's weight in the loss against the text's 1.
