@@ -34,11 +34,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--top_k", type=number(float, 0), help="below 1: the fraction of tokens cut away; a whole "
                                                               "number: the tokens kept. Wins over --top_p")  # fmt: skip
     group.add_argument("--top_p", type=number(float, 0, 1, above=True),
-                       help=f"draw from the likeliest tokens of this share (default {SAMPLING['top_p']:g})")  # fmt: skip
+                       help=f"draw from the likeliest tokens of this share (default {SAMPLING['top_p']})")
     group.add_argument("--temperature", type=number(float, 0),
-                       help="0 takes the likeliest token (default 1; the embedded model has its own)")  # fmt: skip
+                       help="0 takes the likeliest token (default 1, or the embedded model's own)")  # fmt: skip
     group.add_argument("--cond_scale", type=number(float, 0),
-                       help="guidance by the prompt; 1 is none (default 1, or the embedded model's own)")  # fmt: skip
+                       help="guidance by the prompt; 1 is none (default 1, or the model's own)")  # fmt: skip
     group.add_argument(
         "--seed", type=int, default=0, help="candidate i is the same under a seed, however many are drawn"
     )
