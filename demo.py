@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dalle_pytorch.cli import ArgumentParser, run
 
@@ -20,24 +21,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import generate
     import upscale
-    from dalle_pytorch.files import safe_name
+
+    def call(script: Any, *options: str) -> Any:
+        print(f"$ python {script.__name__}.py {shlex.join(options)}", flush=True)
+        return script.main(options)
 
     started = time.monotonic()
-    out = str(arguments.outputs_dir)
-    for script, options in (
-        (
-            generate,
-            ["--text", arguments.text, "--num_images", "16", "--clip_sort", "--output_npy", "--outputs_dir", out],
-        ),
-        (
-            upscale,
-            ["--input", str(arguments.outputs_dir / safe_name(arguments.text)), "--keep", "1", "--clip_guidance"],
-        ),
-    ):
-        print(f"$ python {script.__name__}.py {shlex.join(options)}", flush=True)
-        script.main(options)
+    folders = call(generate, "--text", arguments.text, "--num_images", "16", "--clip_sort", "--output_npy",
+                   "--outputs_dir", str(arguments.outputs_dir))  # fmt: skip
+    for folder in folders:
+        call(upscale, "--input", str(folder), "--keep", "2", "--clip_guidance")
     seconds, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\ndone in {seconds:.0f} s, with at most {peak:.1f} GiB of memory")
+    print(f"\npictures: {', '.join(str(folder) for folder in folders)} (before_after.png shows both stages)")
+    print(f"done in {seconds:.0f} s, with at most {peak:.1f} GiB of memory")
 
 
 if __name__ == "__main__":

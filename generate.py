@@ -207,7 +207,8 @@ def init_tokens(arguments: argparse.Namespace, dalle: DALLE) -> Any:
     return dalle.vae.get_codebook_indices(image)[0, :count]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Runs the command line; returns the folders written, one a prompt."""
     arguments = parse_arguments(argv)
     prompts = read_prompts(arguments)
 
@@ -220,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = init_tokens(arguments, dalle)
     sampling = sampling_settings(arguments)
 
+    folders = []
     for prompt in prompts:
         if arguments.gentxt:
             text_sampling = {name: value for name, value in sampling.items() if name != "cond_scale"}
@@ -245,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(folder, candidates, dalle, arguments.output_npy)
         best = "" if candidates[0].score is None else f", best score {candidates[0].score:.4f}"
         print(f"{folder}: kept {len(candidates)} of {count} candidates, {count / seconds:.2f} candidates/s{best}")
+        folders.append(folder)
+    return folders
 
 
 if __name__ == "__main__":

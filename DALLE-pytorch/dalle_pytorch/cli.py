@@ -56,7 +56,7 @@ def setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:
     """Calls `main(argv)`. A mistake of the user's, or of the machine's, is told in one line and exits with code 2.
 
     Those are `ValueError` (the packages' `FileError` and `CheckpointError` among them), what the operating system

@@ -46,7 +46,7 @@ def stages(runs: Path) -> dict[str, list[str]]:
                  "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "600", "--batch_size", "96",
                  "--learning_rate", "2e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
-                    "--steps", "1200", "--save_every", "200"],
+                    "--steps", "800", "--save_every", "100"],
     }  # fmt: skip
 
 
