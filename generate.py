@@ -6,8 +6,12 @@ python generate.py --text 'a red seven on brick|a blue star on wood' --num_image
 from __future__ import annotations
 
 import argparse
+import json
+import re
+import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +100,6 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, float | None]:
     """What the tokens are drawn by: the flags given, and for the rest what the model's sampling.json says."""
-    import json
-
     beside = DEFAULT_MODEL / "sampling.json"
     own = json.loads(beside.read_text("utf-8")) if arguments.dalle_path is None and beside.exists() else {}
     settings = {**SAMPLING, **own}
@@ -133,15 +135,18 @@ def load_models(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any, A
     return dalle, tokenizer, scorer
 
 
+@cache
+def default_model_words() -> frozenset[str]:
+    """The words of the captions that the default model was trained on."""
+    return frozenset(json.loads((DEFAULT_MODEL / "words.json").read_text("utf-8")))
+
+
 def warn_of_unknown_words(prompt: str, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Names the words that the tokenizer, or the default model in its training, has never seen."""
-    import json
-    import sys
-
     unknown = list(tokenizer.unknown_words(prompt))
     if arguments.dalle_path is None:
-        known = set(json.loads((DEFAULT_MODEL / "words.json").read_text("utf-8")))
-        unknown = [word for word in dict.fromkeys(prompt.split()) if word.strip(".,;:!?\"'()") not in known]
+        words = dict.fromkeys(prompt.split())
+        unknown = [word for word in words if word.strip(".,;:!?\"'()") not in default_model_words()]
     if unknown:
         words = ", ".join(word[:40] for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
         print(f"warning: this model has never seen: {words}", file=sys.stderr)
@@ -168,10 +173,8 @@ def claim_folder(outputs_dir: Path, prompt: str) -> Path:
     raise UsageError(f"{outputs_dir} has too many folders named {name}")
 
 
-def write_results(folder: Path, candidates: list[Candidate], dalle: DALLE, output_npy: bool) -> None:
+def write_results(folder: Path, candidates: list[Candidate], output_npy: bool) -> None:
     """Writes pictures, tokens and the contact sheet, then clears away what an earlier run left under such numbers."""
-    import re
-
     from dalle_pytorch.files import contact_sheet, save_image, save_tokens
 
     written = set()
@@ -244,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             )  # fmt: skip
             bar.set_postfix_str(f"{count} of {count} candidates")
         seconds = time.monotonic() - started
-        write_results(folder, candidates, dalle, arguments.output_npy)
+        write_results(folder, candidates, arguments.output_npy)
         best = "" if candidates[0].score is None else f", best score {candidates[0].score:.4f}"
         print(f"{folder}: kept {len(candidates)} of {count} candidates, {count / seconds:.2f} candidates/s{best}")
         folders.append(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dalle_pytorch.data import random_crops
 from dalle_pytorch.files import resize
 from diffusion.decoder import DiffusionDecoder
 
@@ -34,29 +35,12 @@ class DecoderTask(nn.Module):
         with torch.no_grad():
             tokens = self.decoder.vae.get_codebook_indices(resize(pictures, self.decoder.vae.image_size))
             conditioning = self.decoder.conditioning(tokens)
-        pictures, conditioning = self._crop(pictures * 2 - 1, conditioning, round(tokens.shape[1] ** 0.5))
+        maps = [pictures * 2 - 1, *conditioning.values()]
+        pictures, *maps = random_crops(maps, self.crop_size, round(tokens.shape[1] ** 0.5), self.full_share)
+        conditioning = dict(zip(conditioning, maps, strict=True))
         denoiser = self.decoder.denoiser.conditioned(**conditioning)
         step = torch.randint(denoiser.num_steps, (len(pictures),))
         loss = denoiser.loss(pictures, step, torch.randn_like(pictures))
         late = step >= denoiser.num_steps // 2
         halves = {"loss_noisy": loss.detach()[late], "loss_clear": loss.detach()[~late]}
         return loss.mean(), {name: half.mean() for name, half in halves.items() if len(half)}
-
-    def _crop(self, pictures: Tensor, conditioning: dict[str, Tensor], side: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Crops of pictures and of what goes with them, whose grids all have `side` tokens a side."""
-        if self.crop_size is None or self.crop_size >= pictures.shape[-1]:
-            return pictures, conditioning
-        if torch.rand(()) < self.full_share:
-            # As many pixels as the crops would have.
-            count = max(1, len(pictures) * self.crop_size**2 // pictures.shape[-1] ** 2)
-            return pictures[:count], {name: maps[:count] for name, maps in conditioning.items()}
-        cells = self.crop_size * side // pictures.shape[-1]
-        corners = torch.randint(side - cells + 1, (len(pictures), 2)).tolist()
-
-        def cut(maps: Tensor) -> Tensor:
-            cell = maps.shape[-1] // side
-            size = cells * cell
-            corner = [(row * cell, column * cell) for row, column in corners]
-            return torch.stack([map[:, y : y + size, x : x + size] for map, (y, x) in zip(maps, corner, strict=True)])
-
-        return cut(pictures), {name: cut(maps) for name, maps in conditioning.items()}

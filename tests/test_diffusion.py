@@ -8,6 +8,7 @@ import torch
 from test_unet import CASES, assert_matches, read_case, small_unet
 
 from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.data import random_crops
 from diffusion import DiffusionDecoder
 from diffusion.denoiser import Denoiser, Schedule, discretized_gaussian_log_likelihood, named_betas, spaced_steps
 from diffusion.published import load_denoiser
@@ -295,12 +296,13 @@ def test_a_vae_of_other_codes_is_refused(tiny_vae):
         DiffusionDecoder(small_unet(), tiny_vae)
 
 
-def test_training_crops_cut_pictures_and_conditions_alike(tiny_vae):
-    task = DecoderTask(small_decoder(tiny_vae), crop_size=64, full_share=0.0)
+def test_training_crops_cut_pictures_and_conditions_alike():
     # Every pixel holds its token's number, so that a crop shows where it is from.
     cells = torch.arange(256.0).view(1, 1, 16, 16)
     maps = {"image_embeds": cells.repeat(4, 1, 1, 1), "low_res": cells.repeat(4, 1, 1, 1)}
-    pictures, cut = task._crop(cells.repeat(4, 1, 1, 1).repeat_interleave(8, 2).repeat_interleave(8, 3), maps, 16)
+    whole = cells.repeat(4, 1, 1, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pictures, *cut = random_crops([whole, *maps.values()], 64, 16, full_share=0.0)
+    cut = dict(zip(maps, cut, strict=True))
     assert pictures.shape == (4, 1, 64, 64) and cut["image_embeds"].shape == (4, 1, 8, 8)
     assert torch.equal(pictures[:, :, ::8, ::8], cut["image_embeds"])
     assert len({int(crop[0, 0, 0]) for crop in pictures}) > 1

@@ -4,11 +4,13 @@ its index alone, so that a training can be broken off and resumed at any step.""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_pytorch.data import glyphs
@@ -97,3 +99,27 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     first = items[0]
     columns = {key: [item[key] for item in items] for key in first}
     return {key: torch.stack(values) if torch.is_tensor(first[key]) else values for key, values in columns.items()}
+
+
+def random_crops(maps: Sequence[Tensor], crop_size: int | None, side: int, full_share: float) -> list[Tensor]:
+    """The same random squares of pictures and of what goes with them, each cut along a grid of `side` tokens a side.
+
+    `maps` are (b, c, h, w), the pictures first; their squares have `crop_size` pixels, the others in proportion.
+    With the chance `full_share` a part of the batch comes back whole instead, of as many pixels as the crops have.
+    """
+    pictures = maps[0]
+    size = pictures.shape[-1]
+    if crop_size is None or crop_size >= size:
+        return list(maps)
+    if torch.rand(()) < full_share:
+        count = max(1, len(pictures) * crop_size**2 // size**2)
+        return [batch[:count] for batch in maps]
+    cells = crop_size * side // size
+    corners = torch.randint(side - cells + 1, (len(pictures), 2)).tolist()
+
+    def cut(batch: Tensor) -> Tensor:
+        cell = batch.shape[-1] // side
+        window = [(slice(y * cell, (y + cells) * cell), slice(x * cell, (x + cells) * cell)) for y, x in corners]
+        return torch.stack([item[:, rows, columns] for item, (rows, columns) in zip(batch, window, strict=True)])
+
+    return [cut(batch) for batch in maps]

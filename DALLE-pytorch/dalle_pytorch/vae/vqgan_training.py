@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle_pytorch.data import random_crops
 from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
@@ -49,7 +50,9 @@ class VQGanTask(nn.Module):
         self.register_buffer("sums", torch.zeros(num_tokens, dim))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images = self._crop(batch["image"].float() / 255)
+        images = batch["image"].float() / 255
+        side = images.shape[-1] // self.vae.downsampling
+        (images,) = random_crops([images], self.crop_size, side, self.full_share)
         z = self.vae.encode(images)
         figures = {}
         commitment = z.new_zeros(())
@@ -71,19 +74,6 @@ class VQGanTask(nn.Module):
         figures |= {"psnr": -10 * torch.log10(error.detach().square().mean()), "commitment": commitment.detach()}
         self.step += 1
         return loss + self.commitment_weight * commitment, figures
-
-    def _crop(self, images: Tensor) -> Tensor:
-        if self.crop_size is None or self.crop_size >= images.shape[-1]:
-            return images
-        cells = (images.shape[-1] - self.crop_size) // self.vae.downsampling + 1
-        if torch.rand(()) < self.full_share:
-            # As many pixels as the crops would have.
-            return images[: max(1, images.shape[0] * self.crop_size**2 // images.shape[-1] ** 2)]
-        corners = torch.randint(cells, (images.shape[0], 2)) * self.vae.downsampling
-        size = self.crop_size
-        return torch.stack(
-            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
-        )
 
     def _draw(self, flat: Tensor) -> Tensor:
         """(n, dim) encodings → (n,) codes: the nearest, under Gumbel noise while the temperature is above 0."""
