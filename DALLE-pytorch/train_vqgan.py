@@ -21,6 +21,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--ch_mult", type=int, nargs="+", default=[1, 2], help="widths of the levels, in units of --ch")
     group.add_argument("--num_res_blocks", type=int, default=1)
     group.add_argument("--patch_size", type=int, default=4, help="pixels folded into one before the first convolution")
+    group.add_argument("--local_encoder", action="store_true",
+                       help="find every token from its own square of pixels alone: easier for a prior to learn")  # fmt: skip
     group.add_argument("--crop_size", type=int, default=64, help="train mostly on crops of this many pixels")
     return parser.parse_args(argv)
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_size=arguments.image_size, num_tokens=arguments.num_tokens, embed_dim=arguments.embed_dim,
         z_channels=arguments.embed_dim, ch=arguments.ch, ch_mult=arguments.ch_mult,
         num_res_blocks=arguments.num_res_blocks, patch_size=arguments.patch_size, mid_attention=False,
+        local_encoder=arguments.local_encoder,
     ).to(memory_format=torch.channels_last)  # fmt: skip
     task = VQGanTask(vae, steps=arguments.steps, crop_size=arguments.crop_size)
     dataset = open_dataset(arguments.image_text_folder, arguments.image_size)

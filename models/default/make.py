@@ -32,8 +32,8 @@ def stages(runs: Path) -> dict[str, list[str]]:
     return {
         "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", "glyphs", "--count", "20000",
                       "--vocab_size", "256", "--output", tokenizer],
-        "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), "--steps", "2400",
-                  "--learning_rate", "1.5e-3", "--save_every", "300"],
+        "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), "--steps", "2000",
+                  "--learning_rate", "1.5e-3", "--num_tokens", "1024", "--local_encoder", "--save_every", "200"],
         "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
                   "--bpe_path", tokenizer, "--steps", "4800", "--batch_size", "16", "--learning_rate", "2e-3",
                   "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--ema_decay", "0.998",

@@ -1,6 +1,7 @@
 """The glyphs world: scenes drawn by code, with captions that say everything that is in them.
 
-A scene is one or two subjects (a digit or a shape, in a colour, big or small, at a place) on a background.
+A scene is one or two subjects (a digit or a shape, in a colour, big or small, at a place) on a background. A subject is
+a sticker: a white rim, about as wide as one image token, keeps its colour and the background out of the same token.
 Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a 16×16 grid,
 so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that only
 a picture of 256 pixels shows. Tokens cannot carry the grain: the diffusion decoder has to invent it.
@@ -24,6 +25,8 @@ from PIL import Image
 GRID = 16  # subjects and textures are laid out on this many cells a side: one cell is one image token
 GRAIN = 256  # cells a side of the lattice that carries the fine grain
 SUPERSAMPLE = 2
+RIM = 0.8  # width in grid cells of the white rim around a subject, inside a margin of one cell around its box
+RIM_COLOUR = (252, 252, 250)
 
 COLOURS = {
     "red": (222, 38, 38),
@@ -311,9 +314,9 @@ def _segment_distance(x: np.ndarray, y: np.ndarray, a: tuple[float, float], b: t
     return np.hypot(x - a[0] - t * dx, y - a[1] - t * dy)
 
 
-def _signed_distance(kind: str, side: int) -> np.ndarray:
-    """(side, side) distances to the outline of a subject, in units of half its box."""
-    axis = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
+def _signed_distance(kind: str, side: int, reach: float) -> np.ndarray:
+    """(side, side) distances to the outline of a subject over [-reach, reach]², in units of half its box."""
+    axis = (((np.arange(side) + 0.5) / side * 2 - 1) * reach).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     distance = np.full_like(x, np.inf)
     if kind in _STROKES:
@@ -331,26 +334,42 @@ def _signed_distance(kind: str, side: int) -> np.ndarray:
     return np.where(inside, -distance, distance) - 0.03
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """How much of each pixel a part of a subject covers, and the light on its fill, each (side, side) in [0, 1].
+
+    `side` is that of the subject's box with a margin of one cell all around.
+    """
+
+    shadow: np.ndarray
+    rim: np.ndarray
+    outline: np.ndarray
+    fill: np.ndarray
+    light: np.ndarray
+
+
 @lru_cache(maxsize=256)
-def _subject_layers(kind: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Coverage of shadow, outline and fill, and the light on the fill, each (side, side) for a box of `side` pixels."""
-    fine = side * SUPERSAMPLE
-    distance = _signed_distance(kind, fine)
-    edge = 2.5 / fine  # half a pixel, in units of half the box
+def _subject_layers(kind: str, cells: int, cell: int) -> _Layers:
+    """The layers of a subject of `cells` grid cells a side, `cell` pixels each."""
+    fine = (cells + 2) * cell * SUPERSAMPLE
+    distance = _signed_distance(kind, fine, reach=1 + 2 / cells)
+    unit = 2 / cells  # a grid cell, in units of half the box
+    edge = unit / (cell * SUPERSAMPLE)  # a fine pixel
 
-    def coverage(d: np.ndarray) -> np.ndarray:
-        return np.clip(0.5 - d / (2 * edge), 0, 1)
+    def coverage(d: np.ndarray, softness: float = 1.25 * edge) -> np.ndarray:
+        return np.clip(0.5 - d / (2 * softness), 0, 1)
 
-    shift = max(1, round(fine * 0.03))
+    sticker = distance - RIM * unit
+    shift = max(1, round(0.12 * cell * SUPERSAMPLE))
     shadow = np.zeros_like(distance)
-    shadow[shift:, shift:] = np.clip(0.5 - distance[:-shift, :-shift] / 0.12, 0, 1)
+    shadow[shift:, shift:] = coverage(sticker[:-shift, :-shift], softness=0.08 * unit)
     light = np.linspace(1.12, 0.86, fine, dtype=np.float32)[:, None] * np.ones_like(distance)
     # A bevel: the upper left rim is lit, the lower right one lies in shade.
     slope = np.gradient(distance)
-    rim = np.exp(-((distance + 0.1) ** 2) / 0.004)
-    light += -0.12 * rim * np.sign(slope[0] + slope[1])
-    layers = (shadow, coverage(distance - 0.06), coverage(distance), light)
-    return tuple(_shrink(layer.astype(np.float32)) for layer in layers)
+    bevel = np.exp(-((distance + 0.1) ** 2) / 0.004)
+    light += -0.12 * bevel * np.sign(slope[0] + slope[1])
+    layers = (shadow, coverage(sticker), coverage(distance - 0.06), coverage(distance), light)
+    return _Layers(*(_shrink(layer.astype(np.float32)) for layer in layers))
 
 
 def _shrink(picture: np.ndarray) -> np.ndarray:
@@ -492,26 +511,31 @@ def draw(scene: Scene, resolution: int = 256) -> np.ndarray:
     if resolution > GRAIN // 2:
         picture += _grain(scene.background, scene.grain_seed, resolution)
     for subject in scene.subjects:
-        side = subject.cells * cell
-        shadow, outline, fill, light = (layer[..., None] for layer in _subject_layers(subject.kind, side))
+        layers = _subject_layers(subject.kind, subject.cells, cell)
         colour = np.asarray(COLOURS[subject.colour], np.float32)
-        box = picture[subject.row * cell :, subject.column * cell :][:side, :side]
-        box *= 1 - 0.45 * shadow
-        box += (colour * 0.28 - box) * outline
-        box += (colour * light - box) * fill
+        box = _box_with_margin(picture, subject, cell)
+        box *= 1 - 0.45 * layers.shadow[..., None]
+        box += (np.asarray(RIM_COLOUR, np.float32) - box) * layers.rim[..., None]
+        box += (colour * 0.28 - box) * layers.outline[..., None]
+        box += (colour * layers.light[..., None] - box) * layers.fill[..., None]
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 def subject_mask(scene: Scene, side: int = GRID) -> np.ndarray:
-    """(side, side) float32: how much of each cell the subjects cover, with outline, from 0 to 1."""
+    """(side, side) float32: how much of each cell the subjects cover, with their rims, from 0 to 1."""
     cell = 8
     mask = np.zeros((GRID * cell, GRID * cell), np.float32)
     for subject in scene.subjects:
-        length = subject.cells * cell
-        box = mask[subject.row * cell :, subject.column * cell :][:length, :length]
-        np.maximum(box, _subject_layers(subject.kind, length)[1], out=box)
+        box = _box_with_margin(mask, subject, cell)
+        np.maximum(box, _subject_layers(subject.kind, subject.cells, cell).rim, out=box)
     block = mask.shape[0] // side
     return mask.reshape(side, block, side, block).mean((1, 3))
+
+
+def _box_with_margin(picture: np.ndarray, subject: Subject, cell: int) -> np.ndarray:
+    """The part of a picture that a subject is drawn into: its box and one cell more on every side, as a view."""
+    side = (subject.cells + 2) * cell
+    return picture[(subject.row - 1) * cell :, (subject.column - 1) * cell :][:side, :side]
 
 
 def write_folder(

@@ -4,8 +4,9 @@
     tokens (b, side²) ─codebook─▶ (b, c, side, side) ─Decoder─▶ image (b, 3, h, w)
 
 Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ), which scores every code with a
-1×1 convolution. The layout and the parameter names are those of the published checkpoints; `patch_size` is our own
-addition: the network works on folded pixels, which is some ten times cheaper for the same picture.
+1×1 convolution. The layout and the parameter names are those of the published checkpoints. Two additions are our own:
+`patch_size` lets the network work on folded pixels, which is some ten times cheaper for the same picture, and
+`local_encoder` makes every token a function of its own square of pixels, which is easier for a prior to learn.
 """
 
 from __future__ import annotations
@@ -146,6 +147,31 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
+class LocalEncoder(nn.Module):
+    """Pixels (b, in_channels, h, w) in [-1, 1] → (b, z_channels, h / f, w / f), each from its own f × f square alone.
+
+    The published encoder sees the neighbours of a square, and through its normalisation the whole picture, so that one
+    square has many tokens. Here equal squares have equal tokens wherever they stand and whatever is beside them: a
+    prior then learns a shape once, not once for every background.
+    """
+
+    def __init__(self, *, in_channels: int, z_channels: int, width: int, downsampling: int, blocks: int = 2):
+        super().__init__()
+        self.downsampling = downsampling
+        self.conv_in = nn.Conv2d(in_channels * downsampling**2, width, 1)
+        self.block = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.SiLU(), nn.Conv2d(2 * width, width, 1))
+            for _ in range(blocks)
+        )
+        self.conv_out = nn.Conv2d(width, z_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(x, self.downsampling))
+        for block in self.block:
+            x = x + block(F.silu(x))
+        return self.conv_out(F.silu(x))
+
+
 class Decoder(nn.Module):
     """(b, z_channels, side, side) → pixels (b, out_ch, side · f, side · f), about [-1, 1]."""
 
@@ -254,6 +280,7 @@ class VQGanVAE(PretrainedModel):
         gumbel: bool = True,
         patch_size: int = 1,
         mid_attention: bool = True,
+        local_encoder: bool = False,
     ):
         super().__init__()
         if gumbel and embed_dim != z_channels:
@@ -269,14 +296,18 @@ class VQGanVAE(PretrainedModel):
             "mid_attention": mid_attention,
             "dropout": dropout,
         }
-        self.encoder = Encoder(in_channels=in_channels, double_z=double_z, **shared)
+        self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+        if local_encoder:
+            self.encoder = LocalEncoder(in_channels=in_channels, z_channels=z_channels * (2 if double_z else 1),
+                                        width=ch * ch_mult[-1], downsampling=self.downsampling)  # fmt: skip
+        else:
+            self.encoder = Encoder(in_channels=in_channels, double_z=double_z, **shared)
         self.decoder = Decoder(out_ch=out_ch, **shared)
         self.quant_conv = nn.Conv2d(z_channels * (2 if double_z else 1), embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.quantize = (GumbelQuantizer if gumbel else VectorQuantizer)(num_tokens, embed_dim)
         self.image_size = image_size
         self.num_tokens = num_tokens
-        self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
 
     @classmethod
     def read_published(
