@@ -5,27 +5,42 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from dalle_pytorch.cli import ArgumentParser, run
-from dalle_pytorch.training_cli import add_training_arguments, run_training, training_options
+from dalle_pytorch.cli import ArgumentParser, HelpFormatter, number, run
+from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
+
+SIZES = ("dim_text", "dim_image", "dim_latent", "text_seq_len", "text_enc_depth", "text_heads", "text_dim_head",
+         "visual_enc_depth", "visual_heads", "visual_dim_head", "visual_image_size", "visual_patch_size",
+         "visual_patch_dropout")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_training_arguments(parser, steps=2000, batch_size=128, learning_rate=1e-3)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_training_arguments(parser, steps=2000, batch_size=128, learning_rate=1e-3, output_dir="runs/clip")
+
+    group = parser.add_argument_group("captions")
+    group.add_argument("--bpe_path", help="the tokenizer: a tokenizer.json (train_tokenizer.py writes one) or a .model "
+                                          "of YouTokenToMe; CLIP's own if left out")  # fmt: skip
+    group.add_argument("--hug", action="store_true", help="--bpe_path is a tokenizer.json, whatever its name")
+    group.add_argument("--chinese", action="store_true", help="the BERT Chinese tokenizer")
+    group.add_argument("--truncate_captions", action="store_true",
+                       help="cut captions of more than --text_seq_len tokens, which are skipped otherwise")  # fmt: skip
+    group.add_argument("--text_seq_len", type=number(int, 1), default=32, help="tokens of a caption")
+
     group = parser.add_argument_group("model")
-    group.add_argument("--bpe_path", required=True, help="tokenizer.json of train_tokenizer.py")
-    group.add_argument("--dim_text", type=int, default=128)
-    group.add_argument("--dim_image", type=int, default=192)
-    group.add_argument("--dim_latent", type=int, default=128)
-    group.add_argument("--text_seq_len", type=int, default=32)
-    group.add_argument("--text_enc_depth", type=int, default=2)
-    group.add_argument("--text_heads", type=int, default=2)
-    group.add_argument("--visual_enc_depth", type=int, default=4)
-    group.add_argument("--visual_heads", type=int, default=3)
-    group.add_argument("--visual_image_size", type=int, default=128, help="side of a picture in pixels")
-    group.add_argument("--visual_patch_size", type=int, default=16)
+    group.add_argument("--dim_text", type=number(int, 1), default=128, help="width of the text's transformer")
+    group.add_argument("--dim_image", type=number(int, 1), default=192, help="width of the picture's transformer")
+    group.add_argument("--dim_latent", type=number(int, 1), default=128, help="width of the features")
+    group.add_argument("--text_enc_depth", type=number(int, 1), default=2, help="layers")
+    group.add_argument("--text_heads", type=number(int, 1), default=2, help="attention heads")
+    group.add_argument("--text_dim_head", type=number(int, 1), default=64, help="width of a head")
+    group.add_argument("--visual_enc_depth", type=number(int, 1), default=4, help="layers")
+    group.add_argument("--visual_heads", type=number(int, 1), default=3, help="attention heads")
+    group.add_argument("--visual_dim_head", type=number(int, 1), default=64, help="width of a head")
+    group.add_argument("--visual_image_size", type=number(int, 1), default=128, help="side of a picture in pixels")
+    group.add_argument("--visual_patch_size", type=number(int, 1), default=16, help="side of a patch in pixels")
+    group.add_argument("--visual_patch_dropout", type=number(float, 0, 1), default=0.0,
+                       help="share of the patches left out in training")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -35,18 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dalle_pytorch.clip import CLIP
     from dalle_pytorch.data import open_dataset
-    from dalle_pytorch.tasks import ClipTask
-    from dalle_pytorch.tokenizers import HugTokenizer
+    from dalle_pytorch.tasks import ClipTask, LongCaption
+    from dalle_pytorch.tokenizers import load_tokenizer
 
     torch.manual_seed(arguments.seed)
-    tokenizer = HugTokenizer(arguments.bpe_path)
-    sizes = {name: value for name, value in vars(arguments).items() if name.startswith(("dim_", "text_", "visual_"))}
-    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **sizes)
+    tokenizer = load_tokenizer(arguments.bpe_path, hug=arguments.hug, chinese=arguments.chinese)
+    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **{name: getattr(arguments, name) for name in SIZES})
     clip.tokenizer = tokenizer
     clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
-    dataset = open_dataset(arguments.image_text_folder, arguments.visual_image_size)
+    dataset = open_dataset(
+        arguments.image_text_folder,
+        arguments.visual_image_size,
+        wds=arguments.wds,
+        caption_key=arguments.caption_key,
+        crop_ratio=arguments.random_resize_crop_lower_ratio,
+        caption_problem=None if arguments.truncate_captions else LongCaption(tokenizer, arguments.text_seq_len),
+    )
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))
-    clip.save_pretrained(Path(arguments.output_dir) / "clip", dtype=torch.float16)
 
 
 if __name__ == "__main__":

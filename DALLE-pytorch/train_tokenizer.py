@@ -1,52 +1,56 @@
-"""Learns the byte-pair encoding of captions and writes it as a tokenizer.json."""
+"""Learns the byte-pair encoding of captions and writes it as a tokenizer.json.
+
+    python DALLE-pytorch/train_tokenizer.py --image_text_folder pictures --output tokenizer.json
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
-from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.cli import ArgumentParser, HelpFormatter, number, run
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options (`vocab_size: 8192`)")
     parser.add_argument("--image_text_folder", default="glyphs",
-                        help="a folder with captions in .txt files, one a line; "
-                             "'glyphs' takes the captions of the default model's scenes")  # fmt: skip
-    parser.add_argument("--count", type=number(int, 1), default=20_000, help="how many captions of 'glyphs' to take")
+                        help="where the captions are: a folder with .txt files, one a line; a text file of them; with "
+                             "--wds, WebDataset shards; 'glyphs', the scenes of the default model")  # fmt: skip
+    parser.add_argument("--wds", default="", metavar="IMAGE,TEXT",
+                        help="read shards, with pictures and captions under these endings, as in jpg,txt")  # fmt: skip
+    parser.add_argument("--caption_key", default="caption", help="the field of the caption, with --wds jpg,json")
+    parser.add_argument("--count", type=number(int, 1), help="take so many captions at most (of 'glyphs' 20000)")
     parser.add_argument("--vocab_size", type=number(int, 3), default=4096, help="the most tokens there may be")
     parser.add_argument("--output", default="tokenizer.json", help="the file to write")
     return parser.parse_args(argv)
 
 
-def read_captions(source: str, count: int) -> Iterator[str]:
-    """The first `count` captions of `glyphs`, or every line of the .txt files in a folder."""
-    from dalle_pytorch.data import glyphs
-    from dalle_pytorch.files import FileError
-
-    if source == "glyphs":
-        yield from (glyphs.make_scene(i).caption for i in range(count))
-        return
-    files = sorted(Path(source).rglob("*.txt"))
-    if not files:
-        raise FileError(f"{source} holds no captions (.txt files)")
-    for file in files:
-        try:
-            yield from filter(None, map(str.strip, file.read_text("utf-8").splitlines()))
-        except UnicodeDecodeError:
-            raise FileError(f"{file} is not UTF-8 text") from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     from dalle_pytorch.checkpoints import write_text
+    from dalle_pytorch.data.captions import all_captions
+    from dalle_pytorch.data.loading import Skipped, describe_skipped
+    from dalle_pytorch.files import FileError
     from dalle_pytorch.tokenizers import train_bpe
 
-    captions = list(read_captions(arguments.image_text_folder, arguments.count))
-    tokenizer = train_bpe(captions, arguments.vocab_size)
+    skipped, taken = Skipped(), 0
+
+    def captions():
+        nonlocal taken
+        for caption in all_captions(arguments.image_text_folder, skipped, wds=arguments.wds,
+                                    caption_key=arguments.caption_key, count=arguments.count):  # fmt: skip
+            taken += 1
+            yield caption
+
+    tokenizer = train_bpe(captions(), arguments.vocab_size)
+    if not taken:
+        raise FileError(f"{arguments.image_text_folder} holds no captions")
     write_text(arguments.output, tokenizer.to_str(pretty=True) + "\n")
-    print(f"{arguments.output}: {tokenizer.get_vocab_size()} tokens from {len(captions)} captions")
+    if skipped.reasons:
+        print(f"skipped {describe_skipped(skipped.reasons)}", file=sys.stderr)
+    print(f"{arguments.output}: {tokenizer.get_vocab_size()} tokens from {taken} captions")
 
 
 if __name__ == "__main__":

@@ -244,14 +244,19 @@ class Denoiser:
     # ----------------------------------------------------------------------------------------------
     # Training
 
-    def loss(self, x_0: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, x_0: Tensor, step: Tensor, noise: Tensor, use_kl: bool = False) -> Tensor:
         """Each picture's training loss, (b,): mean squared error of what the network predicts (eps, or x_0).
 
         With a learned variance the variational bound's term is added, through the variance alone: Improved DDPM's
-        hybrid loss, as guided-diffusion scales it (the bound over all steps, divided by a thousand).
+        hybrid loss, as guided-diffusion scales it (the bound over all steps, divided by a thousand). With `use_kl` the
+        loss is the bound and nothing else, over all steps.
         """
         x = self.q_sample(x_0, step, noise)
         output, log_variance = self._evaluate(x, step)
+        if use_kl:
+            predicted = output if self.predict_xstart else self.x_0_from_eps(x, step, output)
+            mean = self.posterior_mean(x, step, predicted)
+            return self._bound(x, x_0, step, mean, log_variance) * self.num_steps
         loss = F.mse_loss(output, x_0 if self.predict_xstart else noise, reduction="none").flatten(1).mean(1)
         if self.learn_sigma:
             fixed = output.detach()

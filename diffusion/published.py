@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import CheckpointError, load_state
+from dalle_pytorch.checkpoints import CheckpointError, load_state, read_config
 from dalle_pytorch.foreign import read_torch, tensor_dict
 from diffusion.decoder import DiffusionDecoder
 from diffusion.denoiser import Denoiser, Schedule
@@ -42,6 +42,7 @@ DIFFUSION_DEFAULTS = {
     "sigma_small": False,
     "rescale_timesteps": False,
 }
+DIFFUSION_NAME = "diffusion.json"  # such settings beside a native U-Net
 # Flags that change how a training or a GPU computes, and not what; they are taken and need nothing done.
 WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "small_size"}
 
@@ -81,14 +82,26 @@ def load_unet(path: str | os.PathLike, **flags: Any) -> UNet:
 
 def load_denoiser(path: str | os.PathLike, **flags: Any) -> Denoiser:
     """`load_unet`, or a native folder of a `UNet`, under the diffusion that the flags describe, respaced if
-    `timestep_respacing` says so.
+    `timestep_respacing` says so. A folder may say in a `diffusion.json` what the flags leave out.
     """
-    if Path(path).is_dir():
-        unet = UNet.from_pretrained(path)
-        if told := sorted(set(_parse_flags(flags)) - DIFFUSION_DEFAULTS.keys()):
-            raise CheckpointError(f"{path} is a native folder, which tells its {', '.join(told)} itself")
-    else:
-        unet = load_unet(path, **flags)
+    if not Path(path).is_dir():
+        return make_denoiser(load_unet(path, **flags), **flags)
+    unet = UNet.from_pretrained(path)
+    if told := sorted(set(_parse_flags(flags)) - DIFFUSION_DEFAULTS.keys()):
+        raise CheckpointError(f"{path} is a native folder, which tells its {', '.join(told)} itself")
+    return make_denoiser(unet, **{**read_diffusion(path), **flags})
+
+
+def read_diffusion(folder: str | os.PathLike) -> dict[str, Any]:
+    """How the U-Net in a native folder was trained, as far as a `diffusion.json` there says it."""
+    return read_config(Path(folder), DIFFUSION_NAME) if (Path(folder) / DIFFUSION_NAME).exists() else {}
+
+
+def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
+    """A U-Net under the diffusion that the flags describe, in guided-diffusion's names and with its defaults.
+
+    Flags that describe the network have no effect. Raises `ValueError` for an unknown or meaningless one.
+    """
     flags = DIFFUSION_DEFAULTS | _parse_flags(flags)
     schedule = Schedule.named(flags["noise_schedule"], flags["diffusion_steps"])
     if flags["timestep_respacing"]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.checkpoints import PretrainedModel, records_config
 
@@ -148,11 +149,21 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, of which the ResBlocks are also given the timestep."""
+    """Layers in a row, of which the ResBlocks are also given the timestep.
+
+    With `activation_checkpointing` training keeps each block's input alone, and computes the rest of it again for the
+    gradient.
+    """
+
+    activation_checkpointing = False
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         for layer in self:
-            x = layer(x, time) if isinstance(layer, ResBlock) else layer(x)
+            inputs = (x, time) if isinstance(layer, ResBlock) else (x,)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
         return x
 
 

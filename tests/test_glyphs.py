@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_pytorch.data import GlyphsDataset, ImageTextFolder, StepBatches, glyphs
-from dalle_pytorch.files import FileError
+from dalle_pytorch.data import GlyphsDataset, glyphs
 
 
 def test_scene_is_deterministic_by_index():
@@ -79,32 +78,13 @@ def test_mask_covers_the_subject():
     assert mask.shape == (16, 16) and mask[8, 8] == 1 and mask[0, 0] == 0 and mask[:, :2].sum() == 0
 
 
-def test_write_folder_makes_an_image_text_folder(tmp_path):
+def test_write_folder_tells_the_facts_too(tmp_path):
     glyphs.write_folder(tmp_path, 3, resolution=64)
-    data = ImageTextFolder(tmp_path, 64)
-    assert len(data) == 3 and data[1]["caption"] == glyphs.make_scene(1).caption
-    assert np.array_equal(data[1]["image"].permute(1, 2, 0), glyphs.draw(glyphs.make_scene(1), 64))
     facts = json.loads((tmp_path / "000001.json").read_text())
     assert facts["background"] == glyphs.make_scene(1).background
-
-
-def test_folder_without_pairs_is_refused(tmp_path):
-    with pytest.raises(FileError, match="no pictures with captions"):
-        ImageTextFolder(tmp_path, 64)
 
 
 def test_dataset_items_have_one_shape():
     item = GlyphsDataset(128)[5]
     assert item["image"].shape == (3, 128, 128) and item["image"].dtype == torch.uint8
     assert item["caption"] == glyphs.make_scene(5).caption
-
-
-def test_step_batches_go_on_where_they_stopped():
-    whole = list(StepBatches(10, 3, 0, 8, seed=1))
-    assert whole[5:] == list(StepBatches(10, 3, 5, 8, seed=1))
-    epoch = [index for batch in whole[:3] for index in batch]
-    assert len(epoch) == len(set(epoch))
-    halves = [list(StepBatches(10, 4, 0, 4, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [
-        sorted(b) for b in StepBatches(10, 4, 0, 4, seed=1)
-    ]

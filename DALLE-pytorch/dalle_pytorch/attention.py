@@ -146,6 +146,13 @@ class KVCache(nn.Module):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the precision of what it is given: autocast leaves the weight alone, and mixed types are slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention; `qk_norm` adds an RMS norm on queries and keys (arXiv:2302.05442), before the rotation."""
 
@@ -165,8 +172,8 @@ class Attention(nn.Module):
         self.pattern = pattern
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim)
-        self.q_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.q_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.k_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(

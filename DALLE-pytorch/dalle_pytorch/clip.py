@@ -22,7 +22,9 @@ from dalle_pytorch.transformer import Transformer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dalle_pytorch.tokenizers import HugTokenizer
+    from dalle_pytorch.tokenizers import Tokenizer
+
+OPENAI_VOCABULARY = 49408  # text tokens of `SimpleTokenizer`
 
 
 class Scorer(Protocol):
@@ -31,6 +33,23 @@ class Scorer(Protocol):
     def score(self, prompt: str, images: Tensor) -> Tensor:
         """The cosine similarity (n,) of a prompt to each picture of (n, 3, h, w) in [0, 1]."""
         ...
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows (b, dim) of every process, (B, dim), in the order of the processes; the gradient goes back to each."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Every process has used the rows of all, and has a gradient for them.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 class CLIP(PretrainedModel):
@@ -67,7 +86,7 @@ class CLIP(PretrainedModel):
         self.patch_size = visual_patch_size
         self.patch_dropout = visual_patch_dropout
         self.text_seq_len = text_seq_len
-        self.tokenizer: HugTokenizer | None = None
+        self.tokenizer: Tokenizer | None = None
 
         self.text_emb = nn.Embedding(num_text_tokens, dim_text)
         self.text_pos_emb = nn.Embedding(text_seq_len, dim_text)
@@ -142,30 +161,53 @@ class CLIP(PretrainedModel):
         return_loss: bool = False,
         negatives: Tensor | None = None,
     ) -> Tensor:
-        """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss.
+        """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss:
+        the mean cross-entropy of each picture among the batch's texts and of each text among its pictures.
+
+        `text` are tokens (b, n), `image` pictures (b, 3, h, w) in [0, 1]; the rest is that of `contrast`.
+        """
+        if return_loss:
+            by_text, by_image, labels = self.contrast(text, image, text_mask, negatives)
+            return (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+        text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
+        image_latents = F.normalize(self.encode_image(image), dim=-1)
+        return (text_latents * image_latents).sum(dim=-1) * self.temperature.exp()
+
+    def contrast(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor | None = None,
+        negatives: Tensor | None = None,
+        all_processes: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of the contrastive loss: of each text over the pictures (b, B), of each picture over the texts
+        (b, B + k), and the place (b,) of each one's partner.
 
         Args:
             text: tokens (b, n).
             image: pictures (b, 3, h, w) in [0, 1].
             text_mask: (b, n), false at padding; left out, padding counts as text, as upstream.
-            return_loss: cross-entropy of each picture among the batch's texts and of each text among its pictures.
             negatives: (b, k, n) further texts that do not fit the picture, to tell apart from the batch's texts;
                 masked at their zeros where `text_mask` is given.
+            all_processes: B counts the batches of all processes, which are equally large, and is b otherwise. The mean
+                of the processes' losses, and of their gradients, is then that of one process with the whole batch.
         """
         text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
         image_latents = F.normalize(self.encode_image(image), dim=-1)
         scale = self.temperature.exp()
-        if not return_loss:
-            return (text_latents * image_latents).sum(dim=-1) * scale
-        by_text = text_latents @ image_latents.T * scale
-        by_image = by_text.T
+        texts, images, first = text_latents, image_latents, 0
+        if all_processes and torch.distributed.is_initialized():
+            texts, images = (GatherRows.apply(latents) for latents in (text_latents, image_latents))
+            first = torch.distributed.get_rank() * len(text)
+        by_text = text_latents @ images.T * scale
+        by_image = image_latents @ texts.T * scale
         if negatives is not None:
             flat = negatives.flatten(0, 1)
             latents = F.normalize(self._text_features(flat, None if text_mask is None else flat != 0), dim=-1)
             others = (latents.unflatten(0, negatives.shape[:2]) * image_latents[:, None]).sum(dim=-1) * scale
             by_image = torch.cat((by_image, others), dim=1)
-        labels = torch.arange(len(text), device=text.device)
-        return (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+        return by_text, by_image, first + torch.arange(len(text), device=text.device)
 
     # ----------------------------------------------------------------------------------------------
     # Scoring
@@ -173,8 +215,13 @@ class CLIP(PretrainedModel):
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Tokens (b, text_seq_len) of one text or several; longer ones are cut.
 
-        Raises `CheckpointError` when there is no tokenizer.
+        A CLIP of 49,408 text tokens reads OpenAI's vocabulary, which has no tokenizer.json. Raises `CheckpointError`
+        when there is no tokenizer.
         """
+        if self.tokenizer is None and self.text_emb.num_embeddings == OPENAI_VOCABULARY:
+            from dalle_pytorch.tokenizers import SimpleTokenizer
+
+            self.tokenizer = SimpleTokenizer()
         if self.tokenizer is None:
             raise CheckpointError("this CLIP has no tokenizer.json in its folder or beside it; set its `tokenizer`")
         texts = [texts] if isinstance(texts, str) else list(texts)

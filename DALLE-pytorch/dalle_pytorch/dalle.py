@@ -215,7 +215,9 @@ class DALLE(PretrainedModel):
         """
         if image.ndim != 4:
             return image
-        return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
+        # Which code is the nearest is a matter of small differences: not under a training's autocast.
+        with torch.autocast(image.device.type, enabled=False):
+            return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
 
     # ----------------------------------------------------------------------------------------------
     # Forward

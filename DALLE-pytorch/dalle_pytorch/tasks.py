@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_pytorch.checkpoints import PretrainedModel
 from dalle_pytorch.clip import CLIP
 from dalle_pytorch.dalle import DALLE
-
-if TYPE_CHECKING:
-    from dalle_pytorch.tokenizers import HugTokenizer
+from dalle_pytorch.tokenizers import Tokenizer
 
 Batch = dict[str, Any]
 Loss = tuple[Tensor, dict[str, Tensor]]
+
+TOKENIZER_NAME = "tokenizer.json"
+PREVIEWS = 4  # captions of a batch that the prior draws for a preview
+
+
+class LongCaption:
+    """Why a caption is not learned from: it has more than `length` tokens. None for one that has not."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, caption: str) -> str | None:
+        too_long = len(self.tokenizer.encode(caption)) > self.length
+        return f"caption of more than {self.length} tokens" if too_long else None
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json` into a model's folder, so that it travels with the weights.
+
+    An encoding that such a file cannot hold is left out: CLIP's, which is taken where there is no file.
+    """
+    with suppress(ValueError):
+        tokenizer.save(folder / TOKENIZER_NAME)
 
 
 class DalleTask(nn.Module):
@@ -24,28 +48,67 @@ class DalleTask(nn.Module):
     `null_cond_prob` of the captions are dropped, so that the prior can be guided. Where the data says what part of each
     token's square the subject covers, tokens under the subject weigh `subject_weight` times as much: a plain mean is
     all texture, and hears little of the shape that the caption names.
+
+    A batch has the tokens (b, image_seq_len) of its pictures, or the pictures (b, 3, h, h) uint8. The trained prior is
+    the part `name`. Raises `ValueError` for a tokenizer with more tokens than the prior knows.
     """
 
-    def __init__(self, dalle: DALLE, tokenizer: HugTokenizer, null_cond_prob: float = 0.1, subject_weight: float = 1.0):
+    def __init__(
+        self,
+        dalle: DALLE,
+        tokenizer: Tokenizer,
+        null_cond_prob: float = 0.1,
+        subject_weight: float = 1.0,
+        name: str = "dalle",
+    ):
         super().__init__()
+        known = dalle.num_text_tokens - dalle.text_seq_len
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and this prior knows {known}; it wants the one that "
+                "it was trained with (--bpe_path)"
+            )
         self.dalle, self.tokenizer = dalle, tokenizer
-        self.null_cond_prob, self.subject_weight = null_cond_prob, subject_weight
+        self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
 
     def forward(self, batch: Batch) -> Loss:
-        images = batch["image"].float() / 255
-        text = self.tokenizer.tokenize(batch["caption"], self.dalle.text_seq_len, truncate_text=True).to(images.device)
+        image = batch["tokens"] if "tokens" in batch else batch["image"].float() / 255
         weights = None
         if self.subject_weight != 1 and "mask" in batch:
-            weights = 1 + (self.subject_weight - 1) * (batch["mask"] > 0).flatten(1).float()
-        loss = self.dalle(text, images, return_loss=True, null_cond_prob=self.null_cond_prob, image_weights=weights)
+            covered = F.adaptive_max_pool2d(batch["mask"][:, None], self.dalle.image_fmap_size).flatten(1) > 0
+            weights = 1 + (self.subject_weight - 1) * covered.float()
+        loss = self.dalle(
+            self._text(batch["caption"], image.device),
+            image,
+            return_loss=True,
+            null_cond_prob=self.null_cond_prob,
+            image_weights=weights,
+        )
         return loss, {}
+
+    def _text(self, captions: list[str], device: torch.device) -> Tensor:
+        return self.tokenizer.tokenize(captions, self.dalle.text_seq_len, truncate_text=True).to(device)
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {self.name: self.dalle}
+
+    def write_companions(self, folder: Path) -> None:
+        write_tokenizer(self.tokenizer, folder)
+
+    def preview(self, batch: Batch) -> dict[str, Tensor | str]:
+        """Pictures drawn for the first captions of the batch, and those captions."""
+        captions = batch["caption"][:PREVIEWS]
+        pictures = self.dalle.generate_images(self._text(captions, self.dalle.device), top_p=0.9, seed=0)
+        return {"drawn": pictures, "captions": "\n".join(captions)}
 
 
 class ClipTask(nn.Module):
-    """The contrastive loss of CLIP, with hard negatives (the caption with one fact wrong) where the data has them.
+    """The contrastive loss of CLIP over the batch of all processes, with hard negatives (the caption with one fact
+    wrong) where the data has them.
 
     Pictures are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled pictures, and
-    guide on cutouts of half-denoised ones.
+    guide on cutouts of half-denoised ones. `accuracy` is the share of the pictures whose caption is the likeliest of
+    all that they are told apart from.
     """
 
     def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06):
@@ -58,8 +121,16 @@ class ClipTask(nn.Module):
         negatives = None
         if "other_caption" in batch:
             negatives = self.clip.tokenize(batch["other_caption"]).to(images.device)[:, None]
-        loss = self.clip(text, images, text_mask=text != 0, return_loss=True, negatives=negatives)
-        return loss, {"scale": self.clip.temperature.detach().exp()}
+        by_text, by_image, partner = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
+        loss = (F.cross_entropy(by_text, partner) + F.cross_entropy(by_image, partner)) / 2
+        accuracy = (by_image.argmax(1) == partner).float().mean()
+        return loss, {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {"clip": self.clip}
+
+    def write_companions(self, folder: Path) -> None:
+        write_tokenizer(self.clip.tokenizer, folder)
 
     def _augment(self, images: Tensor) -> Tensor:
         size = images.shape[-1]

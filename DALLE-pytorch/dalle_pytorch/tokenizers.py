@@ -23,7 +23,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import processors as post_processors
 from torch import Tensor
 
-from dalle_pytorch.checkpoints import CheckpointError, companion_path
+from dalle_pytorch.checkpoints import CheckpointError, companion_path, write_text
 
 
 class TextTooLongError(ValueError, RuntimeError):
@@ -60,6 +60,14 @@ class Tokenizer(ABC):
             ids = ids[:context_length]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return result
+
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        """The same encoding as a tokenizer.json has it. Raises `ValueError` where that cannot hold it."""
+        raise ValueError(f"a tokenizer.json cannot hold the encoding of a {type(self).__name__}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a tokenizer.json. Raises `ValueError` where that cannot hold the encoding."""
+        write_text(path, self.to_hugging_face().to_str(pretty=True) + "\n")
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text with characters that the vocabulary cannot spell, each once."""
@@ -99,6 +107,9 @@ class HugTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
         return self.tokenizer.decode(_kept(ids, pad_tokens), skip_special_tokens=True)
+
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        return self.tokenizer
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -342,6 +353,9 @@ class ChineseTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
         return self.tokenizer.decode(_kept(ids, pad_tokens))
+
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        return self.tokenizer.backend_tokenizer
 
 
 # --------------------------------------------------------------------------------------------------

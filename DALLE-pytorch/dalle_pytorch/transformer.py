@@ -8,6 +8,7 @@ from itertools import cycle, islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.attention import Attention, KVCache, make_pattern, rotary_table
 
@@ -103,12 +104,28 @@ class Branch(nn.Module):
 
 
 class Layer(nn.Module):
-    """One attention branch and one feed-forward branch."""
+    """One attention branch and one feed-forward branch, run one after the other unless the layers are reversible.
+
+    With `activation_checkpointing`, which a training may set, only the input is kept for the gradient and the rest is
+    computed again (arXiv:1604.06174).
+    """
+
+    activation_checkpointing = False
 
     def __init__(self, attn: Branch, ff: Branch):
         super().__init__()
         self.attn = attn
         self.ff = ff
+
+    def forward(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
+        """Maps (b, n, dim) to (b, n, dim)."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, x, attn_kwargs, ff_kwargs, use_reentrant=False)
+        return self._run(x, attn_kwargs, ff_kwargs)
+
+    def _run(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
+        x = x + self.attn(x, **attn_kwargs)
+        return x + self.ff(x, **ff_kwargs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,8 +315,7 @@ class Transformer(nn.Module):
                 x1 = x1 + layer.attn(x2, **attn_kwargs)
                 x2 = x2 + layer.ff(x1, **ff_kwargs)
             else:
-                x = x + layer.attn(x, **attn_kwargs)
-                x = x + layer.ff(x, **ff_kwargs)
+                x = layer(x, attn_kwargs, ff_kwargs)
         return (x1 + x2) / 2 if self.reversible else x
 
     def make_cache(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> TransformerCache:

@@ -1,4 +1,4 @@
-"""Remakes the embedded model from nothing: tokenizer, VQGAN, prior, CLIP, decoder.
+"""Remakes the embedded model from nothing: tokenizer, VQGAN, prior, CLIP, decoder, and the judge of the benchmark.
 
     python models/default/make.py
 
@@ -33,20 +33,18 @@ def stages(runs: Path) -> dict[str, list[str]]:
         "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", "glyphs", "--count", "20000",
                       "--vocab_size", "256", "--output", tokenizer],
         "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), "--steps", "2000",
-                  "--learning_rate", "1.5e-3", "--num_tokens", "1024", "--local_encoder", "--save_every", "200"],
+                  "--learning_rate", "1.5e-3", "--num_tokens", "1024", "--local_encoder", "--disc_weight", "0",
+                  "--perceptual_weight", "0", "--save_every", "200"],
         "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--steps", "4800", "--batch_size", "16", "--learning_rate", "2e-3",
+                  "--bpe_path", tokenizer, "--steps", "4000", "--batch_size", "16", "--learning_rate", "2e-3",
                   "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--ema_decay", "0.998",
-                  "--muon", "--save_every", "200"],
-        "tuned": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "tuned"), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--steps", "1300",
-                  "--batch_size", "16", "--learning_rate", "1.2e-3", "--warmup_steps", "50", "--subject_weight", "3",
-                  "--ema_decay", "0.995", "--muon", "--save_every", "100"],
+                  "--muon", "--save_every", "100"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
-                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "600", "--batch_size", "96",
+                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "1000", "--batch_size", "96",
                  "--learning_rate", "2e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
-                    "--steps", "800", "--save_every", "100"],
+                    "--steps", "1500", "--save_every", "100"],
+        "judge": ["benchmarks/judge.py", "--output_dir", str(runs / "judge")],
     }  # fmt: skip
 
 
@@ -54,12 +52,14 @@ def install(runs: Path) -> None:
     """Copies the trained parts here, each whole or not at all."""
     for source, name in (
         ("vqgan/vae", "vae"),
-        ("tuned/dalle", "dalle"),
+        ("dalle/dalle", "dalle"),
         ("clip/clip", "clip"),
         ("decoder/decoder", "decoder"),
+        ("judge/judge", "judge"),
     ):
+        # What a trained part carries with it to be complete lies beside it here.
         with atomic_write(HERE / name) as temporary:
-            shutil.copytree(runs / source, temporary)
+            shutil.copytree(runs / source, temporary, ignore=shutil.ignore_patterns("vae", "tokenizer.json"))
     with atomic_write(HERE / "tokenizer.json") as temporary:
         shutil.copy(runs / "tokenizer.json", temporary)
     # What it has never seen it cannot draw; generate.py warns of words that are not here.

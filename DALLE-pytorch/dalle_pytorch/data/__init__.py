@@ -1,20 +1,46 @@
-"""Data sets of pictures with captions. Every item is a dict of `image` (3, h, w) uint8 and `caption`, and depends on
-its index alone, so that a training can be broken off and resumed at any step."""
+"""Data sets of pictures with captions, behind one door: the drawn world, a folder, or WebDataset shards.
+
+Every item is a dict of `image` (3, h, w) uint8 and `caption`, a function of the seed and of its place in the data, so
+that a training can be broken off and resumed at any step.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_pytorch.data import glyphs
-from dalle_pytorch.files import IMAGE_SUFFIXES, FileError, image_to_tensor, read_image
+from dalle_pytorch.data.folder import ImageTextFolder
+from dalle_pytorch.data.loading import (
+    BatchLoader,
+    BrokenSample,
+    StepBatches,
+    collate,
+    describe_skipped,
+    random_crops,
+)
+from dalle_pytorch.data.pictures import CaptionProblem
+from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
+from dalle_pytorch.data.token_cache import TokenCache, cache_tokens
+from dalle_pytorch.files import FileError
+
+__all__ = [
+    "BatchLoader",
+    "BrokenSample",
+    "GlyphsDataset",
+    "ImageTextFolder",
+    "ShardStream",
+    "StepBatches",
+    "TokenCache",
+    "cache_tokens",
+    "collate",
+    "describe_skipped",
+    "open_dataset",
+    "random_crops",
+]
 
 
 class GlyphsDataset(Dataset):
@@ -36,90 +62,46 @@ class GlyphsDataset(Dataset):
         }
 
 
-class ImageTextFolder(Dataset):
-    """Pictures in a folder, nested or not, each with its captions in a `.txt` of the same stem, one a line.
+def open_dataset(
+    name: str | os.PathLike,
+    resolution: int,
+    *,
+    wds: str | None = None,
+    caption_key: str = "caption",
+    captions: bool = True,
+    crop_ratio: float = 1.0,
+    transparent: bool = False,
+    caption_problem: CaptionProblem | None = None,
+) -> Dataset:
+    """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
 
-    Pictures are cut to their centre square and scaled to `resolution` pixels. `FileError`: the folder holds no pair.
+    Args:
+        name: what `--image_text_folder` says: `glyphs`, a folder, or with `wds` archives as `list_shards` takes them.
+        resolution: side of the pictures, in pixels.
+        wds: suffixes of pictures and captions in the shards, `jpg,txt` or `jpg,json`; empty for a folder.
+        caption_key: the field of JSON captions.
+        captions: False if pictures alone will do.
+        crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; the drawn world does without.
+
+    Raises `FileError` for what is not there, or is not what `wds` says.
     """
-
-    def __init__(self, folder: str | os.PathLike, resolution: int):
-        self.resolution = resolution
-        pictures = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        self.pictures = [path for path in pictures if path.with_suffix(".txt").exists()]
-        if not self.pictures:
-            raise FileError(f"{folder} holds no pictures with captions (name.png beside name.txt)")
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.pictures[index]
-        captions = [line.strip() for line in path.with_suffix(".txt").read_text("utf-8").splitlines() if line.strip()]
-        pixels = image_to_tensor(read_image(path), self.resolution)[0]
-        return {
-            "image": pixels.mul(255).round().to(torch.uint8),
-            "caption": captions[index % len(captions)] if captions else "",
-        }
-
-
-def open_dataset(name: str, resolution: int) -> Dataset:
-    """`glyphs` is the drawn world; anything else an image-text folder."""
-    return GlyphsDataset(resolution) if name == "glyphs" else ImageTextFolder(name, resolution)
-
-
-class StepBatches(torch.utils.data.Sampler[list[int]]):
-    """Batches of indices as a function of (seed, step): every epoch a new permutation, the last short batch left out.
-
-    `rank` of `world_size` processes gets its own slice of every batch. Starting at `first_step` skips without reading.
-    """
-
-    def __init__(self, length: int, batch_size: int, first_step: int, last_step: int, seed: int = 0, rank: int = 0,
-                 world_size: int = 1):  # fmt: skip
-        if batch_size > length:
-            raise ValueError(f"a batch of {batch_size} cannot be drawn from {length} samples")
-        self.length, self.batch_size, self.seed, self.rank, self.world_size = length, batch_size, seed, rank, world_size
-        self.steps = range(first_step, last_step)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self):
-        per_epoch = self.length // self.batch_size
-        epoch, order = -1, None
-        for step in self.steps:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            batch = order[step % per_epoch * self.batch_size :][: self.batch_size]
-            yield batch[self.rank :: self.world_size].tolist()
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, and lists everything else."""
-    first = items[0]
-    columns = {key: [item[key] for item in items] for key in first}
-    return {key: torch.stack(values) if torch.is_tensor(first[key]) else values for key, values in columns.items()}
-
-
-def random_crops(maps: Sequence[Tensor], crop_size: int | None, side: int, full_share: float) -> list[Tensor]:
-    """The same random squares of pictures and of what goes with them, each cut along a grid of `side` tokens a side.
-
-    `maps` are (b, c, h, w), the pictures first; their squares have `crop_size` pixels, the others in proportion.
-    With the chance `full_share` a part of the batch comes back whole instead, of as many pixels as the crops have.
-    """
-    pictures = maps[0]
-    size = pictures.shape[-1]
-    if crop_size is None or crop_size >= size:
-        return list(maps)
-    if torch.rand(()) < full_share:
-        count = max(1, len(pictures) * crop_size**2 // size**2)
-        return [batch[:count] for batch in maps]
-    cells = crop_size * side // size
-    corners = torch.randint(side - cells + 1, (len(pictures), 2)).tolist()
-
-    def cut(batch: Tensor) -> Tensor:
-        cell = batch.shape[-1] // side
-        window = [(slice(y * cell, (y + cells) * cell), slice(x * cell, (x + cells) * cell)) for y, x in corners]
-        return torch.stack([item[:, rows, columns] for item, (rows, columns) in zip(batch, window, strict=True)])
-
-    return [cut(batch) for batch in maps]
+    if str(name) == "glyphs":
+        if wds or transparent:
+            raise FileError("glyphs are drawn, opaque and not from archives: they go without --wds and --transparent")
+        return GlyphsDataset(resolution)
+    settings = {"crop_ratio": crop_ratio, "transparent": transparent, "caption_problem": caption_problem}
+    if wds:
+        image, *rest = [suffix.strip().lower().lstrip(".") for suffix in wds.split(",")]
+        if not image or len(rest) > 1 or (captions and not any(rest)):
+            raise FileError(f"--wds names the suffixes of pictures and captions, as in jpg,txt, and not {wds!r}")
+        caption = rest[0] if captions else None
+        return ShardStream(name, resolution, image_suffix=image, caption_suffix=caption, caption_key=caption_key,
+                           **settings)  # fmt: skip
+    if not os.path.isdir(name):
+        shards = str(name).endswith(ARCHIVE_SUFFIXES) or local_path(str(name)) is None
+        raise FileError(
+            f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"
+            if shards
+            else f"there is no folder {name}"
+        )
+    return ImageTextFolder(name, resolution, captions=captions, **settings)

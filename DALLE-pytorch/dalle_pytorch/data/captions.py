@@ -1,0 +1,66 @@
+"""All captions of a data set, without its pictures: what a tokenizer is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from dalle_pytorch.data import glyphs, open_dataset
+from dalle_pytorch.data.loading import BrokenSample, Skipped
+from dalle_pytorch.data.pictures import read_captions
+from dalle_pytorch.files import FileError
+
+GLYPHS_CAPTIONS = 20_000  # of the scenes without end, unless told
+
+
+def all_captions(
+    source: str, skipped: Skipped, *, wds: str = "", caption_key: str = "caption", count: int | None = None
+) -> Iterator[str]:
+    """The captions, or the first `count`, of a text file, one a line; of the `.txt` files in a folder; with `wds` of
+    shards, whose pictures and captions have these suffixes; or of `glyphs`.
+
+    What cannot be read is skipped and counted in `skipped`. Raises `FileError` if there is nothing at `source`, and if
+    over half of what is there cannot be read.
+    """
+    if source == "glyphs":
+        yield from (glyphs.make_scene(index).caption for index in range(count or GLYPHS_CAPTIONS))
+        return
+    samples = _shards(source, wds, caption_key) if wds else _text_files(Path(source))
+    yield from islice(_usable(samples, skipped), count)
+
+
+def _usable(samples: Iterator[list[str] | BrokenSample], skipped: Skipped) -> Iterator[str]:
+    for sample in samples:
+        skipped.read += 1
+        if isinstance(sample, BrokenSample):
+            skipped.add(sample)
+        else:
+            yield from sample
+        skipped.check()
+    skipped.check(enough=1)
+
+
+def _text_files(path: Path) -> Iterator[list[str] | BrokenSample]:
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise FileError(f"{path} holds no captions (.txt files)")
+    for file in files:
+        try:
+            yield read_captions(file.read_bytes(), file)
+        except FileNotFoundError:
+            raise FileError(f"there is no folder or file of captions {file}") from None
+        except OSError as error:
+            yield BrokenSample("caption that cannot be read", file, error.strerror)
+        except BrokenSample as broken:
+            yield broken
+
+
+def _shards(source: str, wds: str, caption_key: str) -> Iterator[list[str] | BrokenSample]:
+    stream = open_dataset(source, 1, wds=wds, caption_key=caption_key)
+    for url in stream.urls:
+        for raw in stream.read_shard(url):
+            try:
+                yield stream.all_captions(raw)
+            except BrokenSample as broken:
+                yield broken

@@ -1,0 +1,198 @@
+"""WebDataset shards: tar archives of pictures and captions, read as a stream from a disk, the web or a command."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from dalle_pytorch.data.loading import BrokenSample
+from dalle_pytorch.data.pictures import CaptionProblem, pick_caption, read_captions, read_picture, usable_captions
+from dalle_pytorch.files import FileError
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+# The files of a sample by suffix, with its `__key__` and `__url__`; or what is wrong with an archive.
+RawSample = dict[str, Any] | BrokenSample
+
+
+class ShardStream(IterableDataset):
+    """Samples of WebDataset shards, for ever: each epoch the shards in another order, their samples in another.
+
+    Items are dicts of `image` (3, resolution, resolution) uint8 and `caption`. A `BatchLoader` reads it with several
+    readers (processes × workers). Each has its own shards, or with fewer shards than readers its own samples of all.
+
+    Args:
+        urls: archives, or a folder of them, as `list_shards` takes them.
+        resolution, crop_ratio, transparent, caption_problem: as in `ImageTextFolder`.
+        image_suffix: suffix of the pictures in the archives, or several (`jpg;png`).
+        caption_suffix: suffix of the captions, one a line, or of JSON files (`json`); None takes pictures alone.
+        caption_key: the field of a JSON caption, a text or a list of them.
+        shuffle_buffer: samples that wait, not decoded, to be drawn at random; 0 keeps their order.
+    """
+
+    def __init__(
+        self,
+        urls: str | os.PathLike,
+        resolution: int,
+        *,
+        image_suffix: str = "jpg",
+        caption_suffix: str | None = "txt",
+        caption_key: str = "caption",
+        crop_ratio: float = 1.0,
+        transparent: bool = False,
+        caption_problem: CaptionProblem | None = None,
+        shuffle_buffer: int = 1000,
+    ):
+        self.urls, self.resolution, self.caption_key = list_shards(urls), resolution, caption_key
+        self.image_suffixes = image_suffix.split(";")
+        self.caption_suffixes = caption_suffix.split(";") if caption_suffix else []
+        self.crop_ratio, self.transparent, self.caption_problem = crop_ratio, transparent, caption_problem
+        self.shuffle_buffer = shuffle_buffer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The items that one reader gets with seed 0, broken ones left out."""
+        for epoch in itertools.count():
+            for number, raw in enumerate(self.raw_samples(0, epoch, 0, 1)):
+                with contextlib.suppress(BrokenSample):
+                    yield self.decode(raw, np.random.default_rng([0, epoch, 0, number]))
+
+    def raw_samples(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[RawSample]:
+        """What `reader` of `readers` reads in an epoch, not decoded: always the same, and nothing twice among them."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.urls))
+        if len(order) >= readers:
+            samples = (sample for shard in order[reader::readers] for sample in self.read_shard(self.urls[shard]))
+        else:
+            everything = (sample for shard in order for sample in self.read_shard(self.urls[shard]))
+            samples = (sample for number, sample in enumerate(everything) if number % readers == reader)
+        return _shuffle(samples, self.shuffle_buffer, np.random.default_rng([seed, epoch, reader]))
+
+    def read_shard(self, url: str) -> Iterator[RawSample]:
+        """The samples of one archive in its order, and at the end what is wrong with it, if so."""
+        from webdataset.tariterators import tarfile_samples
+
+        problems: list[BrokenSample] = []
+        wanted = ["__key__", "__url__", *self.image_suffixes, *self.caption_suffixes]
+        for sample in tarfile_samples([{"url": url}], handler=functools.partial(_note_problem, problems, url)):
+            yield {name: sample[name] for name in wanted if name in sample}
+        yield from problems[:1]
+
+    def decode(self, raw: RawSample, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """The item of a raw sample, its crop and its caption drawn from `generator` (without: centre, first caption).
+
+        Raises `BrokenSample` if its picture or its caption is missing or cannot be used.
+        """
+        item = {}
+        if self.caption_suffixes:
+            item["caption"] = pick_caption(self.all_captions(raw), _name(raw), generator, self.caption_problem)
+        return {"image": self.picture(raw, generator), **item}
+
+    def picture(self, raw: RawSample, generator: np.random.Generator | None = None) -> Tensor:
+        """The picture of a raw sample, as `read_picture` gives it."""
+        _, data = _member(raw, self.image_suffixes)
+        return read_picture(data, _name(raw), self.resolution, self.crop_ratio, generator, self.transparent)
+
+    def all_captions(self, raw: RawSample) -> list[str]:
+        """All captions of a raw sample. Raises `BrokenSample` if there is none."""
+        suffix, data = _member(raw, self.caption_suffixes)
+        if suffix.split(".")[-1] != "json":
+            return read_captions(data, _name(raw))
+        try:
+            found = json.loads(data)[self.caption_key]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"JSON without {self.caption_key!r}" if isinstance(error, KeyError) else "broken JSON"
+            raise BrokenSample(reason, _name(raw)) from None
+        captions = found if isinstance(found, list) else [found]
+        return usable_captions([caption for caption in captions if isinstance(caption, str)], _name(raw))
+
+    def identity(self) -> Iterator[str]:
+        """What tells these data from others: settings, names and, of files on this machine, sizes of the archives."""
+        yield f"shards {self.resolution} {self.transparent} {self.caption_key}"
+        yield from (*self.image_suffixes, "", *self.caption_suffixes, "")
+        for url in self.urls:
+            path = local_path(url)
+            here = path is not None and os.path.exists(path)
+            yield f"{os.path.basename(path)} {os.path.getsize(path)}" if here else url
+
+
+def list_shards(urls: str | os.PathLike) -> list[str]:
+    """The archives meant by `data-{000000..000554}.tar`, by several such names with `::` between them, or by a folder.
+
+    A name is a path, an address (http, https, or another that webdataset opens) or `pipe:COMMAND`, whose output is an
+    archive. Raises `FileError` if there is no such folder or none of the files.
+    """
+    from webdataset.shardlists import expand_urls
+
+    if os.path.isdir(urls):
+        folder = Path(urls)
+        found = sorted(str(path) for path in folder.rglob("*") if path.name.endswith(ARCHIVE_SUFFIXES))
+        if not found:
+            raise FileError(f"{folder} holds no archives ({', '.join(ARCHIVE_SUFFIXES)}); without --wds it is read as "
+                            "a folder of pictures")  # fmt: skip
+        return found
+    if os.path.exists(urls):
+        return [str(urls)]
+    try:
+        names = expand_urls(str(urls))
+    except (ValueError, AssertionError) as error:
+        raise FileError(f"{urls} does not name archives: {error}") from None
+    paths = [path for path in map(local_path, names) if path is not None]
+    if len(paths) == len(names) and not any(os.path.exists(path) for path in paths):
+        raise FileError(f"there is no archive {paths[0]}" + (f", nor any of {len(paths)}" if len(paths) > 1 else ""))
+    return names
+
+
+def local_path(url: str) -> str | None:
+    """The file that a shard's name means, None if it is not one of this machine."""
+    parts = urlparse(url)
+    return {"": url, "file": parts.path}.get(parts.scheme)
+
+
+def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> bool:
+    """A handler for webdataset: what a damaged or missing archive can raise is noted, the rest is not its business."""
+    if not isinstance(error, (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, LZMAError)):
+        raise error
+    detail = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).split(" @ ")[0]
+    problems.append(BrokenSample("damaged archive", url, detail))
+    return True
+
+
+def _name(raw: dict[str, Any]) -> str:
+    return f"{raw['__url__']}: {raw['__key__']}"
+
+
+def _member(raw: RawSample, suffixes: list[str]) -> tuple[str, bytes]:
+    if isinstance(raw, BrokenSample):
+        raise raw
+    for suffix in suffixes:
+        if suffix in raw:
+            return suffix, raw[suffix]
+    raise BrokenSample(f"no {' or '.join(suffixes)}", _name(raw))
+
+
+def _shuffle(samples: Iterator[RawSample], size: int, generator: np.random.Generator) -> Iterator[RawSample]:
+    """Each sample changes places with a random one of `size` that wait."""
+    waiting: list[RawSample] = []
+    for sample in samples:
+        if len(waiting) < size:
+            waiting.append(sample)
+            continue
+        if size:
+            place = int(generator.integers(size))
+            sample, waiting[place] = waiting[place], sample
+        yield sample
+    for place in generator.permutation(len(waiting)):
+        yield waiting[place]

@@ -1,0 +1,63 @@
+"""The running average of the weights, which draws better than the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dalle_pytorch.training.launch import local_tensors
+
+
+class Average:
+    """An exponential moving average, in float32, of what this process holds of each trained parameter of `model`.
+
+    The average works element by element, so a process that holds a part of a parameter averages that part.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.updates = model, 0
+        self.update_fn = get_ema_multi_avg_fn(decay)
+        self.tensors = [tensor.float().clone() for tensor in local_tensors(model)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights as they are after a step; those of the first are where the average begins."""
+        current = [tensor.float() for tensor in local_tensors(self.model)]
+        if self.updates == 0:
+            torch._foreach_copy_(self.tensors, current)
+        else:
+            self.update_fn(self.tensors, current, self.updates)
+        self.updates += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the average in place of the weights."""
+        for tensor, average in zip(local_tensors(self.model), self.tensors, strict=True):
+            tensor.copy_(average)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        held = [tensor.clone() for tensor in local_tensors(self.model)]
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(local_tensors(self.model), held, strict=True):
+                    tensor.copy_(before)
+
+    def state_dict(self) -> dict[str, int | list[Tensor]]:
+        """The averages, as tensors in the order of the parameters."""
+        return {"updates": self.updates, "tensors": self.tensors}
+
+    def load_state_dict(self, state: dict[str, int | list[Tensor]]) -> None:
+        """Raises `ValueError` for the averages of another model, or of another number of processes."""
+        if [tensor.shape for tensor in state["tensors"]] != [tensor.shape for tensor in self.tensors]:
+            raise ValueError("its averaged weights have other shapes")
+        torch._foreach_copy_(self.tensors, state["tensors"])
+        self.updates = state["updates"]

@@ -1,0 +1,157 @@
+"""The checkpoints of a run: folders that are whole or not there, of which the newest few are kept.
+
+A checkpoint is built under a temporary name and gets its own when everything is on the disk, with a manifest of sizes
+and checksums by which damage is known from a checkpoint of something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.cli import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dalle_pytorch.training.state import RunState
+
+FOLDER_NAME = "checkpoints"
+MANIFEST_NAME = "manifest.json"
+EARLIER_NAME = "checkpoint.pt"  # what earlier versions wrote
+
+
+class Checkpoints:
+    """The checkpoints in `output_dir`, of which the newest `keep` stay. All processes call the methods together."""
+
+    def __init__(self, output_dir: Path, keep: int, accelerator: Accelerator):
+        self.output_dir, self.folder = Path(output_dir), Path(output_dir) / FOLDER_NAME
+        self.keep, self.accelerator = keep, accelerator
+
+    def newest(self, notice: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole, or None if there has been none; tells of damaged ones.
+
+        Raises `CheckpointError` if all are damaged, or there is but the file of an earlier version.
+        """
+        return self._decide(lambda: self._newest(notice))
+
+    def start_anew(self, overwrite: bool) -> None:
+        """Deletes all checkpoints if `overwrite`; otherwise raises `UsageError` if there are any."""
+
+        def clear() -> None:
+            steps = self._steps()
+            if steps and not overwrite:
+                raise UsageError(
+                    f"{self.folder} holds checkpoints up to step {max(steps)}: "
+                    "leave out --no-resume to go on from there, or add --overwrite to delete them"
+                )
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+        self._decide(clear)
+
+    def save(self, state: RunState) -> None:
+        """Writes `state` as the checkpoint of its step, and then deletes the oldest."""
+        path = self.folder / f"step-{state.progress.step:08}"
+        building = path.with_name(f".{path.name}.tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        state.save(building)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            manifest = {str(file.relative_to(building)): _seal(file) for file in _files(building)}
+            (building / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), "utf-8")
+            _seal(building / MANIFEST_NAME)
+            shutil.rmtree(path, ignore_errors=True)  # one that was found damaged
+            building.rename(path)
+            for step in sorted(self._steps())[: -self.keep]:
+                _remove(self.folder / f"step-{step:08}")
+        self.accelerator.wait_for_everyone()
+
+    def _steps(self) -> list[int]:
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name))]
+
+    def _newest(self, notice: Callable[[str], None]) -> Path | None:
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        damaged = []
+        for step in sorted(self._steps(), reverse=True):
+            path = self.folder / f"step-{step:08}"
+            problem = _problem(path)
+            if problem is None:
+                for line in damaged:
+                    notice(f"{line}; going on from step {step}")
+                return path
+            damaged.append(f"{path} is damaged ({problem})")
+        if damaged:
+            raise CheckpointError(f"{damaged[0]}, and there is no older one; move {self.folder} away to start anew")
+        if (self.output_dir / EARLIER_NAME).exists():
+            raise CheckpointError(
+                f"{self.output_dir / EARLIER_NAME} is a checkpoint of an earlier version, which cannot be gone on from;"
+                " move it away to start anew, or take another --output_dir"
+            )
+        return None
+
+    def _decide(self, decide: Callable[[], Path | None]) -> Path | None:
+        """What `decide` returns or raises in the main process, the only one to look, in all of them."""
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Path | Exception | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [decide()]
+            except (CheckpointError, UsageError, OSError) as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+
+
+def _seal(path: Path) -> list[int]:
+    """Sends a file to the disk; its size and checksum."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return _measure(path)
+
+
+def _measure(path: Path) -> list[int]:
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything is."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
+        for name, measure in manifest.items():
+            if _measure(folder / name) != measure:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; one that is half deleted no longer has the name of one."""
+    doomed = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""All that a resumed run needs to go on as if it had never stopped, in and out of a checkpoint's folder.
+
+Whole models are kept in one file by the main process; FSDP and DeepSpeed write theirs themselves (launch.py). Each
+process keeps its random state and its place in the data in a file of its own. Reading never runs anything that a file
+holds, which is why accelerate's `load_state` is not used: it unpickles what is registered with it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.training.average import Average
+from dalle_pytorch.training.launch import is_sharded, load_sharded, save_sharded
+from dalle_pytorch.training.optimizers import Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STATE_NAME = "state.pt"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # steps of the optimizer done, skipped ones among them
+    samples: int = 0  # taken by them, in all processes together
+    epoch: int = 0  # times the data was gone through
+    bad_steps: int = 0  # how many of the last steps, in a row, were skipped
+
+    def count(self, samples: int, epoch: int, bad: bool) -> None:
+        """Takes note of one more step."""
+        self.step, self.samples, self.epoch = self.step + 1, self.samples + samples, epoch
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+
+
+@dataclass
+class RunState:
+    """The parts of a run that have a state. `model` is `task` as accelerate prepared it; `positions` is where the data
+    of this process stands, if it is a stream."""
+
+    accelerator: Accelerator
+    task: nn.Module
+    model: nn.Module
+    optimizers: list[Any]
+    schedule: Schedule
+    average: Average | None
+    progress: Progress = field(default_factory=Progress)
+    positions: dict[str, Any] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Writes all of it into `folder`, which every process sees. All processes must call it."""
+        accelerator, average = self.accelerator, self.average.state_dict() if self.average else None
+        if self._apart:
+            save_sharded(accelerator, self.model, self.optimizers, folder)
+        if accelerator.is_main_process:
+            state = {
+                "progress": asdict(self.progress),
+                "processes": accelerator.num_processes,
+                "schedule": self.schedule.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "averaged": average is not None,
+            }
+            if not self._apart:
+                state["model"] = self.task.state_dict()
+                state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            if not is_sharded(accelerator):
+                state["average"] = average
+            torch.save(state, folder / STATE_NAME)
+        own = {"random": random_state(accelerator.device), "positions": self.positions}
+        if is_sharded(accelerator):
+            own["average"] = average
+        torch.save(own, folder / _process_name(accelerator.process_index))
+
+    def load(self, folder: Path) -> str | None:
+        """Takes over what `save` wrote; all processes must call it. Returns a line if that was by other processes.
+
+        Raises `CheckpointError` if it is of another training.
+        """
+        try:
+            return self._load(folder)
+        except Exception as error:  # torch, accelerate and DeepSpeed raise a dozen kinds
+            # torch begins with a heading, and tells what does not fit below it.
+            lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
+            reason = next(filter(None, lines), type(error).__name__)
+            raise CheckpointError(
+                f"{folder} does not continue this training ({reason}); move it away to start anew"
+            ) from error
+
+    def _load(self, folder: Path) -> str | None:
+        accelerator = self.accelerator
+        state = _read(folder / STATE_NAME)
+        if state["averaged"] != (self.average is not None):
+            raise ValueError(f"it was made {'with' if state['averaged'] else 'without'} --ema_decay")
+        if (state["scaler"] is not None) != (accelerator.scaler is not None):
+            raise ValueError("it was made in another --mixed_precision")
+        if ("model" not in state) != self._apart:
+            raise ValueError("its weights were spread over processes in another way")
+        if self._apart:
+            load_sharded(accelerator, self.model, self.optimizers, folder)
+        else:
+            self.task.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.progress = Progress(**state["progress"])
+
+        same = state["processes"] == accelerator.num_processes
+        own = _read(folder / _process_name(accelerator.process_index if same else 0))
+        self.positions = own["positions"]
+        if self.average is not None:
+            self.average.load_state_dict(own["average"] if is_sharded(accelerator) else state["average"])
+        if same:
+            set_random_state(own["random"], accelerator.device)
+            return None
+        # The seeds of this start, moved on: those of step 0 have been used.
+        torch.manual_seed(torch.initial_seed() + self.progress.step)
+        return f"{accelerator.num_processes} processes go on where {state['processes']} left: new random numbers"
+
+    @property
+    def _apart(self) -> bool:
+        from accelerate.utils import DistributedType
+
+        return self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def _process_name(index: int) -> str:
+    return f"process-{index:05}.pt"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every source of random numbers in this process."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes back to a `random_state`."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

@@ -1,0 +1,140 @@
+"""What a big prior needs, worked out on paper: memory per GPU and steps per day. Nothing here is measured.
+
+    python benchmarks/scale_table.py --depth 20 --image_tokens 1024
+
+prints the tables of docs/scale.md, which explains the formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.dalle import DALLE
+
+GPU_MEMORY = 80e9
+OVERHEAD = 3e9  # CUDA, NCCL's buffers, what the allocator cannot use
+PEAKS = {"A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s, SXM
+DAY = 86_400
+
+# Bytes for each parameter, of which the first stay whole and the second are divided by the number of processes.
+# Weights and gradients are float32, and so are AdamW's two moments; DeepSpeed keeps a float32 copy of its own share.
+STATES = {
+    "DDP": (4 + 4 + 8, 0),
+    "ZeRO-1": (4 + 4, 4 + 8),
+    "ZeRO-2": (4, 4 + 4 + 8),
+    "ZeRO-3": (0, 4 + 4 + 4 + 8),
+    "FSDP": (0, 4 + 4 + 8),
+}
+BUCKETS = {"ZeRO-1": 4e9, "ZeRO-2": 4e9, "ZeRO-3": 2e9}  # DeepSpeed's, at its default sizes
+RECOMPUTE = ("nothing", "checkpointing", "reversible")
+
+
+@dataclass
+class Prior:
+    """The sizes of a prior that memory and time follow from; `parameters` are counted on the model itself."""
+
+    dim: int
+    depth: int
+    heads: int
+    dim_head: int
+    text_tokens: int
+    image_tokens: int
+    vocabulary: int
+    codebook: int
+
+    def __post_init__(self):
+        side = math.isqrt(self.image_tokens)
+        vae = SimpleNamespace(num_tokens=self.codebook, image_size=8 * side, num_layers=3)
+        with torch.device("meta"):
+            model = DALLE(dim=self.dim, depth=self.depth, heads=self.heads, dim_head=self.dim_head, vae=vae,
+                          num_text_tokens=self.vocabulary, text_seq_len=self.text_tokens, qk_norm=True)  # fmt: skip
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.layer_parameters = sum(parameter.numel() for parameter in model.transformer.layers[0].parameters())
+        self.tokens = self.text_tokens + self.image_tokens
+        self.logits = self.text_tokens * (self.vocabulary + self.text_tokens) + self.image_tokens * self.codebook
+
+    def states(self, kind: str, processes: int, recompute: str) -> float:
+        """Bytes of weights, gradients and optimizer in one process."""
+        whole, split = STATES[kind]
+        per_parameter = whole + split / processes
+        # Autocast's 16-bit copies live through a pass; where layers are gathered, two of them do.
+        copies = 2 * self.parameters
+        if kind in ("FSDP", "ZeRO-3"):
+            copies = 2 * 2 * self.layer_parameters + 2 * (self.parameters - self.depth * self.layer_parameters)
+        gradients = 4 * self.parameters if recompute == "reversible" else 0  # what a pass brings, before it is added
+        return per_parameter * self.parameters + copies + gradients + BUCKETS.get(kind, 0)
+
+    def layer_activations(self) -> float:
+        """Bytes that one layer keeps for the gradient of one sequence, under bf16 autocast.
+
+        Float32 are the inputs of both norms. In 16 bits: inputs of the linear layers and outputs of the branches, four
+        of width `dim`; gate, value, activated gate and product, each of width 4 · `dim`; of width heads · dim_head q
+        and k before their norm, q, k and v, and the attention's output twice.
+        """
+        inner = self.heads * self.dim_head
+        return self.tokens * (2 * 4 * self.dim + 2 * (4 * self.dim + 4 * 4 * self.dim + 7 * inner))
+
+    def activations(self, recompute: str) -> float:
+        """Bytes of activations for one sequence; of the logits in 16 bits, in float32 twice, and their gradient."""
+        one, stream = self.layer_activations(), 4 * self.dim * self.tokens
+        kept = {"nothing": self.depth * one, "checkpointing": self.depth * stream + one, "reversible": 4 * stream + one}
+        return kept[recompute] + self.logits * (2 + 4 + 4 + 4)
+
+    def flops(self, recompute: str) -> float:
+        """Operations for one sequence: two for each weight and token forward, twice that backward."""
+        inner = self.heads * self.dim_head
+        # Causal attention looks at half of the pairs.
+        layers = self.depth * self.tokens * (2 * self.layer_parameters + 2 * inner * self.tokens)
+        passes = 3 if recompute == "nothing" else 4
+        return passes * layers + 3 * 2 * self.dim * self.logits
+
+
+def table(prior: Prior, gpus: int, batch: int, mfu: float) -> list[str]:
+    lines = [
+        f"| kind | computed again | states, GB | activations, GB a sequence | largest micro-batch "
+        f"| {' | '.join(f'steps a day, {name}' for name in PEAKS)} |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(PEAKS),
+    ]
+    for kind in STATES:
+        for recompute in RECOMPUTE:
+            if recompute == "reversible" and kind in ("ZeRO-3", "FSDP"):
+                continue  # refused: reversible layers want whole parameters
+            states, activations = prior.states(kind, gpus, recompute), prior.activations(recompute)
+            largest = int((GPU_MEMORY - OVERHEAD - states) // activations)
+            row = [kind, recompute, f"{states / 1e9:.1f}", f"{activations / 1e9:.2f}"]
+            row.append(str(largest) if largest > 0 else "does not fit")
+            for peak in PEAKS.values():
+                seconds = batch * prior.flops(recompute) / (gpus * mfu * peak)
+                row.append(f"{round(DAY / seconds, -2):,.0f}" if largest > 0 else "–")
+            lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("dim", 2048), ("depth", 20), ("heads", 16), ("dim_head", 64), ("text_tokens", 256),
+                          ("vocabulary", 16384), ("codebook", 8192), ("gpus", 8), ("batch_size", 512)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=number(int, 1), default=default, help=f"default: {default}")
+    parser.add_argument("--image_tokens", type=number(int, 1), nargs="+", default=[1024, 256], help="default: 1024 256")
+    parser.add_argument("--mfu", type=number(float, 0, 1, above=True), default=0.4,
+                        help="assumed share of the peak FLOP/s that is reached; default: 0.4")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    for image_tokens in arguments.image_tokens:
+        sizes = ("dim", "depth", "heads", "dim_head", "text_tokens", "vocabulary", "codebook")
+        prior = Prior(image_tokens=image_tokens, **{name: getattr(arguments, name) for name in sizes})
+        print(
+            f"\n{prior.parameters / 1e9:.2f} B parameters, {prior.text_tokens} text and {image_tokens} image tokens, "
+            f"{arguments.gpus} GPUs, {arguments.batch_size} sequences a step, MFU {arguments.mfu:.0%}:\n"
+        )
+        print("\n".join(table(prior, arguments.gpus, arguments.batch_size, arguments.mfu)))
+
+
+if __name__ == "__main__":
+    run(main)

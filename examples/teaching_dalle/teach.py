@@ -1,0 +1,153 @@
+"""The lesson of a small DALL-E: draws digits in a colour on a texture, teaches a DiscreteVAE to write such pictures as
+tokens, teaches a DALLE to continue a caption with the tokens of its picture, and lets it draw.
+
+    python examples/teaching_dalle/teach.py
+
+It is the project's own scripts that train. All settings are in settings.yaml; what comes of them is in `output_dir`:
+dvae_reconstruction.png, generation_results.png, and a folder for each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dalle_pytorch.cli import ArgumentParser, UsageError, run
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE.parents[1] / "DALLE-pytorch"
+SHOWN = 8  # pictures in dvae_reconstruction.png
+ENLARGED = 3
+
+
+def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
+    """Scenes of one big digit in the middle, without end: those to train on, or those that training never shows."""
+    import numpy as np
+
+    from dalle_pytorch.data import glyphs
+
+    rng = np.random.default_rng([settings["seed"], held_out])
+    while True:
+        digit, colour, texture = (str(rng.choice(settings[name])) for name in ("digits", "colours", "textures"))
+        variant, grain = int(rng.integers(glyphs.VARIANTS)), int(rng.integers(2**31))
+        if glyphs.is_test_combination(digit, colour, texture) == held_out:
+            corner = (glyphs.GRID - glyphs.SIZES["big"]) // 2
+            subject = glyphs.Subject(digit, colour, "big", corner, corner)
+            article = "an" if colour[0] in "aeiou" else "a"
+            yield glyphs.Scene((subject,), texture, variant, grain, f"{article} {colour} {digit} on {texture}")
+
+
+def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:
+    """Draws the pictures to train on, each beside its caption; what is there already stays."""
+    from PIL import Image
+
+    from dalle_pytorch.checkpoints import write_text
+    from dalle_pytorch.data import glyphs
+    from dalle_pytorch.files import save_image
+
+    for number, scene in enumerate(islice(scenes(settings), settings["count"])):
+        path = folder / f"{number:05}.png"
+        if not path.exists():
+            write_text(path.with_suffix(".txt"), scene.caption + "\n")
+            save_image(path, Image.fromarray(glyphs.draw(scene, settings["image_size"])))
+
+
+def train(script: str, config: Path, options: dict[str, Any], *paths: str | Path) -> None:
+    """Runs one of the training scripts with `options` in a file of its own."""
+    import yaml
+
+    from dalle_pytorch.checkpoints import write_text
+
+    write_text(config, yaml.safe_dump(options, sort_keys=False))
+    arguments = [str(SCRIPTS / script), "--config", str(config), *map(str, paths)]
+    print(f"$ python {shlex.join(arguments)}", flush=True)
+    if code := subprocess.run([sys.executable, *arguments]).returncode:
+        sys.exit(code)
+
+
+def show_reconstructions(path: Path, vae: Any, settings: dict[str, Any]) -> None:
+    """Pictures of combinations that training never showed, and below each what the VAE makes of its tokens."""
+    import torch
+
+    from dalle_pytorch.data import glyphs
+    from dalle_pytorch.files import contact_sheet, save_image
+
+    drawn = [glyphs.draw(scene, settings["image_size"]) for scene in islice(scenes(settings, held_out=True), SHOWN)]
+    pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn]).float() / 255
+    with torch.no_grad():
+        decoded = vae.decode_image(vae.get_codebook_indices(pictures))
+    save_image(path, contact_sheet([enlarge(picture) for picture in (*pictures, *decoded)], columns=SHOWN))
+
+
+def show_generations(path: Path, dalle: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+    """A row of pictures for every caption, under which it is written."""
+    from PIL import Image, ImageDraw
+
+    from dalle_pytorch.files import contact_sheet, save_image
+    from dalle_pytorch.generation import generate_candidates
+
+    rows = []
+    for caption in settings["captions"]:
+        candidates = generate_candidates(dalle, tokenizer, caption, settings["num_images"], top_p=settings["top_p"],
+                                         cond_scale=settings["cond_scale"], seed=settings["seed"])  # fmt: skip
+        row = contact_sheet([enlarge(candidate.image) for candidate in candidates], columns=len(candidates))
+        rows.append((caption, row))
+    width, height, line = max(row.width for _, row in rows), rows[0][1].height, 16
+    sheet = Image.new("RGB", (width, len(rows) * (height + line)), "white")
+    for number, (caption, row) in enumerate(rows):
+        top = number * (height + line)
+        sheet.paste(row, (0, top))
+        ImageDraw.Draw(sheet).text((4, top + height), caption, fill="black")
+    save_image(path, sheet)
+
+
+def enlarge(picture: Any) -> Any:
+    """(3, h, w) to ENLARGED times that, pixel by pixel: what there is to see is small."""
+    return picture.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises `UsageError` if a section is missing."""
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        settings = yaml.safe_load(file)
+    for section in ("output_dir", "pictures", "vae", "tokenizer", "dalle", "generation"):
+        if not isinstance(settings, dict) or section not in settings:
+            raise UsageError(f"{path} has no section {section!r}")
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml", help="a YAML file of all settings")
+    arguments = parser.parse_args(argv)
+    settings = read_settings(arguments.settings)
+    output = Path(settings["output_dir"])
+    pictures, tokenizer = output / "pictures", output / "tokenizer.json"
+
+    from dalle_pytorch import load_dalle
+    from dalle_pytorch.tokenizers import load_tokenizer
+
+    draw_pictures(pictures, settings["pictures"])
+    train("train_vae.py", output / "vae.yaml", settings["vae"], "--image_folder", pictures,
+          "--image_size", str(settings["pictures"]["image_size"]), "--output_dir", output / "vae")  # fmt: skip
+    train("train_tokenizer.py", output / "tokenizer.yaml", settings["tokenizer"], "--image_text_folder", pictures,
+          "--output", tokenizer)  # fmt: skip
+    train("train_dalle.py", output / "dalle.yaml", settings["dalle"], "--image_text_folder", pictures,
+          "--vae_path", output / "vae/vae", "--bpe_path", tokenizer, "--output_dir", output / "dalle")  # fmt: skip
+
+    dalle = load_dalle(output / "dalle/dalle")
+    show_reconstructions(output / "dvae_reconstruction.png", dalle.vae, settings["pictures"])
+    show_generations(output / "generation_results.png", dalle, load_tokenizer(tokenizer), settings["generation"])
+    print(f"look at {output}/dvae_reconstruction.png and {output}/generation_results.png")
+
+
+if __name__ == "__main__":
+    run(main)

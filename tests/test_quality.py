@@ -1,0 +1,112 @@
+"""The benchmark's statistics, and that it runs, resumes and refuses, on an untrained model."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import judge
+import measures
+import quality
+
+from dalle_pytorch.data import glyphs
+
+
+def test_best_of_equals_the_mean_over_all_subsets():
+    generator = np.random.default_rng(0)
+    scores, right = generator.random(7).tolist(), (generator.random(7) < 0.4).tolist()
+    for n in range(1, 8):
+        subsets = list(itertools.combinations(range(7), n))
+        expected = sum(right[max(subset, key=lambda i: scores[i])] for subset in subsets) / len(subsets)
+        assert measures.best_of(scores, right, n) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="best of 8"):
+        measures.best_of(scores, right, 8)
+
+
+def test_frechet_distance_of_gaussians():
+    generator = np.random.default_rng(1)
+    a = generator.standard_normal((200_000, 2)) * [1, 2]
+    b = generator.standard_normal((200_000, 2)) * [3, 1] + [0, 1]
+    # Diagonal covariances: squared differences of means and of standard deviations.
+    assert measures.frechet_distance(a, b) == pytest.approx(1 + 4 + 1, rel=0.02)
+    assert measures.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    generator = np.random.default_rng(2)
+    hits = 0
+    for seed in range(200):
+        low, high = measures.interval(generator.random(60) < 0.7, rounds=400, seed=seed)
+        hits += low <= 0.7 <= high
+    assert 0.88 < hits / 200 < 0.99
+
+
+def logits_for(answers):
+    return {name: torch.tensor([[6.0 if option == answers.get(name) else 0.0 for option in options]])
+            for name, options in judge.QUESTIONS.items()}  # fmt: skip
+
+
+def test_likelihood_is_highest_for_what_the_caption_says():
+    for index in range(60):
+        scene, other = glyphs.make_scene(index, "test"), glyphs.make_scene(index + 1, "test")
+        mine, theirs = (logits_for(judge.answers(s)) for s in (scene, other))
+        if judge.answers(scene) != judge.answers(other):
+            assert judge.log_likelihood(scene, mine) > judge.log_likelihood(scene, theirs)
+
+
+def test_likelihood_does_not_ask_for_what_the_caption_leaves_open():
+    scene = next(s for s in map(glyphs.make_scene, range(1000)) if s.relation and not glyphs.states_place(s))
+    facts = judge.answers(scene)
+    swapped = facts | {"kind": facts["second_kind"], "second_kind": facts["kind"],
+                       "colour": facts["second_colour"], "second_colour": facts["colour"]}  # fmt: skip
+    values = [float(judge.log_likelihood(scene, logits_for(f))) for f in (facts, swapped)]
+    assert values[0] == pytest.approx(values[1])
+
+
+@pytest.fixture
+def model(tiny_bundle):
+    """An untrained model with all the parts that the benchmark wants."""
+    from dalle_pytorch.checkpoints import PretrainedModel
+    from diffusion.decoder import DiffusionDecoder
+    from diffusion.unet import UNet
+
+    torch.manual_seed(0)
+    unet = UNet(image_size=64, num_channels=32, channel_mult=[1, 1], num_res_blocks=1, attention_resolutions=[],
+                num_heads=1, resblock_updown=False, learn_sigma=False, emb_condition=True, emb_input_dims=8,
+                emb_output_dims=32, emb_stride=1, low_res_condition=True, patch_size=4)  # fmt: skip
+    vae = PretrainedModel.from_pretrained(tiny_bundle / "vae")
+    DiffusionDecoder(unet, vae, diffusion_steps=20, noise_schedule="linear").save_pretrained(tiny_bundle / "decoder")
+    judge.Judge(channels=16, hidden=16).save_pretrained(tiny_bundle / "judge")
+    (tiny_bundle / "sampling.json").write_text('{"top_p": 0.9, "temperature": 1.0, "cond_scale": 1.0}')
+    return tiny_bundle
+
+
+def test_benchmark_runs_goes_on_and_refuses_other_settings(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "share_of_scenes_read", lambda model: judge.share_of_scenes_read(model, 10))
+    command = ["--model", model, "--num_images", 3, "--curve_count", 1, "--curve_images", 4, "--guided_count", 1,
+               "--steps", 2, "--device", "cpu", "--output_dir", tmp_path / "out"]  # fmt: skip
+    command = list(map(str, command))
+    quality.main([*command, "--count", "1"])
+    lines = (tmp_path / "out/records.jsonl").read_text().splitlines()
+    quality.main([*command, "--count", "2"])
+    table = capsys.readouterr().out
+    assert all(words in table for words in ("best of 3", "after diffusion", "CLIP guidance on minus off"))
+    grown = [line for line in (tmp_path / "out/records.jsonl").read_text().splitlines() if line]
+    assert grown[: len(lines)] == lines and len(grown) == 5
+    figures = json.loads((tmp_path / "out/quality.json").read_text())
+    shares = figures["groups"]["one subject"]["shares"]
+    records = [json.loads(line) for line in grown[1:]]
+    ones = [r for r in records if r["group"] == "one subject"]
+    assert len(ones) == 2 and shares["best of 3"]["count"] == 2
+    assert shares["best of 3"]["mean"] == np.mean([all(r["right"][r["best"]].values()) for r in ones])
+    assert figures["groups"]["two subjects"]["best_of"]["captions"] == 1
+    with pytest.raises(quality.UsageError, match="other settings"):
+        quality.main([*command, "--count", "1", "--seed", "9"])
+    shutil.rmtree(tmp_path / "out")
