@@ -1,5 +1,7 @@
 """The training loop: steps, skipped steps, schedules, averages and native folders."""
 
+import json
+
 import pytest
 import torch
 from training_helpers import Net, Numbers, Task, losses, options, rows
@@ -98,8 +100,14 @@ class Stream(torch.utils.data.IterableDataset):
 def test_epochs_of_a_stream(tmp_path):
     train(Task(), Stream(), options(tmp_path, None, 4, epochs=3, lr_decay="constant"))
     assert len(losses(tmp_path)) in (6, 7)  # that an epoch is over is known with the batch after it
-    with pytest.raises(UsageError, match="--steps"):
-        train(Task(), Stream(), options(tmp_path / "b", None, 4, epochs=3))
+
+
+def test_cosine_of_a_stream_is_flat_and_says_so(tmp_path):
+    said = []
+    train(Task(), Stream(), options(tmp_path, None, 4, epochs=3, notice=said.append))
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert len({row["lr"] for row in rows if row["step"] > 2}) == 1
+    assert "a cosine needs --steps" in said[0]
 
 
 # Steps that are skipped

@@ -55,6 +55,8 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
     accelerator = make_accelerator(options, task)
     main = accelerator.is_main_process
     notice = options.notice if main and options.notice else lambda line: None
+    if schedule.kind != options.lr_decay:
+        notice("shards do not tell how many steps an epoch has: the learning rate stays flat; a cosine needs --steps")
     set_seed(options.seed + accelerator.process_index)
     native = NativeFolders(task, options.output_dir, accelerator)
     model, *optimizers = accelerator.prepare(task, *make_optimizers(task, options))

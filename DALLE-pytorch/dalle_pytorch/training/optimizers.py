@@ -45,9 +45,9 @@ class Schedule:
     def __init__(self, options: TrainingOptions, steps: int | None):
         if options.lr_decay not in ("cosine", "constant", "plateau", "exponential"):
             raise UsageError(f"--lr_decay is cosine, constant, plateau or exponential, not {options.lr_decay!r}")
-        if options.lr_decay == "cosine" and steps is None:
-            raise UsageError("shards do not tell how many steps an epoch has: give --steps, or --lr_decay constant")
         self.options, self.steps = options, steps
+        # A cosine without an end is flat.
+        self.kind = "constant" if options.lr_decay == "cosine" and steps is None else options.lr_decay
         self.loss_sum, self.loss_count = 0.0, 0
         # torch's own, on an optimizer of nothing, whose learning rate is the factor.
         self.factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
@@ -61,7 +61,7 @@ class Schedule:
         if step < options.warmup_steps:
             return options.learning_rate * (step + 1) / options.warmup_steps
         since = step - options.warmup_steps
-        if options.lr_decay == "cosine":
+        if self.kind == "cosine":
             done = since / max(1, self.steps - options.warmup_steps)
             return options.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
         if options.lr_decay == "exponential":
