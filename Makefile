@@ -1,11 +1,12 @@
-# `make demo` shows the system at work; `make test` runs the tests. Both set up .venv first, once.
+# `make demo` shows the system at work, `make test` runs the tests, `make quality` measures how well the embedded model
+# draws. All set up .venv first, once.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PROMPT ?= a red seven to the left of a blue star on brick
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint quality clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -17,6 +18,9 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 
+quality: $(VENV)/.installed-benchmark
+	$(RUN) benchmarks/quality.py
+
 # torch goes first and alone: with it in place nothing that follows asks for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -26,6 +30,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN) -m pip install -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-benchmark: $(VENV)/.installed
+	$(RUN) -m pip install -q -e '.[benchmark]' -c constraints.txt
 	@touch $@
 
 clean:

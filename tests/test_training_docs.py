@@ -8,7 +8,6 @@ import io
 import json
 import re
 import shlex
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/training.md").read_text("utf-8")
 SCRIPTS = ("DALLE-pytorch/train_tokenizer.py", "DALLE-pytorch/train_vae.py", "DALLE-pytorch/train_vqgan.py",
            "DALLE-pytorch/train_dalle.py", "DALLE-pytorch/train_clip.py", "diffusion/train.py")  # fmt: skip
-LAUNCHERS = {"--shutdown-timeout"}  # options on the page that are no script's
+OF_OTHERS = {"--logdir"}  # options on the page that are TensorBoard's
 
 # The last of an option counts: the commands of the page in a few steps.
 SHORT = {
@@ -53,7 +52,7 @@ def commands(text: str) -> list[list[str]]:
 
 def settings_files(text: str) -> dict[str, str]:
     """The yaml blocks of a page, by the name in the comment that each begins with."""
-    return {name: body for name, body in re.findall(r"^```yaml\n# (\S+)[^\n]*\n(.*?)^```", text, re.M | re.S)}
+    return dict(re.findall(r"^```yaml\n# (\S+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
 @cache
@@ -80,9 +79,18 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
             script(path).parse_arguments(arguments)
 
 
+def test_settings_of_dalle_pytorch(tmp_path):
+    """The defaults that the page names are options with such values."""
+    path = tmp_path / "upstream.yaml"
+    path.write_text(settings_files(PAGE)[path.name])
+    arguments = script("DALLE-pytorch/train_dalle.py").parse_arguments(["--config", str(path)])
+    assert (arguments.dim, arguments.depth, arguments.steps, arguments.epochs) == (512, 2, None, 20)
+    assert not arguments.rotary_emb and not arguments.shift_tokens and arguments.lr_decay == "constant"
+
+
 def test_options_exist():
     """Every option in the text is one of a script's."""
-    known = frozenset().union(*map(options, (*SCRIPTS, "generate.py", "upscale.py"))) | LAUNCHERS
+    known = frozenset().union(*map(options, (*SCRIPTS, "generate.py", "upscale.py"))) | OF_OTHERS
     prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose))
     assert named and named <= known, named - known
@@ -115,8 +123,7 @@ def test_the_lesson(tmp_path, monkeypatch):
     settings["generation"] |= {"captions": ["a red seven on lego", "a cyan one on wood"], "num_images": 3}
     monkeypatch.chdir(tmp_path)
     Path("settings.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.setattr(sys, "path", sys.path)  # the lesson's trainings are processes of their own
-    lesson = script("examples/teaching_dalle/teach.py")
+    lesson = script("examples/teaching_dalle/teach.py")  # its trainings are processes of their own
     lesson.main(["--settings", "settings.yaml"])
     side, gap = 16 * lesson.ENLARGED, 4
     shown = Image.open("lesson/dvae_reconstruction.png")
