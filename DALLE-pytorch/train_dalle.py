@@ -77,6 +77,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="weight of the picture against the caption's 1")  # fmt: skip
     group.add_argument("--subject_weight", type=number(float, 0), default=1.0,
                        help="weight of tokens under the subject, where the data tells")  # fmt: skip
+    group.add_argument("--image_noise", type=number(float, 0, 1), default=0.0,
+                       help="show up to this share of tokens wrong: against learning by heart")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -132,7 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             vae=vae, num_text_tokens=tokenizer.vocab_size, stable=arguments.stable_softmax, qk_norm=True, **sizes
         )
     task = DalleTask(
-        dalle, tokenizer, arguments.null_cond_prob, arguments.subject_weight, arguments.dalle_output_file_name
+        dalle,
+        tokenizer,
+        arguments.null_cond_prob,
+        arguments.subject_weight,
+        arguments.image_noise,
+        arguments.dalle_output_file_name,
     )
     dataset = open_dataset(
         arguments.image_text_folder,

@@ -165,6 +165,19 @@ def test_null_condition_drops_the_text_and_leaves_it_unchanged():
     assert torch.equal(text, before)
 
 
+def test_image_noise_is_shown_and_not_predicted():
+    dalle = make_dalle()
+    text, tokens = make_batch()
+    assert not torch.equal(tokens[0], tokens[1])
+    clean = dalle(text, tokens, return_loss=True)
+    torch.manual_seed(0)
+    assert not torch.equal(dalle(text, tokens, return_loss=True, image_noise=1.0), clean)
+    # A token that is replaced by its like is none that is wrong.
+    alike, first = tokens[:1].expand(2, -1), text[:1].expand(2, -1)
+    noisy = dalle(first, alike, return_loss=True, image_noise=1.0)
+    assert torch.equal(noisy, dalle(first, alike, return_loss=True))
+
+
 def test_wrong_shapes_are_named():
     dalle, (text, tokens) = make_dalle(), make_batch()
     with pytest.raises(ValueError, match=r"\(batch, 6\) is wanted, not \(2, 5\)"):

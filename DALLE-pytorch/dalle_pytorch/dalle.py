@@ -249,6 +249,7 @@ class DALLE(PretrainedModel):
         null_cond_prob: float = 0.0,
         mask: Tensor | None = None,
         image_weights: Tensor | None = None,
+        image_noise: float = 0.0,
     ) -> Tensor:
         """The training loss, or the logits of what follows each token.
 
@@ -259,6 +260,9 @@ class DALLE(PretrainedModel):
             null_cond_prob: the share of texts replaced by padding, for classifier-free guidance (arXiv:2207.12598).
             mask: (b, text_seq_len) bool; text where it is false becomes padding.
             image_weights: (b, image_seq_len) weights of the image tokens in the loss, a weighted mean over the batch.
+            image_noise: each image is shown to the model with a share of its tokens, between 0 and this, replaced by
+                those of another image of the batch; what it is to predict stays right. It then leans on the text and on
+                the whole of the picture, and a token drawn wrongly does not spoil what follows.
 
         Returns:
             A scalar loss; or logits (b, text_seq_len + 1 + n, total_tokens), one position less for a whole image, in
@@ -273,7 +277,11 @@ class DALLE(PretrainedModel):
             image = self.encode_image(image)
             if image.shape[1] > self.image_seq_len:
                 raise ValueError(f"{image.shape[1]} image tokens given; this model draws grids of {self.image_seq_len}")
-            emb = torch.cat((emb, self.embed_image(image)), dim=1)
+            shown = image
+            if image_noise > 0:
+                share = image_noise * torch.rand(len(image), 1, device=image.device)
+                shown = torch.where(torch.rand(image.shape, device=image.device) < share, image.roll(1, 0), image)
+            emb = torch.cat((emb, self.embed_image(shown)), dim=1)
         # Nothing follows the last image token.
         hidden = self.hidden(emb[:, : self.total_seq_len])
         on_text, on_image = hidden[:, : self.text_seq_len], hidden[:, self.text_seq_len :]

@@ -47,7 +47,7 @@ class DalleTask(nn.Module):
 
     `null_cond_prob` of the captions are dropped, so that the prior can be guided. Where the data says what part of each
     token's square the subject covers, tokens under the subject weigh `subject_weight` times as much: a plain mean is
-    all texture, and hears little of the shape that the caption names.
+    all texture, and hears little of the shape that the caption names. `image_noise` is `DALLE.forward`'s.
 
     A batch has the tokens (b, image_seq_len) of its pictures, or the pictures (b, 3, h, h) uint8. The trained prior is
     the part `name`. Raises `ValueError` for a tokenizer with more tokens than the prior knows.
@@ -59,6 +59,7 @@ class DalleTask(nn.Module):
         tokenizer: Tokenizer,
         null_cond_prob: float = 0.1,
         subject_weight: float = 1.0,
+        image_noise: float = 0.0,
         name: str = "dalle",
     ):
         super().__init__()
@@ -70,6 +71,7 @@ class DalleTask(nn.Module):
             )
         self.dalle, self.tokenizer = dalle, tokenizer
         self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
+        self.image_noise = image_noise
 
     def forward(self, batch: Batch) -> Loss:
         image = batch["tokens"] if "tokens" in batch else batch["image"].float() / 255
@@ -83,6 +85,7 @@ class DalleTask(nn.Module):
             return_loss=True,
             null_cond_prob=self.null_cond_prob,
             image_weights=weights,
+            image_noise=self.image_noise,
         )
         return loss, {}
 

@@ -39,6 +39,10 @@ def stages(runs: Path) -> dict[str, list[str]]:
                   "--bpe_path", tokenizer, "--steps", "4000", "--batch_size", "16", "--learning_rate", "2e-3",
                   "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--ema_decay", "0.998",
                   "--muon", "--save_every", "100"],
+        "tuned": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "tuned"), "--vae_path", vae,
+                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--steps", "800",
+                  "--batch_size", "16", "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
+                  "--image_noise", "0.3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
                  "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "1000", "--batch_size", "96",
                  "--learning_rate", "2e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
@@ -52,7 +56,7 @@ def install(runs: Path) -> None:
     """Copies the trained parts here, each whole or not at all."""
     for source, name in (
         ("vqgan/vae", "vae"),
-        ("dalle/dalle", "dalle"),
+        ("tuned/dalle", "dalle"),
         ("clip/clip", "clip"),
         ("decoder/decoder", "decoder"),
         ("judge/judge", "judge"),
