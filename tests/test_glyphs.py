@@ -1,5 +1,6 @@
 """The drawn world: the same scene every time, at any resolution, with captions that are true."""
 
+import itertools
 import json
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_changed_caption_differs_in_one_fact():
         scene = glyphs.make_scene(index)
         changed = glyphs.change_caption(scene, index)
         assert changed != scene.caption and set(changed.split()) <= glyphs.words()
+
+
+def test_changed_captions_of_training_name_no_test_combination():
+    kinds = {name: name for name in glyphs.SUBJECTS} | {str(i): name for i, name in enumerate(glyphs.DIGITS)}
+    told = {phrase: name for name, phrases in glyphs._ON_BACKGROUND.items() for phrase in phrases}
+    for index in range(1000):
+        changed = glyphs.change_caption(glyphs.make_scene(index), index)
+        background = next(name for phrase, name in told.items() if changed.endswith(phrase))
+        words = changed.split()
+        for colour, kind in itertools.pairwise(words):
+            if colour in glyphs.COLOURS:
+                assert not glyphs.is_test_combination(kinds[kind], colour, background), changed
 
 
 @pytest.mark.parametrize("background", glyphs.BACKGROUNDS)

@@ -44,7 +44,7 @@ def stages(runs: Path) -> dict[str, list[str]]:
                   "--batch_size", "16", "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
-                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "1000", "--batch_size", "96",
+                 "--visual_image_size", "64", "--visual_patch_size", "8", "--steps", "700", "--batch_size", "96",
                  "--learning_rate", "2e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
                     "--steps", "1500", "--save_every", "100"],

@@ -205,29 +205,44 @@ def states_size(scene: Scene) -> bool:
 def change_caption(scene: Scene, seed: int = 0) -> str:
     """The caption with one fact made wrong: a subject, colour, size, place or background, or the two subjects swapped.
 
-    Hard negatives for CLIP. Only what the caption says can be made wrong.
+    Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no test combination
+    comes out: CLIP would learn that it is never true.
     """
     rng = np.random.default_rng([len(SPLITS), seed])
     caption = scene.caption.split()
     kinds = {name: name for name in SUBJECTS} | {str(i): name for i, name in enumerate(DIGITS)}
     held = {value for subject in scene.subjects for value in (subject.kind, subject.colour)}
+    pairs = [(subject.kind, subject.colour) for subject in scene.subjects]
+    is_training = not any(is_test_combination(*pair, scene.background) for pair in pairs)
     changes: list[Callable[[], str]] = []
+
+    def allowed(kind: str, colour: str, background: str) -> bool:
+        return not (is_training and is_test_combination(kind, colour, background))
 
     def replace(position: int, choices: list[str]) -> Callable[[], str]:
         return lambda: " ".join([*caption[:position], str(rng.choice(choices)), *caption[position + 1 :]])
 
     for position, word in enumerate(caption):
         if word in kinds:
+            colour = next(colour for kind, colour in pairs if kind == kinds[word])
+            others = [name for name in kinds
+                      if kinds[name] not in held and allowed(kinds[name], colour, scene.background)]  # fmt: skip
             # Twice in the list, twice as likely: what the subject is, is the hardest to see.
-            changes += [replace(position, [name for name in kinds if kinds[name] not in held])] * 2
+            changes += [replace(position, others)] * 2
         elif word in COLOURS:
-            changes.append(replace(position, [name for name in COLOURS if name not in held]))
+            kind = next(kind for kind, colour in pairs if colour == word)
+            others = [name for name in COLOURS if name not in held and allowed(kind, name, scene.background)]
+            changes.append(replace(position, others))
         elif word in SIZES:
             changes.append(replace(position, [name for name in SIZES if name != word]))
-    for table, true in ((_ON_BACKGROUND, scene.background), (_AT_PLACE, scene.place)):
+    backgrounds = {name for name in BACKGROUNDS if all(allowed(*pair, name) for pair in pairs)}
+    for table, true, possible in (
+        (_ON_BACKGROUND, scene.background, backgrounds),
+        (_AT_PLACE, scene.place, set(_AT_PLACE)),
+    ):
         phrase = next((phrase for phrase in table.get(true, ()) if f" {phrase} " in f"{scene.caption} "), None)
-        if phrase:
-            others = [other for name, phrases in table.items() if name != true for other in phrases]
+        others = [other for name, phrases in table.items() if name in possible - {true} for other in phrases]
+        if phrase and others:
             changes.append(lambda phrase=phrase, others=others: scene.caption.replace(phrase, str(rng.choice(others))))
     if scene.relation and " and " not in scene.caption:
         first, second = ([i for i, word in enumerate(caption) if word in table] for table in (COLOURS, kinds))
