@@ -39,6 +39,13 @@ def test_mistakes_are_one_line(error, said, capsys):
     assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_file_in_the_way_of_a_folder_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as raised:
+        (tmp_path / "file" / "deep" / "run").mkdir()
+    assert f"error: {tmp_path / 'file'} cannot be a folder" in outcome(raised.value, capsys)[1]
+
+
 def test_interrupting_is_no_mistake(capsys):
     assert outcome(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
 

@@ -24,6 +24,13 @@ def test_metrics(tmp_path):
     assert row["images_per_second"] * row["seconds"] == pytest.approx(8, rel=0.05)
 
 
+def test_settings_of_a_run_that_is_refused_do_not_replace_those_of_the_run(tmp_path):
+    train(Task(), Numbers(), options(tmp_path, 4, settings={"steps": 4, "attn_types": ["full", "sparse"]}))
+    with pytest.raises(UsageError, match="--overwrite"):
+        train(Task(), Numbers(), options(tmp_path, 8, resume=False, settings={"steps": 8}))
+    assert (tmp_path / "config.yaml").read_text() == "steps: 4\nattn_types:\n- full\n- sparse\n"
+
+
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
@@ -101,8 +108,8 @@ def test_wandb(tmp_path, monkeypatch):
 
     fake = types.SimpleNamespace(init=init, Image=lambda picture: picture, Html=lambda text: text)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "config.yaml").write_text("dim: 16\n")
-    settings = {"report_to": "wandb", "wandb_name": "mine", "wandb_entity": "us", "sample_every": 4}
+    settings = {"report_to": "wandb", "wandb_name": "mine", "wandb_entity": "us", "sample_every": 4,
+                "settings": {"dim": 16}}  # fmt: skip
     for steps in (4, 8):
         train(Task(), Numbers(), options(tmp_path, steps, **settings))
     assert [s["project"] for s in started] == ["mine", "mine"]

@@ -86,7 +86,7 @@ def start(folder):
     return process
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     """Whether it came about before the process ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -177,7 +177,7 @@ def test_signal_to_the_whole_group_with_workers(tmp_path):
     process.start()
     wait_for(lambda: noted(tmp_path / "broken") > 3, process)
     os.killpg(process.pid, signal.SIGTERM)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 143
     train(Task(), Numbers(), options(tmp_path / "broken", num_workers=1))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -102,6 +102,13 @@ def test_epochs_of_a_stream(tmp_path):
     assert len(losses(tmp_path)) in (6, 7)  # that an epoch is over is known with the batch after it
 
 
+def test_finished_run_says_so(tmp_path):
+    said = []
+    for _ in range(2):
+        train(Task(), Numbers(), options(tmp_path, 4, notice=said.append))
+    assert said == ["this run is finished: step 4 was its last; more --steps or --epochs go on from there"]
+
+
 def test_cosine_of_a_stream_is_flat_and_says_so(tmp_path):
     said = []
     train(Task(), Stream(), options(tmp_path, None, 4, epochs=3, notice=said.append))

@@ -129,9 +129,10 @@ def test_config_that_is_no_file(tmp_path, monkeypatch, capsys, argv):
 def test_settings_of_a_run_can_be_given_again(tmp_path):
     first = parse("--output_dir", str(tmp_path / "run"), "--epochs", "3", "--bf16", "--ch_mult", "1", "2", "4",
                   "--attn_types", "full,axial_row", "--deepspeed", "--no-resume", "--emb_condition", "no")  # fmt: skip
-    training_options(first)
-    written = tmp_path / "run/config.yaml"
-    assert yaml.safe_load(written.read_text())["epochs"] == 3
+    settings = training_options(first).settings
+    assert settings["epochs"] == 3
+    written = tmp_path / "config.yaml"
+    written.write_text(yaml.safe_dump(settings))
     again = parse("--config", str(written))
     again.config = None
     assert again == first
@@ -150,12 +151,6 @@ def test_arguments_become_options_of_the_same_names(tmp_path):
 def test_name_at_wandb_asks_for_reports_there(tmp_path):
     options = training_options(parse("--output_dir", str(tmp_path), "--wandb_name", "lego"))
     assert (options.report_to, options.wandb_name) == ("wandb", "lego")
-
-
-def test_only_the_main_process_writes_the_settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    training_options(parse("--output_dir", str(tmp_path)))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("argv", [["--batch_size", "0"], ["--learning_rate", "nan"], ["--zero_stage", "4"]])
@@ -182,6 +177,23 @@ def test_interrupted_training_ends_with_one_line_and_its_own_code(tmp_path, monk
         run(lambda argv: run_training("tiny", None, None, options))
     assert exit_.value.code == 143
     assert "saved after step 7" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_training_that_cannot_begin_shows_the_error_alone(tmp_path, monkeypatch, capsys):
+    from dalle_pytorch.training import loop
+
+    def refused(*_):
+        raise ValueError("this cannot be")
+
+    monkeypatch.setattr(loop, "train", refused)
+    options = training_options(parse("--output_dir", str(tmp_path / "run")))
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda argv: run_training("tiny", None, None, options))
+    assert exit_.value.code == 2
+    # A terminal shows what follows the last carriage return of each line.
+    shown = [line.split("\r")[-1] for line in capsys.readouterr().err.split("\n")]
+    assert [line for line in shown if line.strip()] == ["error: this cannot be"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_bar_shows_the_loss_in_the_main_process_alone(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def describe(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} may not be written or read ({error.strerror}); choose another place or mend its permissions"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{place} cannot be a folder: a file of that name is in the way"
+        blocking = next((path for path in (Path(place), *Path(place).parents) if path.is_file()), place)
+        return f"{blocking} cannot be a folder: a file of that name is in the way"
     return f"{place}: {error.strerror or error}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dalle_pytorch.data.loading import BrokenSample
@@ -62,7 +62,8 @@ def read_picture(
     except MemoryError:
         raise
     except Exception as error:  # each of Pillow's readers has its own way to fail on bytes that mean nothing
-        raise BrokenSample("broken picture", name, error) from None
+        detail = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise BrokenSample("broken picture", name, detail) from None
 
 
 def _cut(image: Image.Image, crop_ratio: float, generator: np.random.Generator | None) -> Image.Image:

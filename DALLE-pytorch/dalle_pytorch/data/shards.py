@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -166,6 +167,8 @@ def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> b
     if not isinstance(error, (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, LZMAError)):
         raise error
     detail = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).split(" @ ")[0]
+    if ended := re.search(r": exit (\d+) \(", detail):  # of a command, which webdataset tells with all its arguments
+        detail = f"what reads it ended with exit code {ended[1]}"
     problems.append(BrokenSample("damaged archive", url, detail))
     return True
 

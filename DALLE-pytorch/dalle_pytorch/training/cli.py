@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from dalle_pytorch.training.options import TrainingOptions
 
-CONFIG_NAME = "config.yaml"
 NOT_SHOWN = ("seconds", "grad_norm")  # figures that the bar has no room for
 
 
@@ -118,9 +117,9 @@ def add_training_arguments(
 
 
 def training_options(arguments: argparse.Namespace) -> TrainingOptions:
-    """The loop's options from the arguments of `add_training_arguments`, which are also written to the run's folder.
+    """The loop's options from the arguments of `add_training_arguments`.
 
-    That file, `config.yaml`, can be given to `--config` again.
+    All arguments go along as its `settings`: the run's `config.yaml`, which can be given to `--config` again.
     """
     from dalle_pytorch.training.options import TrainingOptions
 
@@ -128,23 +127,17 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     options = TrainingOptions(**{name: getattr(arguments, name) for name in names})
     options.output_dir = Path(options.output_dir)
     options.report_to = arguments.report_to or ("wandb" if arguments.wandb_name or arguments.wandb_entity else "none")
-    if is_main_process():
-        _write_config(options.output_dir / CONFIG_NAME, arguments)
+    own = ("config", "local_rank")
+    given = {key: value for key, value in vars(arguments).items() if value is not None and key not in own}
+    options.settings = {key: _plain(value) for key, value in given.items()}
     return options
 
 
-def _write_config(path: Path, arguments: argparse.Namespace) -> None:
-    import yaml
-
-    from dalle_pytorch.checkpoints import write_text
-
-    def plain(value: Any) -> Any:
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else \
-            value if isinstance(value, (bool, int, float)) else str(value)  # fmt: skip
-
-    own = ("config", "local_rank")
-    settings = {key: plain(value) for key, value in vars(arguments).items() if value is not None and key not in own}
-    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+def _plain(value: Any) -> Any:
+    """A value as YAML can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float)) else str(value)
 
 
 def is_main_process() -> bool:
@@ -163,7 +156,8 @@ def run_training(name: str, task: nn.Module, dataset: Dataset, options: Training
     from dalle_pytorch.training.interruption import Interrupted
     from dalle_pytorch.training.loop import train
 
-    bar = tqdm(total=options.steps, desc=name, unit="step", dynamic_ncols=True, mininterval=5,
+    # Nothing stays of the bar of a training that could not begin, but the error.
+    bar = tqdm(total=options.steps, desc=name, unit="step", dynamic_ncols=True, mininterval=5, leave=False,
                disable=not is_main_process())  # fmt: skip
     resumed = True
 
@@ -173,7 +167,7 @@ def run_training(name: str, task: nn.Module, dataset: Dataset, options: Training
             # Steps of an earlier run, and the first ones of this, say nothing of the rate.
             bar.initial = bar.n = bar.last_print_n = step
             bar.start_t = bar.last_print_t = time.time()
-            resumed = False
+            bar.leave, resumed = True, False
         shown = {key: f"{value:.4g}" for key, value in figures.items() if key not in NOT_SHOWN and math.isfinite(value)}
         bar.total = options.steps
         bar.set_postfix(shown, refresh=False)

@@ -92,6 +92,8 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
     def finished() -> bool:
         return progress.epoch >= options.epochs if steps is None else progress.step >= steps
 
+    if finished():
+        notice(f"this run is finished: step {progress.step} was its last; more --steps or --epochs go on from there")
     started_at, rate = progress.step, Rate(progress)
     previewing = options.sample_every > 0 and hasattr(task, "preview")
     closing = contextlib.closing(reporter) if reporter else contextlib.nullcontext()
@@ -143,8 +145,8 @@ def train(task: nn.Module, dataset: Dataset, options: TrainingOptions, report: R
                         f"the loss or gradient was no finite number in {progress.bad_steps} steps in a row, up to step "
                         f"{step}; go on with a lower --learning_rate, a longer --warmup_steps or, after --fp16, --bf16"
                     )
-            if new_epoch and (line := _skipped(loader, accelerator)):
-                notice(f"epoch {epoch}: {line}")
+            if (new_epoch or last) and (line := _skipped(loader, accelerator)):
+                notice(f"epoch {epoch}: {line}" if new_epoch else line)
             if reporter and previewing and (step % options.sample_every == 0 or last):
                 _preview(task, batch, average, options, accelerator.device, reporter, step)
 

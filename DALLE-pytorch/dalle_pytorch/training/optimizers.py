@@ -64,14 +64,14 @@ class Schedule:
         if self.kind == "cosine":
             done = since / max(1, self.steps - options.warmup_steps)
             return options.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-        if options.lr_decay == "exponential":
+        if self.kind == "exponential":
             return options.learning_rate * options.lr_decay_rate ** (since // 100)
         return options.learning_rate * self.factor.param_groups[0]["lr"]
 
     @property
     def wants_losses(self) -> bool:
         """Whether `observe` is to be called with the loss of each step."""
-        return self.options.lr_decay == "plateau"
+        return self.kind == "plateau"
 
     def observe(self, step: int, loss: float) -> None:
         """Takes note of the loss of step `step`, over all processes; one that is not finite is left out."""

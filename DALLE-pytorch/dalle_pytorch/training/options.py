@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -43,6 +44,7 @@ class TrainingOptions:
     wandb_name: str | None = None
     wandb_entity: str | None = None
     notice: Callable[[str], None] | None = None  # called with a line for the user, in the main process
+    settings: dict[str, Any] | None = None  # all that the script was told, which the run's folder keeps
     flops_profiler: bool = False  # count the operations of one step, and end
 
     mixed_precision: str = "no"  # no, fp16 or bf16

@@ -1,4 +1,4 @@
-"""What can be seen of a run: `metrics.jsonl`, pictures in `samples`, and TensorBoard or Weights & Biases."""
+"""What can be seen of a run: `config.yaml`, `metrics.jsonl`, pictures in `samples`, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -23,16 +24,20 @@ from dalle_pytorch.files import contact_sheet, save_image
 from dalle_pytorch.training.options import TrainingOptions
 from dalle_pytorch.training.state import Progress
 
+CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 
 
 class Reporter:
-    """Writes the figures and pictures of the steps after `first_step`; what an earlier run noted of them is dropped."""
+    """Writes the settings of a run, and figures and pictures of its steps after `first_step`; what an earlier run noted
+    of those is dropped."""
 
     def __init__(self, options: TrainingOptions, first_step: int = 0):
         self.folder = Path(options.output_dir)
         self.metrics = self.folder / METRICS_NAME
+        if options.settings is not None:
+            write_text(self.folder / CONFIG_NAME, yaml.safe_dump(options.settings, sort_keys=False, allow_unicode=True))
         self.tracker = _open_tracker(options, first_step)
         kept = [row for row in _rows(self.metrics) if row["step"] <= first_step]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -132,7 +137,7 @@ class WeightsAndBiases:
         self.wandb = wandb
         self.run = wandb.init(
             project=options.wandb_name, entity=options.wandb_entity, dir=options.output_dir, resume="allow",
-            id=id_file.read_text("utf-8").strip(), config=_configuration(Path(options.output_dir)),
+            id=id_file.read_text("utf-8").strip(), config=options.settings,
         )  # fmt: skip
 
     def scalars(self, step: int, figures: dict[str, float]) -> None:
@@ -146,14 +151,6 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """What the script was told, as it wrote it into the run's folder."""
-    import yaml
-
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
 
 
 def mean_figures(rows: Sequence[dict[str, Tensor | float]], processes: int = 1) -> dict[str, float]:
