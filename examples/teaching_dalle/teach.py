@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,25 @@ ENLARGED = 3
 
 
 def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
-    """Scenes of one big digit in the middle, without end: those to train on, or those that training never shows."""
+    """Scenes of one big digit in the middle, without end: those to train on, or those that training never shows.
+
+    Raises `UsageError` if there are none.
+    """
     import numpy as np
 
     from dalle_pytorch.data import glyphs
 
+    every = product(settings["digits"], settings["colours"], settings["textures"])
+    combinations = [parts for parts in every if glyphs.is_test_combination(*parts) == held_out]
+    if not combinations:
+        raise UsageError("a tenth of the combinations is kept out of training; name more digits, colours and textures")
+    corner = (glyphs.GRID - glyphs.SIZES["big"]) // 2
     rng = np.random.default_rng([settings["seed"], held_out])
     while True:
-        digit, colour, texture = (str(rng.choice(settings[name])) for name in ("digits", "colours", "textures"))
-        variant, grain = int(rng.integers(glyphs.VARIANTS)), int(rng.integers(2**31))
-        if glyphs.is_test_combination(digit, colour, texture) == held_out:
-            corner = (glyphs.GRID - glyphs.SIZES["big"]) // 2
-            subject = glyphs.Subject(digit, colour, "big", corner, corner)
-            article = "an" if colour[0] in "aeiou" else "a"
-            yield glyphs.Scene((subject,), texture, variant, grain, f"{article} {colour} {digit} on {texture}")
+        digit, colour, texture = combinations[rng.integers(len(combinations))]
+        subject = glyphs.Subject(digit, colour, "big", corner, corner)
+        caption = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {digit} on {texture}"
+        yield glyphs.Scene((subject,), texture, int(rng.integers(glyphs.VARIANTS)), int(rng.integers(2**31)), caption)
 
 
 def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:
@@ -71,18 +76,18 @@ def train(script: str, config: Path, options: dict[str, Any], *paths: str | Path
         sys.exit(code)
 
 
-def show_reconstructions(path: Path, vae: Any, settings: dict[str, Any]) -> None:
-    """Pictures of combinations that training never showed, and below each what the VAE makes of its tokens."""
+def show_reconstructions(path: Path, vae: Any, shown: Sequence[Any], image_size: int) -> None:
+    """The scenes `shown`, and below each what the VAE makes of its tokens."""
     import torch
 
     from dalle_pytorch.data import glyphs
     from dalle_pytorch.files import contact_sheet, save_image
 
-    drawn = [glyphs.draw(scene, settings["image_size"]) for scene in islice(scenes(settings, held_out=True), SHOWN)]
+    drawn = [glyphs.draw(scene, image_size) for scene in shown]
     pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn]).float() / 255
     with torch.no_grad():
         decoded = vae.decode_image(vae.get_codebook_indices(pictures))
-    save_image(path, contact_sheet([enlarge(picture) for picture in (*pictures, *decoded)], columns=SHOWN))
+    save_image(path, contact_sheet([enlarge(picture) for picture in (*pictures, *decoded)], columns=len(drawn)))
 
 
 def show_generations(path: Path, dalle: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
@@ -113,11 +118,13 @@ def enlarge(picture: Any) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises `UsageError` if a section is missing."""
+    """The settings in a YAML file. Raises `UsageError` if it is none, or a section is missing."""
     import yaml
 
-    with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file)
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
     for section in ("output_dir", "pictures", "vae", "tokenizer", "dalle", "generation"):
         if not isinstance(settings, dict) or section not in settings:
             raise UsageError(f"{path} has no section {section!r}")
@@ -135,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch import load_dalle
     from dalle_pytorch.tokenizers import load_tokenizer
 
+    unseen = list(islice(scenes(settings["pictures"], held_out=True), SHOWN))
     draw_pictures(pictures, settings["pictures"])
     train("train_vae.py", output / "vae.yaml", settings["vae"], "--image_folder", pictures,
           "--image_size", str(settings["pictures"]["image_size"]), "--output_dir", output / "vae")  # fmt: skip
@@ -144,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
           "--vae_path", output / "vae/vae", "--bpe_path", tokenizer, "--output_dir", output / "dalle")  # fmt: skip
 
     dalle = load_dalle(output / "dalle/dalle")
-    show_reconstructions(output / "dvae_reconstruction.png", dalle.vae, settings["pictures"])
+    show_reconstructions(output / "dvae_reconstruction.png", dalle.vae, unseen,
+                         settings["pictures"]["image_size"])  # fmt: skip
     show_generations(output / "generation_results.png", dalle, load_tokenizer(tokenizer), settings["generation"])
     print(f"look at {output}/dvae_reconstruction.png and {output}/generation_results.png")
 
