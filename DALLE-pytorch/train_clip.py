@@ -7,7 +7,13 @@ import math
 from collections.abc import Sequence
 
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, number, run
-from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
+from dalle_pytorch.training.cli import (
+    add_caption_arguments,
+    add_training_arguments,
+    dataset_settings,
+    run_training,
+    training_options,
+)
 
 SIZES = ("dim_text", "dim_image", "dim_latent", "text_seq_len", "text_enc_depth", "text_heads", "text_dim_head",
          "visual_enc_depth", "visual_heads", "visual_dim_head", "visual_image_size", "visual_patch_size",
@@ -18,13 +24,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, steps=2000, batch_size=128, learning_rate=1e-3, output_dir="runs/clip")
 
-    group = parser.add_argument_group("captions")
-    group.add_argument("--bpe_path", help="the tokenizer: a tokenizer.json (train_tokenizer.py writes one) or a .model "
-                                          "of YouTokenToMe; CLIP's own if left out")  # fmt: skip
-    group.add_argument("--hug", action="store_true", help="--bpe_path is a tokenizer.json, whatever its name")
-    group.add_argument("--chinese", action="store_true", help="the BERT Chinese tokenizer")
-    group.add_argument("--truncate_captions", action="store_true",
-                       help="cut captions of more than --text_seq_len tokens, which are skipped otherwise")  # fmt: skip
+    group = add_caption_arguments(parser)
     group.add_argument("--text_seq_len", type=number(int, 1), default=32, help="tokens of a caption")
 
     group = parser.add_argument_group("model")
@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(
         arguments.image_text_folder,
         arguments.visual_image_size,
-        wds=arguments.wds,
-        caption_key=arguments.caption_key,
-        crop_ratio=arguments.random_resize_crop_lower_ratio,
+        **dataset_settings(arguments),
         caption_problem=None if arguments.truncate_captions else LongCaption(tokenizer, arguments.text_seq_len),
     )
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))

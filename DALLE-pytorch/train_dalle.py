@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, listed, number, pick_device, run
-from dalle_pytorch.training.cli import add_training_arguments, is_main_process, run_training, training_options
+from dalle_pytorch.training.cli import (
+    add_caption_arguments,
+    add_training_arguments,
+    dataset_settings,
+    is_main_process,
+    run_training,
+    training_options,
+)
 
 SIZES = ("dim", "depth", "heads", "dim_head", "text_seq_len", "reversible", "attn_dropout", "ff_dropout", "attn_types",
          "loss_img_weight", "shift_tokens", "rotary_emb", "shared_attn_ids", "shared_ff_ids",
@@ -26,13 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_training_arguments(parser, steps=5000, batch_size=32, learning_rate=1e-3, output_dir="runs/dalle")
     flag = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("captions")
-    group.add_argument("--bpe_path", help="the tokenizer: a tokenizer.json (train_tokenizer.py writes one) or a .model "
-                                          "of YouTokenToMe (default: CLIP's)")  # fmt: skip
-    group.add_argument("--hug", action="store_true", help="--bpe_path is a tokenizer.json, whatever its name")
-    group.add_argument("--chinese", action="store_true", help="the BERT Chinese tokenizer")
-    group.add_argument("--truncate_captions", action="store_true",
-                       help="cut captions of more than --text_seq_len tokens, which are skipped otherwise")  # fmt: skip
+    group = add_caption_arguments(parser)
     group.add_argument("--null_cond_prob", type=number(float, 0, 1), default=0.1,
                        help="share of captions dropped, for --cond_scale when drawing")  # fmt: skip
 
@@ -144,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(
         arguments.image_text_folder,
         dalle.image_fmap_size * 2**dalle.vae.num_layers,
-        wds=arguments.wds,
-        caption_key=arguments.caption_key,
-        crop_ratio=arguments.random_resize_crop_lower_ratio,
+        **dataset_settings(arguments),
         transparent=getattr(dalle.vae, "channels", 3) == 4,
         caption_problem=None if arguments.truncate_captions else LongCaption(tokenizer, dalle.text_seq_len),
     )

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, number, run
-from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
+from dalle_pytorch.training.cli import add_training_arguments, dataset_settings, run_training, training_options
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,10 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(
         arguments.image_text_folder,
         arguments.image_size,
-        wds=arguments.wds,
-        caption_key=arguments.caption_key,
+        **dataset_settings(arguments),
         captions=False,
-        crop_ratio=arguments.random_resize_crop_lower_ratio,
         transparent=arguments.transparent,
     )
     run_training("VAE", task, dataset, training_options(arguments))

@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, number, run
-from dalle_pytorch.training.cli import add_training_arguments, is_main_process, run_training, training_options
+from dalle_pytorch.training.cli import (
+    add_training_arguments,
+    dataset_settings,
+    is_main_process,
+    run_training,
+    training_options,
+)
 
 GLYPHS_CLIP = Path(__file__).resolve().parents[1] / "models/default/clip"
 SIZES = ("image_size", "num_tokens", "embed_dim", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
@@ -87,10 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(
         arguments.image_text_folder,
         arguments.image_size,
-        wds=arguments.wds,
-        caption_key=arguments.caption_key,
+        **dataset_settings(arguments),
         captions=False,
-        crop_ratio=arguments.random_resize_crop_lower_ratio,
     )
     options = training_options(arguments)
     steps, start = total_steps(options, dataset), arguments.disc_start

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,15 +119,24 @@ class Judge(PretrainedModel):
             images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         return self.hidden(self.trunk(images * 2 - 1))
 
+    def logits(self, features: Tensor) -> dict[str, Tensor]:
+        """Features (b, 64) to logits (b, number of answers) for every question."""
+        return {name: head(features) for name, head in self.heads.items()}
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        hidden = self.features(images)
-        return {name: head(hidden) for name, head in self.heads.items()}
+        return self.logits(self.features(images))
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[dict[str, str]]:
         """The likeliest answer to every question, for each picture."""
-        indices = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
-        return [{name: QUESTIONS[name][indices[name][i]] for name in QUESTIONS} for i in range(len(images))]
+        return likeliest(self(images))
+
+
+def likeliest(logits: dict[str, Tensor]) -> list[dict[str, str]]:
+    """The likeliest answer to every question, for each picture that the logits are of."""
+    indices = {name: values.argmax(1).tolist() for name, values in logits.items()}
+    rows = zip(*indices.values(), strict=True)
+    return [{name: QUESTIONS[name][index] for name, index in zip(indices, row, strict=True)} for row in rows]
 
 
 class JudgeTask(nn.Module):
@@ -152,6 +160,9 @@ class JudgeTask(nn.Module):
         pairs = zip(self.judge(images).values(), wanted.unbind(1), strict=True)
         losses = [F.cross_entropy(logits, answer, ignore_index=NOT_ASKED, reduction="sum") for logits, answer in pairs]
         return torch.stack(losses).sum() / len(images), {}
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {"judge": self.judge}
 
 
 class QuestionDataset(Dataset):
@@ -189,7 +200,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     judge = Judge()
     run_training("judge", JudgeTask(judge), QuestionDataset(), training_options(arguments))
-    judge.save_pretrained(Path(arguments.output_dir) / "judge", dtype=torch.float16)
     for resolution in (IMAGE_SIZE // 2, IMAGE_SIZE):
         share = share_of_scenes_read(judge, resolution=resolution)
         print(f"reads {share:.1%} of 1,000 test scenes at {resolution} px without a mistake")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import Judge, judge_by_attribute, log_likelihood, share_of_scenes_read
+from judge import Judge, judge_by_attribute, likeliest, log_likelihood, share_of_scenes_read
 from measures import best_of, frechet_distance, frechet_interval, interval
 from tqdm import tqdm
 
@@ -97,10 +97,12 @@ class Models:
     @torch.no_grad()
     def opinion(self, scene: glyphs.Scene, picture: torch.Tensor) -> Record:
         """What the judge says of one picture (1, 3, h, w)."""
+        features = self.judge.features(picture)
+        logits = self.judge.logits(features)
         return {
-            "right": judge_by_attribute(scene, self.judge.read(picture)[0]),
-            "log_likelihood": round(float(log_likelihood(scene, self.judge(picture))), 4),
-            "features": [round(x, 4) for x in self.judge.features(picture)[0].tolist()],
+            "right": judge_by_attribute(scene, likeliest(logits)[0]),
+            "log_likelihood": round(float(log_likelihood(scene, logits)), 4),
+            "features": [round(x, 4) for x in features[0].tolist()],
         }
 
 
@@ -112,14 +114,15 @@ def measure(models: Models, group: str, index: int, arguments: argparse.Namespac
     record, found = models.candidates(scene, count, arguments.seed)
     best = max(found[: arguments.num_images], key=lambda candidate: (candidate.score, -candidate.index))
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
+    enlarged = resize(best.image[None], 256)
     diffused = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, guided=False)
     record |= {
         "group": group, "index": index, "caption": scene.caption, "best": best.index,
         "drawn": models.opinion(scene, drawn),
-        "enlarged": models.opinion(scene, resize(best.image[None], 256)),
+        "enlarged": models.opinion(scene, enlarged),
         "diffused": models.opinion(scene, diffused),
     }  # fmt: skip
-    strip = [drawn, resize(best.image[None], 256), diffused]
+    strip = [drawn, enlarged, diffused]
     if index < arguments.guided_count:
         guided = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, guided=True)
         record["guided"] = models.opinion(scene, guided)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, boolean, listed, number, run
-from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
+from dalle_pytorch.training.cli import add_training_arguments, dataset_settings, run_training, training_options
 
 DIFFUSION = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "rescale_timesteps")
 
@@ -207,9 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(
         arguments.image_text_folder,
         task.denoiser.network.image_size,
-        wds=arguments.wds,
+        **dataset_settings(arguments),
         captions=False,
-        crop_ratio=arguments.random_resize_crop_lower_ratio,
     )
     run_training("super-resolution" if arguments.super_res else "decoder", task, dataset, training_options(arguments))
 

@@ -131,7 +131,7 @@ class BatchLoader:
 
     def _loader(self, source: Dataset, **settings: Any) -> DataLoader:
         # A generator of its own: to start it, as a resumed run does, draws nothing from the one that the task uses.
-        return DataLoader(source, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is,
+        return DataLoader(source, batch_size=None, num_workers=self.num_workers, collate_fn=as_it_is,
                           generator=torch.Generator(), worker_init_fn=_ignore_signals, **settings)  # fmt: skip
 
     def _map(self) -> Iterator[Batch]:
@@ -295,7 +295,8 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """What a reader hands out is whole: a `collate_fn` that leaves it alone, and can be sent to workers."""
     return batch
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from dalle_pytorch.checkpoints import atomic_write, write_bytes, write_text
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import BrokenSample, Skipped
+from dalle_pytorch.data.loading import BrokenSample, Skipped, as_it_is
 from dalle_pytorch.data.pictures import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.files import FileError
@@ -261,7 +261,7 @@ def _make_parts(
     counts, complete = _finished(folder)
     mine = range(rank, _unit_count(dataset), world_size)
     pieces = _Pieces(dataset, [unit for unit in mine if unit not in complete], counts, batch_size)
-    loader = DataLoader(pieces, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is,
+    loader = DataLoader(pieces, batch_size=None, num_workers=num_workers, collate_fn=as_it_is,
                         generator=torch.Generator())  # fmt: skip
     total, done = None, 0
     if isinstance(dataset, ImageTextFolder):
@@ -286,10 +286,6 @@ def _make_parts(
         done += piece.skipped.read
         if progress is not None:
             progress(done, total)
-
-
-def _as_it_is(piece: _Piece) -> _Piece:
-    return piece
 
 
 def _join_parts(folder: Path, left_out: Counter[str]) -> None:

@@ -116,6 +116,27 @@ def add_training_arguments(
     group.add_argument("--wandb_entity", help="the team or user whose project it is")
 
 
+def add_caption_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the arguments that trainings on captions share; returns their group."""
+    group = parser.add_argument_group("captions")
+    group.add_argument("--bpe_path", help="the tokenizer: a tokenizer.json (train_tokenizer.py writes one) or a .model "
+                                          "of YouTokenToMe (default: CLIP's)")  # fmt: skip
+    group.add_argument("--hug", action="store_true", help="--bpe_path is a tokenizer.json, whatever its name")
+    group.add_argument("--chinese", action="store_true", help="the BERT Chinese tokenizer")
+    group.add_argument("--truncate_captions", action="store_true",
+                       help="cut captions of more than --text_seq_len tokens, which are skipped otherwise")  # fmt: skip
+    return group
+
+
+def dataset_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of `add_training_arguments` say to `open_dataset`, besides the name of the data."""
+    return {
+        "wds": arguments.wds,
+        "caption_key": arguments.caption_key,
+        "crop_ratio": arguments.random_resize_crop_lower_ratio,
+    }
+
+
 def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     """The loop's options from the arguments of `add_training_arguments`.
 
