@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=number(int, 1), default=1000, help="how many scenes")
     parser.add_argument("--start", type=number(int, 0), default=0, help="number of the first")
-    parser.add_argument("--split", choices=["train", "test"], default="train")
+    parser.add_argument("--split", choices=["train", "validation", "test"], default="train")
     parser.add_argument("--resolution", type=number(int, 16), default=256, help="side in pixels, a multiple of 16")
     arguments = parser.parse_args(argv)
 

@@ -33,7 +33,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "size": tuple(glyphs.SIZES),
     "place": glyphs.PLACES,
     "relation": glyphs.RELATIONS,
-    "detail": ("none", "fine"),  # whether the picture has the fine grain that only 256 pixels can show
+    "detail": ("none", "faint", "fine"),  # how much it has of the fine grain that only 256 pixels can show
 }
 NOT_ASKED = -100  # what cross_entropy leaves out
 IMAGE_SIZE = 256
@@ -98,18 +98,23 @@ def log_likelihood(scene: glyphs.Scene, logits: dict[str, Tensor]) -> Tensor:
     return sum_of(facts)
 
 
+def coarse(images: Tensor, factor: int = 2) -> Tensor:
+    """Pictures (b, 3, h, w) without what `factor` times fewer pixels a side do not show."""
+    return F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
+
+
 class Judge(PretrainedModel):
     """Pictures (b, 3, h, w) in [0, 1], enlarged to 256 pixels if they are smaller, to logits for every question."""
 
     @records_config
     def __init__(self, channels: int = 64, hidden: int = 64):
         super().__init__()
-        widths = [192, channels, channels * 3 // 2, channels * 2, channels * 2]
+        widths = [192 + 3, channels, channels * 3 // 2, channels * 2, channels * 2]
         strides = [1, 2, 1, 2]
         layers: list[nn.Module] = []
         for a, b, stride in zip(widths, widths[1:], strides, strict=False):
             layers += [nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU()]
-        self.trunk = nn.Sequential(nn.PixelUnshuffle(8), *layers, nn.Flatten())
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(widths[-1] * 64, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(options)) for name, options in QUESTIONS.items()})
 
@@ -117,7 +122,10 @@ class Judge(PretrainedModel):
         """(b, 3, h, w) in [0, 1] → (b, 64): what all answers are read from."""
         if images.shape[-1] != IMAGE_SIZE:
             images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-        return self.hidden(self.trunk(images * 2 - 1))
+        # How strong the grain is, a number for each square of 8 pixels: convolutions are slow to see a variance.
+        grain = F.avg_pool2d((images - coarse(images)).abs(), 8)
+        folded = F.pixel_unshuffle(images * 2 - 1, 8)
+        return self.hidden(self.trunk(torch.cat([folded, 16 * grain], dim=1)))
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
         """Features (b, 64) to logits (b, number of answers) for every question."""
@@ -150,10 +158,12 @@ class JudgeTask(nn.Module):
         # Sampled pictures are softer than drawn ones, and not quite in place; the judge must not mind.
         images = torch.roll(images, torch.randint(-4, 5, (2,)).tolist(), (2, 3))
         roll = torch.rand(())
-        if roll < 0.5:
-            side = IMAGE_SIZE // 2 if roll < 0.35 else IMAGE_SIZE // 4
-            images = F.interpolate(F.interpolate(images, (side, side), mode="area"), IMAGE_SIZE, mode="bilinear")
-            detail.zero_()
+        if roll < 0.4:
+            images = coarse(images, 2 if roll < 0.25 else 4)
+            detail.fill_(QUESTIONS["detail"].index("none"))
+        elif roll < 0.6:
+            images = (images + coarse(images)) / 2
+            detail.fill_(QUESTIONS["detail"].index("faint"))
         if torch.rand(()) < 0.5:
             images = images + 0.05 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
             detail.fill_(NOT_ASKED)

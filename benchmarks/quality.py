@@ -37,6 +37,12 @@ from diffusion.guidance import ClipGuidance
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models/default"
 GROUPS = {"one subject": 1, "two subjects": 2}
 ATTRIBUTES = ("count", "subject", "colour", "background", "size", "place")
+FRECHET = {
+    "own_diffused": "tokens of the drawn scenes: diffusion decoder",
+    "own_enlarged": "tokens of the drawn scenes: VQGAN's picture enlarged",
+    "diffused": "best sampled tokens: diffusion decoder",
+    "enlarged": "best sampled tokens: VQGAN's picture enlarged",
+}
 PICTURES_ON_SHEET = 12
 
 Record = dict[str, Any]
@@ -116,11 +122,18 @@ def measure(models: Models, group: str, index: int, arguments: argparse.Namespac
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
     enlarged = resize(best.image[None], 256)
     diffused = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, guided=False)
+    # What both decoders make of the tokens of the drawn scene itself: how they differ with nothing else in the way.
+    vae = models.dalle.vae
+    own_tokens = vae.get_codebook_indices(resize(drawn, vae.image_size).to(models.device))
+    own_enlarged = resize(vae.decode_image(own_tokens).cpu(), 256)
+    own_diffused = models.diffuse(scene, own_tokens[0], arguments.steps, arguments.seed, guided=False)
     record |= {
         "group": group, "index": index, "caption": scene.caption, "best": best.index,
         "drawn": models.opinion(scene, drawn),
         "enlarged": models.opinion(scene, enlarged),
         "diffused": models.opinion(scene, diffused),
+        "own_enlarged": models.opinion(scene, own_enlarged),
+        "own_diffused": models.opinion(scene, own_diffused),
     }  # fmt: skip
     strip = [drawn, enlarged, diffused]
     if index < arguments.guided_count:
@@ -233,14 +246,15 @@ def guidance_effect(records: list[Record]) -> Record:
 
 
 def frechet(records: list[Record]) -> Record:
-    """Distances to as many drawn scenes, on the judge's features: the decoder's pictures, and the VQGAN's enlarged."""
-    features = {name: np.asarray([r[name]["features"] for r in records]) for name in ("drawn", "diffused", "enlarged")}
-    if len(records) <= features["drawn"].shape[1]:
+    """Distances to the captions' drawn scenes, on the judge's features: of the decoder's pictures and of the VQGAN's
+    enlarged, from sampled tokens and from those of the drawn scenes themselves ("own")."""
+    drawn = np.asarray([r["drawn"]["features"] for r in records])
+    if len(records) <= drawn.shape[1]:
         return {}  # fewer pictures than features: their covariance says nothing
-    pairs = [(features[name], features["drawn"]) for name in ("diffused", "enlarged")]
-    intervals = frechet_interval(pairs)
+    pairs = {name: (np.asarray([r[name]["features"] for r in records]), drawn) for name in FRECHET}
+    intervals = frechet_interval(list(pairs.values()))
     result: Record = {"pictures": len(records)}
-    for name, pair, (low, high) in zip(("diffused", "enlarged"), pairs, intervals, strict=True):
+    for (name, pair), (low, high) in zip(pairs.items(), intervals, strict=True):
         result[name] = {"distance": frechet_distance(*pair), "low": low, "high": high}
     return result
 
@@ -264,9 +278,9 @@ def print_tables(figures: Record) -> None:
             print(f"{way:24}" + "".join(f"{text:>12}" for text in texts))
     if distances := figures["frechet"]:
         print(f"\nFréchet distance to {distances['pictures']} drawn scenes, on the judge's features")
-        for name, words in (("diffused", "diffusion decoder"), ("enlarged", "VQGAN's picture enlarged")):
+        for name, words in FRECHET.items():
             values = distances[name]
-            print(f"{words:24}{values['distance']:10.2f}  ({values['low']:.2f} to {values['high']:.2f})")
+            print(f"{words:56}{values['distance']:10.2f}  ({values['low']:.2f} to {values['high']:.2f})")
     if figures["guidance"]:
         nats, right = figures["guidance"]["nats"], figures["guidance"]["right"]
         print(f"\nCLIP guidance on minus off, {figures['guidance']['captions']} captions: "

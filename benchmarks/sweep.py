@@ -1,4 +1,4 @@
-"""Which guidance, temperature and top-p the default model is best sampled with, on captions of training combinations.
+"""Which guidance, temperature and top-p the default model is best sampled with, on captions for validation.
 
     python benchmarks/sweep.py --count 60
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             models.sampling = {"top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
             one, best = [], []
             for group, index in tqdm([*itertools.product(GROUPS.values(), range(arguments.count))], str(key)):
-                scene = glyphs.make_scene(index, "train", num_subjects=group)
+                scene = glyphs.make_scene(index, "validation", num_subjects=group)
                 record, _ = models.candidates(scene, arguments.num_images, seed=0)
                 right = [all_right(r) for r in record["right"]]
                 one.append(float(np.mean(right)))

@@ -21,7 +21,8 @@ class DiffusionDecoder(PretrainedModel):
     """Draws the picture of a grid of image tokens by diffusion, in place of the VAE's own decoder.
 
     The U-Net is told the tokens by their codebook rows, by the picture that the VAE decodes from them, or by both; its
-    configuration says which. The remaining arguments, under guided-diffusion's names, are how it was trained.
+    configuration says which. The remaining arguments are how it was trained: guided-diffusion's names, and the
+    `residual_std` of `Denoiser`.
     On disk it is one folder, with its VAE in a folder `vae` inside or beside it. Raises `ValueError` if that does not
     fit.
     """
@@ -36,6 +37,7 @@ class DiffusionDecoder(PretrainedModel):
         predict_xstart: bool = False,
         sigma_small: bool = False,
         rescale_timesteps: bool = False,
+        residual_std: float | None = None,
     ):
         super().__init__()
         self.unet = unet if isinstance(unet, UNet) else UNet(**unet)
@@ -47,8 +49,11 @@ class DiffusionDecoder(PretrainedModel):
             learn_sigma=self.unet.learn_sigma,
             sigma_small=sigma_small,
             rescale_timesteps=rescale_timesteps,
+            residual_std=residual_std,
         )
         settings = self.unet.config
+        if residual_std is not None and not settings["low_res_condition"]:
+            raise ValueError("residuals are of a picture that the U-Net is told: residual_std wants low_res_condition")
         if not (settings["emb_condition"] or settings["low_res_condition"]):
             raise ValueError("this U-Net draws pictures of its own, not those of tokens: it is conditioned on none")
         if settings["emb_condition"]:

@@ -1,7 +1,7 @@
 """Noise schedules, and one meaning for every network: (x, step) → eps, x_0, log-variance.
 
 Formulas: DDPM (Ho et al. 2020); Improved DDPM (Nichol & Dhariwal 2021) for the cosine schedule, learned variance and
-respacing.
+respacing; EDM (Karras et al. 2022, arXiv:2206.00364) for what surrounds a network that predicts residuals.
 """
 
 from __future__ import annotations
@@ -154,6 +154,14 @@ class Prediction(NamedTuple):
     log_variance: Tensor
 
 
+class Residual(NamedTuple):
+    """What surrounds a network of residuals: x_0 is `guess + spread · network(scaled)`."""
+
+    scaled: Tensor  # (b, 3, h, w), the noisy residual at unit variance
+    guess: Tensor  # (b, 3, h, w), the best linear guess of x_0
+    spread: Tensor  # of x_0 about it; broadcastable
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A network under a schedule: `denoiser(x, step)` → `Prediction`.
@@ -162,6 +170,11 @@ class Denoiser:
     channels, the second half saying where between its two bounds the log-variance lies. Without, the variance is fixed:
     beta, or with `sigma_small` the posterior's. `rescale_timesteps` tells the network steps of a thousand whatever
     their number.
+
+    With `residual_std` the network, which is told a picture `low_res`, deals with what that one lacks: how x_0 differs
+    from it, about so large (in pictures of [-1, 1]). It sees this difference under noise, and its answer is added to
+    the best linear guess, both scaled to unit variance as in EDM. So it neither has to learn the picture that it is
+    told nor to pass on, at little noise, what it sees; and fine grain counts for as much as large shapes.
 
     `step` is an int for the whole batch or a (b,) int64 tensor, an index of this (respaced) schedule.
     """
@@ -172,11 +185,17 @@ class Denoiser:
     learn_sigma: bool = False
     sigma_small: bool = False
     rescale_timesteps: bool = False
+    residual_std: float | None = None
     conditioning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_steps(self) -> int:
         return self.schedule.num_steps
+
+    @property
+    def predicts_x_0(self) -> bool:
+        """Whether x_0 comes first, and eps follows from it."""
+        return self.predict_xstart or self.residual_std is not None
 
     def conditioned(self, **conditioning: Any) -> Denoiser:
         """The same denoiser with these keyword arguments for its network."""
@@ -189,7 +208,7 @@ class Denoiser:
     def __call__(self, x: Tensor, step: int | Tensor, clip: bool = True) -> Prediction:
         """One evaluation at (b, 3, h, w) `x`; `clip` as in the method of that name."""
         output, log_variance = self._evaluate(x, step)
-        if self.predict_xstart:
+        if self.predicts_x_0:
             prediction = Prediction(self.eps_from_x_0(x, step, output), output, log_variance)
         else:
             prediction = Prediction(output, self.x_0_from_eps(x, step, output), log_variance)
@@ -208,15 +227,34 @@ class Denoiser:
         return original.float().expand(batch).to(device)
 
     def _evaluate(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The network's prediction (b, 3, h, w) and the log-variance."""
-        output = self.network(x, self.network_timesteps(step, len(x), x.device), **self.conditioning)
-        if not self.learn_sigma:
+        """The prediction (b, 3, h, w), of x_0 or of eps, and the log-variance."""
+        residual = None if self.residual_std is None else self._residual(x, step)
+        output = self.network(
+            x if residual is None else residual.scaled,
+            self.network_timesteps(step, len(x), x.device),
+            **self.conditioning,
+        )
+        output, position = output.chunk(2, dim=1) if self.learn_sigma else (output, None)
+        if residual is not None:
+            output = residual.guess + residual.spread * output
+        if position is None:
             table = self.schedule.posterior_log_variance if self.sigma_small else self.schedule.large_log_variance
             return output, at(table, step, x)
-        output, position = output.chunk(2, dim=1)
         low = at(self.schedule.posterior_log_variance, step, x)
         high = at(self.schedule.betas.log(), step, x)
         return output, low + (high - low) * (position + 1) / 2
+
+    def _residual(self, x: Tensor, step: int | Tensor) -> Residual:
+        low_res = F.interpolate(self.conditioning["low_res"], x.shape[-2:], mode="bilinear")
+        alpha_bar = self.schedule.alphas_cumprod
+        noise, std = (1 / alpha_bar - 1).sqrt(), self.residual_std
+        noisy = x * at(alpha_bar.rsqrt(), step, x) - low_res
+        total = (noise**2 + std**2).sqrt()
+        return Residual(
+            noisy * at(1 / total, step, x),
+            low_res + noisy * at((std / total) ** 2, step, x),
+            at(noise * std / total, step, x),
+        )
 
     # ----------------------------------------------------------------------------------------------
     # The same quantities in terms of one another
@@ -245,7 +283,8 @@ class Denoiser:
     # Training
 
     def loss(self, x_0: Tensor, step: Tensor, noise: Tensor, use_kl: bool = False) -> Tensor:
-        """Each picture's training loss, (b,): mean squared error of what the network predicts (eps, or x_0).
+        """Each picture's training loss, (b,): mean squared error of what the network predicts (eps, x_0, or with
+        `residual_std` the scaled residual, which has about unit variance at every step).
 
         With a learned variance the variational bound's term is added, through the variance alone: Improved DDPM's
         hybrid loss, as guided-diffusion scales it (the bound over all steps, divided by a thousand). With `use_kl` the
@@ -254,13 +293,15 @@ class Denoiser:
         x = self.q_sample(x_0, step, noise)
         output, log_variance = self._evaluate(x, step)
         if use_kl:
-            predicted = output if self.predict_xstart else self.x_0_from_eps(x, step, output)
+            predicted = output if self.predicts_x_0 else self.x_0_from_eps(x, step, output)
             mean = self.posterior_mean(x, step, predicted)
             return self._bound(x, x_0, step, mean, log_variance) * self.num_steps
-        loss = F.mse_loss(output, x_0 if self.predict_xstart else noise, reduction="none").flatten(1).mean(1)
+        loss = F.mse_loss(output, x_0 if self.predicts_x_0 else noise, reduction="none").flatten(1).mean(1)
+        if self.residual_std is not None:
+            loss = loss / self._residual(x, step).spread.flatten() ** 2
         if self.learn_sigma:
             fixed = output.detach()
-            predicted = fixed if self.predict_xstart else self.x_0_from_eps(x, step, fixed)
+            predicted = fixed if self.predicts_x_0 else self.x_0_from_eps(x, step, fixed)
             mean = self.posterior_mean(x, step, predicted)
             loss = loss + self._bound(x, x_0, step, mean, log_variance) * (self.num_steps / 1000)
         return loss

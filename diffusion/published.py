@@ -41,6 +41,7 @@ DIFFUSION_DEFAULTS = {
     "predict_xstart": False,
     "sigma_small": False,
     "rescale_timesteps": False,
+    "residual_std": None,  # of our own trainings alone
 }
 DIFFUSION_NAME = "diffusion.json"  # such settings beside a native U-Net
 # Flags that change how a training or a GPU computes, and not what; they are taken and need nothing done.
@@ -113,6 +114,7 @@ def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
         learn_sigma=unet.learn_sigma,
         sigma_small=flags["sigma_small"],
         rescale_timesteps=flags["rescale_timesteps"],
+        residual_std=flags["residual_std"],
     )
 
 
@@ -243,6 +245,10 @@ def _floats(value: Any) -> tuple[float, ...]:
     return tuple(float(part) for part in (value.split(",") if isinstance(value, str) else value))
 
 
+def _optional_float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 _FLAG_TYPES: dict[str, Callable[[Any], Any]] = {
     "image_size": int,
     "num_channels": int,
@@ -266,6 +272,7 @@ _FLAG_TYPES: dict[str, Callable[[Any], Any]] = {
     "channel_mult": _floats,
     "attention_resolutions": _integers,
     "dropout": float,
+    "residual_std": _optional_float,
     "noise_schedule": str,
     "timestep_respacing": str,
 }

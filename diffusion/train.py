@@ -19,7 +19,8 @@ from typing import Any
 from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, boolean, listed, number, run
 from dalle_pytorch.training.cli import add_training_arguments, dataset_settings, run_training, training_options
 
-DIFFUSION = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "rescale_timesteps")
+DIFFUSION = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "rescale_timesteps",
+             "residual_std")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,15 +68,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("diffusion")
     group.add_argument("--diffusion_steps", type=number(int, 1), default=1000)
     group.add_argument("--noise_schedule", choices=["linear", "cosine"], default="cosine")
-    group.add_argument("--predict", dest="predict_xstart", choices=["x_0", "eps"], default="x_0",
-                       help="what the network predicts")  # fmt: skip
-    group.add_argument("--predict_xstart", default=True, **switch, help="the same as --predict x_0")
+    group.add_argument("--predict", choices=["residual", "x_0", "eps"],
+                       help="what the network predicts; residual is how x_0 differs from the VAE's decoding, or from "
+                            "the small picture (default: that where it is told one, or else x_0)")  # fmt: skip
+    group.add_argument("--residual_std", type=number(float, 0, above=True), default=0.15,
+                       help="how large residuals are, in pictures of [-1, 1]")  # fmt: skip
+    group.add_argument("--predict_xstart", **switch, help="the same as --predict x_0, or with False as eps")
     group.add_argument("--learn_sigma", default=False, **switch, help="learn the variance too")
     group.add_argument("--sigma_small", default=False, **switch, help="of a fixed variance, the smaller one")
     group.add_argument("--use_kl", default=False, **switch, help="the variational bound as the loss")
     group.add_argument("--rescale_timesteps", default=True, **switch, help="tell steps of a thousand")
-    group.add_argument("--schedule_sampler", choices=["uniform", "loss-second-moment"], default="uniform",
-                       help="how often each step is trained on: alike, or by its loss")  # fmt: skip
+    group.add_argument("--schedule_sampler", choices=["uniform", "quadratic", "loss-second-moment"],
+                       help="how often each step is trained on: alike, as upscale.py visits them, or by its loss "
+                            "(default: quadratic for residuals, or else uniform)")  # fmt: skip
     group.add_argument("--timestep_respacing", default="", help="must be empty: upscale.py --steps says it instead")
 
     group = parser.add_argument_group("training, under guided-diffusion's names")
@@ -108,7 +113,17 @@ def settle(arguments: argparse.Namespace) -> argparse.Namespace:
     for name in ("attention_resolutions", "channel_mult"):
         parts = getattr(arguments, name)
         setattr(arguments, name, list(chain.from_iterable(p if isinstance(p, list) else [p] for p in parts)))
-    arguments.predict_xstart = arguments.predict_xstart in (True, "x_0")
+    told_picture = arguments.low_res_condition or arguments.super_res
+    if arguments.predict_xstart is not None and arguments.predict is None:
+        arguments.predict = "x_0" if arguments.predict_xstart else "eps"
+    arguments.predict = arguments.predict or ("residual" if told_picture else "x_0")
+    if arguments.predict == "residual" and not told_picture:
+        raise UsageError("--predict residual wants --low_res_condition: residuals are of the VAE's decoding")
+    arguments.predict_xstart = arguments.predict == "x_0"
+    arguments.schedule_sampler = arguments.schedule_sampler or (
+        "quadratic" if arguments.predict == "residual" else "uniform"
+    )
+    arguments.residual_std = arguments.residual_std if arguments.predict == "residual" else None
     if arguments.microbatch > 0:
         if arguments.batch_size % arguments.microbatch:
             raise UsageError(f"--microbatch {arguments.microbatch} does not divide --batch_size {arguments.batch_size}")
@@ -163,13 +178,10 @@ def make_decoder_task(arguments: argparse.Namespace) -> Any:
             emb_output_dims=arguments.emb_output_dims,
             emb_stride=max(1, vae.image_size // 2**vae.num_layers // max(1, middle)),
             low_res_condition=arguments.low_res_condition,
-            low_res_residual=arguments.low_res_condition and arguments.predict_xstart,
         )
         decoder = DiffusionDecoder(unet, vae, **{name: getattr(arguments, name) for name in DIFFUSION})
     decoder.unet.to(memory_format=torch.channels_last)
-    return DecoderTask(
-        decoder, arguments.crop_size, step_sampler=arguments.schedule_sampler, use_kl=arguments.use_kl
-    )
+    return DecoderTask(decoder, arguments.crop_size, step_sampler=arguments.schedule_sampler, use_kl=arguments.use_kl)
 
 
 def make_super_resolution_task(arguments: argparse.Namespace) -> Any:
@@ -184,7 +196,7 @@ def make_super_resolution_task(arguments: argparse.Namespace) -> Any:
         unet = UNet.from_pretrained(arguments.resume_checkpoint)
         diffusion |= read_diffusion(arguments.resume_checkpoint)
     else:
-        unet = make_unet(arguments, low_res_condition=True, low_res_residual=arguments.predict_xstart)
+        unet = make_unet(arguments, low_res_condition=True)
     unet.to(memory_format=torch.channels_last)
     return SuperResolutionTask(
         unet, arguments.small_size or unet.image_size // 4, diffusion, arguments.crop_size,

@@ -72,7 +72,14 @@ class LossSecondMomentSteps(UniformSteps):
             self.seen[step] += 1
 
 
-STEP_SAMPLERS = {"uniform": UniformSteps, "loss-second-moment": LossSecondMomentSteps}
+class QuadraticSteps(UniformSteps):
+    """Steps as `quadN` visits them when a picture is drawn: most of them at little noise, where grain is decided."""
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return (self.num_steps * torch.rand(count).square()).long(), torch.ones(count, device=device)
+
+
+STEP_SAMPLERS = {"uniform": UniformSteps, "quadratic": QuadraticSteps, "loss-second-moment": LossSecondMomentSteps}
 
 
 # --------------------------------------------------------------------------------------------------

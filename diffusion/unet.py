@@ -184,8 +184,7 @@ class UNet(PretrainedModel):
     - `learn_sigma` doubles the output channels: the second half places the variance between its bounds (Improved DDPM).
     - `emb_condition`, with `emb_input_dims` (channels of the codebook) and `emb_output_dims` (channels that join the
       middle): `image_embeds` are wanted, a grid `emb_stride` times as fine as the middle's feature map.
-    - `low_res_condition`: a picture `low_res`, of any size, is wanted. With `low_res_residual` the output is added to
-      it, for a network that predicts x_0: it starts from that picture, whose colours need no learning.
+    - `low_res_condition`: a picture `low_res`, of any size, is wanted.
     - `patch_size` k works on k×k pixels folded into channels.
     """
 
@@ -211,15 +210,11 @@ class UNet(PretrainedModel):
         emb_output_dims: int = 512,
         emb_stride: int = 2,
         low_res_condition: bool = False,
-        low_res_residual: bool = False,
         patch_size: int = 1,
     ):
         super().__init__()
-        if low_res_residual and not low_res_condition:
-            raise ValueError("low_res_residual needs low_res_condition")
         self.image_size = image_size
         self.learn_sigma = learn_sigma
-        self.low_res_residual = low_res_residual
         self.emb_stride = emb_stride
         self.patch_size = patch_size
         self.num_channels = num_channels
@@ -319,11 +314,7 @@ class UNet(PretrainedModel):
             h = self.middle_block(h, time)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), time)
-        output = F.pixel_shuffle(self.out(h), self.patch_size).to(x.dtype)
-        if self.low_res_residual:
-            # Not to the channels of a learned variance.
-            output = output + F.pad(low_res, (0, 0, 0, 0, 0, self.out_channels - 3))
-        return output
+        return F.pixel_shuffle(self.out(h), self.patch_size).to(x.dtype)
 
     def _check(self, x: Tensor, image_embeds: Tensor | None, low_res: Tensor | None, y: Tensor | None) -> None:
         for flag, name, given in (

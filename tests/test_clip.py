@@ -56,6 +56,44 @@ def test_padding_does_not_count():
     assert torch.isfinite(clip.encode_text(torch.zeros_like(text))).all()
 
 
+def test_a_small_thing_counts_more_when_patches_are_pooled_by_attention():
+    """Of 16 patches one is different: the mean hears a sixteenth of it, a query that it answers nearly all."""
+    clip = make_clip(visual_attention_pool=True)
+    pool, patches = clip.visual_pool, torch.zeros(1, 16, 24)
+    patches[0, 5, :12], patches[0, 5, 12:] = 1, -1
+    torch.nn.init.eye_(pool.to_kv.weight[:24].detach())
+    pool.to_kv.weight.data[24:] = torch.eye(24)
+    pool.query.data = 20 * pool.norm(patches[0, 5]).detach().view(pool.query.shape)
+    pooled = pool(patches)
+    assert torch.allclose(pooled[0], pool.norm(patches)[0, 5], atol=1e-3)
+    with pytest.raises(ValueError, match="4 heads do not divide the width 26"):
+        make_clip(dim_image=26, visual_attention_pool=True)
+
+
+def test_convolutions_in_place_of_patches(tmp_path):
+    clip, (text, image) = make_clip(visual_conv_stem=True, visual_attention_pool=True), make_batch()
+    features = clip.encode_image(image)
+    assert features.shape == (3, 16)
+    # Row by row, as positions are numbered: a change at the upper right is seen by the patches there alone.
+    other = image.clone()
+    other[:, :, :2, -2:] = 0
+    changed = (clip._embed_patches(image) - clip._embed_patches(other)).detach().norm(dim=2).mean(0)
+    assert changed[3] > changed[12]
+    clip(text, image, return_loss=True).backward()
+    assert all(p.grad is not None and p.grad.any() for p in clip.patch_emb.parameters())
+    clip.save_pretrained(tmp_path / "clip")
+    torch.testing.assert_close(CLIP.from_pretrained(tmp_path / "clip").encode_image(image), features)
+    with pytest.raises(ValueError, match="patches of 2, 4, 8"):
+        make_clip(visual_conv_stem=True, visual_image_size=18, visual_patch_size=6)
+
+
+def test_layer_scale_of_every_branch():
+    clip = make_clip(text_enc_depth=2)
+    clip.text_transformer.set_layer_scale(0.7)
+    scales = [p for name, p in clip.text_transformer.named_parameters() if name.endswith("scale")]
+    assert len(scales) == 4 and all(torch.all(scale == 0.7) for scale in scales)
+
+
 def test_loss_with_and_without_negatives():
     clip, (text, image) = make_clip(), make_batch()
     negatives = torch.randint(1, 27, (3, 2, 6))

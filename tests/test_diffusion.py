@@ -14,6 +14,7 @@ from diffusion.denoiser import Denoiser, Schedule, discretized_gaussian_log_like
 from diffusion.published import load_denoiser
 from diffusion.samplers import SAMPLERS, Noise, generator, sample_ancestral, sample_ddim
 from diffusion.training import DecoderTask
+from diffusion.unet import UNet
 
 
 def last(steps):
@@ -235,6 +236,39 @@ def test_likelihoods_of_all_values_sum_to_one():
     values = torch.linspace(-1, 1, 256)
     log = discretized_gaussian_log_likelihood(values, torch.full((256,), 0.2), torch.full((256,), -1.0))
     assert log.exp().sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned():
+    """Of residuals that are white noise the best guess is linear: a network of zeros loses nothing against it, and one
+    that knows the residual finds the picture."""
+    torch.manual_seed(0)
+    low_res, std = torch.rand(1, 3, 32, 32) * 2 - 1, 0.2
+    x_0 = torch.nn.functional.interpolate(low_res, (64, 64), mode="bilinear") + std * torch.randn(1, 3, 64, 64)
+
+    def denoiser(network):
+        return Denoiser(network, Schedule.named("cosine", 100), residual_std=std, conditioning={"low_res": low_res})
+
+    zeros = denoiser(lambda x, t, low_res: torch.zeros_like(x))
+    for step in (0, 10, 50, 99):
+        noise, steps = torch.randn_like(x_0), torch.tensor([step])
+        x = zeros.q_sample(x_0, steps, noise)
+        assert abs(zeros._residual(x, step).scaled.std() - 1) < 0.05
+        prediction = zeros(x, step, clip=False)
+        noise_std = (1 / zeros.schedule.alphas_cumprod[step] - 1).sqrt()
+        best = 1 / (1 / std**2 + 1 / noise_std**2)
+        assert abs((prediction.x_0 - x_0).square().mean() / best - 1) < 0.1
+        # The scaled target has unit variance at every step.
+        assert abs(zeros.loss(x_0, steps, noise) - 1) < 0.1
+        spread = zeros._residual(x, step)
+        knowing = denoiser(lambda x, t, low_res, spread=spread: (x_0 - spread.guess) / spread.spread)
+        assert torch.allclose(knowing(x, step, clip=False).x_0, x_0, atol=1e-4)
+        assert knowing.loss(x_0, steps, noise) < 1e-4
+
+
+def test_residuals_want_a_picture_to_differ_from(tiny_vae):
+    with pytest.raises(ValueError, match="low_res_condition"):
+        DiffusionDecoder(UNet(image_size=64, num_channels=32, emb_condition=True,
+                              emb_input_dims=tiny_vae.codebook.shape[1]), tiny_vae, residual_std=0.1)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ def test_frechet_distance_of_gaussians():
     assert measures.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_frechet_intervals_hold_the_distances():
+    generator = np.random.default_rng(3)
+    a = generator.standard_normal((300, 16))
+    pairs = [(a + 0.5 * generator.standard_normal(a.shape), a), (generator.standard_normal((300, 16)), a)]
+    for pair, (low, high) in zip(pairs, measures.frechet_interval(pairs, rounds=50), strict=True):
+        assert 0 <= low < measures.frechet_distance(*pair) < high
+
+
 def test_interval_covers_the_mean_as_often_as_it_says():
     generator = np.random.default_rng(2)
     hits = 0

@@ -13,8 +13,9 @@ from dalle_pytorch.dalle import DALLE
 from dalle_pytorch.tasks import ClipTask, DalleTask, LongCaption
 from dalle_pytorch.tokenizers import HugTokenizer, SimpleTokenizer, load_tokenizer, train_bpe
 from diffusion.decoder import DiffusionDecoder
+from diffusion.denoiser import spaced_steps
 from diffusion.published import load_super_resolution, make_denoiser
-from diffusion.training import DecoderTask, LossSecondMomentSteps, SuperResolutionTask
+from diffusion.training import DecoderTask, LossSecondMomentSteps, QuadraticSteps, SuperResolutionTask
 from diffusion.unet import UNet
 
 CAPTIONS = ["a red seven on brick", "a blue star on wood"]
@@ -137,7 +138,7 @@ def test_clip_task_counts_what_it_finds(tokenizer, tmp_path):
     clip = make_clip(num_text_tokens=tokenizer.vocab_size, text_seq_len=12)
     clip.tokenizer = tokenizer
     task = ClipTask(clip)
-    batch = {"image": pictures(2, 16), "caption": CAPTIONS, "other_caption": CAPTIONS[::-1]}
+    batch = {"image": pictures(2, 16), "caption": CAPTIONS, "other_captions": [[caption] for caption in CAPTIONS[::-1]]}
     optimizer = torch.optim.Adam(task.parameters(), 3e-3)
     for _ in range(60):
         loss, figures = task(batch)
@@ -195,15 +196,15 @@ def test_previews_of_diffusions(tiny_vae):
 
 
 def test_super_resolution_says_how_it_was_trained(tmp_path):
-    diffusion = {"noise_schedule": "cosine", "predict_xstart": True, "diffusion_steps": 20}
-    task = SuperResolutionTask(small_unet(low_res_residual=True), 16, diffusion, crop_size=32)
+    diffusion = {"noise_schedule": "cosine", "residual_std": 0.2, "diffusion_steps": 20}
+    task = SuperResolutionTask(small_unet(), 16, diffusion, crop_size=32)
     task({"image": pictures()})[0].backward()
     (unet,) = task.native_parts().values()
     unet.save_pretrained(tmp_path / "unet")
     task.write_companions(tmp_path / "unet")
     denoiser = load_super_resolution(tmp_path / "unet").denoiser
-    assert denoiser.predict_xstart and torch.equal(denoiser.schedule.betas, task.denoiser.schedule.betas)
-    assert not load_super_resolution(tmp_path / "unet", predict_xstart=False).denoiser.predict_xstart
+    assert denoiser.residual_std == 0.2 and torch.equal(denoiser.schedule.betas, task.denoiser.schedule.betas)
+    assert load_super_resolution(tmp_path / "unet", diffusion_steps=10).denoiser.num_steps == 10
 
 
 def test_checkpointed_activations_give_the_same_gradient():
@@ -234,6 +235,14 @@ def test_steps_by_their_losses():
     assert abs((drawn == 3).float().mean() - 0.7) < 0.03
     # The weights make up for it: the mean stays that of uniform steps.
     assert abs((weights * (drawn == 3)).mean() - 0.25) < 0.01
+
+
+def test_quadratic_steps_are_those_that_a_drawing_visits():
+    torch.manual_seed(0)
+    drawn, weights = QuadraticSteps(1000).draw(4000, torch.device("cpu"))
+    visited = torch.tensor(spaced_steps(1000, "quad200"))
+    assert abs(drawn.float().quantile(0.5) - visited.float().quantile(0.5)) < 25 and weights.eq(1).all()
+    assert drawn.min() >= 0 and drawn.max() < 1000
 
 
 def test_variational_bound_as_the_loss():

@@ -16,6 +16,7 @@ from PIL import Image
 import generate
 import upscale
 from dalle_pytorch.checkpoints import PretrainedModel
+from dalle_pytorch.cli import UsageError
 from dalle_pytorch.files import FileError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +59,11 @@ def runs(tmp_path_factory):
          "--num_layers", 2, "--num_resnet_blocks", 1, "--emb_dim", 8, "--hidden_dim", 8)  # fmt: skip
     call("DALLE-pytorch/train_dalle.py", *data, "--output_dir", folder / "dalle", "--vae_path", folder / "vqgan/vae",
          "--bpe_path", folder / "tokenizer.json", "--dim", 32, "--depth", 2, "--heads", 2, "--dim_head", 16,
-         "--attn_types", "full,axial_row", "--ema_decay", 0.9, "--sample_every", 2)  # fmt: skip
+         "--attn_types", "full,axial_row", "--ema_decay", 0.9, "--sample_every", 2, "--layer_scale", 1)  # fmt: skip
     call("DALLE-pytorch/train_clip.py", *data, "--output_dir", folder / "clip", "--bpe_path",
          folder / "tokenizer.json", "--dim_text", 16, "--dim_image", 16, "--dim_latent", 8, "--text_enc_depth", 1,
          "--text_heads", 1, "--visual_enc_depth", 1, "--visual_heads", 1, "--visual_image_size", 32,
-         "--visual_patch_size", 8)  # fmt: skip
+         "--visual_patch_size", 8, "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", 1)  # fmt: skip
     network = ("--image_size", 64, "--num_channels", 32, "--channel_mult", "1,1", "--crop_size", 32)
     call("diffusion/train.py", "--data_dir", pictures, *LOOP, *network, "--output_dir", folder / "decoder",
          "--vae_path", folder / "vqgan/vae", "--patch_size", 2, "--num_heads", 1, "--emb_output_dims", 32,
@@ -239,6 +240,22 @@ def test_every_option_of_upstream_is_there():
     )))  # fmt: skip
     assert decoder.attention_resolutions == [32, 16, 8] and decoder.channel_mult == [1, 1, 2, 3, 4]
     assert decoder.learn_sigma and not decoder.predict_xstart and decoder.mixed_precision == "fp16"
+    assert decoder.predict == "eps" and decoder.residual_std is None and decoder.schedule_sampler == "uniform"
     assert (decoder.batch_size, decoder.ga_steps, decoder.steps) == (2, 4, 500)
     assert (decoder.learning_rate, decoder.ema_decay, decoder.warmup_steps) == (1e-4, 0.9999, 20)
     assert decoder.image_text_folder == "d" and decoder.activation_checkpointing
+
+
+def test_decoder_predicts_residuals_where_it_is_told_a_picture():
+    train = script("diffusion/train.py")
+
+    def settled(line):
+        return train.settle(train.parse_arguments(shlex.split(line)))
+
+    ours = settled("")
+    assert (ours.predict, ours.residual_std, ours.schedule_sampler) == ("residual", 0.15, "quadratic")
+    for line in ("--low_res_condition False", "--predict x_0", "--predict_xstart"):
+        assert settled(line).predict_xstart and settled(line).residual_std is None
+    assert settled("--super_res --low_res_condition False").predict == "residual"
+    with pytest.raises(UsageError, match="--predict residual wants"):
+        settled("--predict residual --low_res_condition False")

@@ -163,18 +163,6 @@ def test_what_the_network_is_not_conditioned_on_is_refused():
         unet(torch.randn(1, 3, 33, 32), t, torch.randn(1, 5, 32, 32))
 
 
-def test_a_residual_network_starts_from_the_picture_it_is_given():
-    torch.manual_seed(0)
-    unet = UNet(image_size=16, num_channels=32, num_res_blocks=1, channel_mult=(1, 1), low_res_condition=True,
-                low_res_residual=True, learn_sigma=True)  # fmt: skip
-    low_res = torch.rand(2, 3, 8, 8)
-    output = unet(torch.randn(2, 3, 16, 16), torch.zeros(2), low_res=low_res)
-    expected = torch.nn.functional.interpolate(low_res, (16, 16), mode="bilinear")
-    assert torch.equal(output[:, :3], expected) and not output[:, 3:].any()
-    with pytest.raises(ValueError, match="needs low_res_condition"):
-        UNet(low_res_residual=True)
-
-
 def test_it_starts_from_zero_and_learns_everywhere():
     torch.manual_seed(0)
     unet = UNet(image_size=16, num_channels=32, num_res_blocks=1, channel_mult=(1, 1), attention_resolutions=(8,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -52,10 +53,49 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
+def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
+    """From a picture to one vector a patch by 3×3 convolutions of stride 2 ("Early convolutions help transformers see
+    better", arXiv:2106.14881). Raises `ValueError` for patches whose side is no power of two."""
+    halvings = patch_size.bit_length() - 1
+    if patch_size != 2**halvings or not halvings:
+        raise ValueError(
+            f"convolutions of stride 2 make patches of 2, 4, 8 … pixels, and not of {patch_size}"
+        )
+    widths = [channels, *(max(dim >> left, 8) for left in reversed(range(halvings)))]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
+
+
+class AttentionPool(nn.Module):
+    """The mean of projected tokens (b, n, dim), weighted in each head by how they answer a learned query.
+
+    Where a mean over all patches thins out what a small subject has to say, this looks at the subject. Without the
+    feed-forward part, the pooling of "Scaling vision transformers" (arXiv:2106.04560).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide the width {dim}")
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.randn(heads, 1, dim // heads))
+        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, _, width = self.query.shape
+        k, v = self.to_kv(self.norm(x)).unflatten(2, (2, heads, width)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1, -1), k, v).flatten(1)
+
+
 class CLIP(PretrainedModel):
     """CLIP (arXiv:2103.00020) as in DALLE-pytorch: mean-pooled transformers over text tokens and image patches.
 
-    `visual_patch_dropout` is the share of patches left out in training (FLIP, arXiv:2212.00794).
+    `visual_patch_dropout` is the share of patches left out in training (FLIP, arXiv:2212.00794). With
+    `visual_conv_stem` patches are embedded by `convolutional_stem` in place of one linear map, and with
+    `visual_attention_pool` they are pooled by `AttentionPool` in place of their mean; both learn to see shapes in far
+    fewer steps.
     """
 
     @records_config
@@ -75,6 +115,8 @@ class CLIP(PretrainedModel):
         visual_image_size: int = 256,
         visual_patch_size: int = 32,
         visual_patch_dropout: float = 0.0,
+        visual_conv_stem: bool = False,
+        visual_attention_pool: bool = False,
         channels: int = 3,
         text_dim_head: int = 64,
         visual_dim_head: int = 64,
@@ -95,11 +137,16 @@ class CLIP(PretrainedModel):
         )
         self.to_text_latent = nn.Linear(dim_text, dim_latent, bias=False)
 
-        self.patch_emb = nn.Linear(channels * visual_patch_size**2, dim_image)
+        self.conv_stem = visual_conv_stem
+        if visual_conv_stem:
+            self.patch_emb = convolutional_stem(channels, dim_image, visual_patch_size)
+        else:
+            self.patch_emb = nn.Linear(channels * visual_patch_size**2, dim_image)
         self.patch_pos_emb = nn.Embedding((visual_image_size // visual_patch_size) ** 2, dim_image)
         self.visual_transformer = Transformer(
             dim=dim_image, depth=visual_enc_depth, heads=visual_heads, dim_head=visual_dim_head, causal=False
         )
+        self.visual_pool = AttentionPool(dim_image, 2 * visual_heads) if visual_attention_pool else None
         self.to_visual_latent = nn.Linear(dim_image, dim_latent, bias=False)
         # The logarithm of what similarities are multiplied by.
         self.temperature = nn.Parameter(torch.tensor(1.0))
@@ -140,15 +187,21 @@ class CLIP(PretrainedModel):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Features (b, dim_latent), not normalised, of pictures (b, 3, h, w) in [0, 1], scaled to `image_size`."""
-        patches = F.pixel_unshuffle(resize(image, self.image_size), self.patch_size)
-        # DALLE-pytorch's order within a patch: row, column, channel.
-        patches = patches.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
-        emb = self.patch_emb(patches) + self.patch_pos_emb.weight
+        emb = self._embed_patches(resize(image, self.image_size)) + self.patch_pos_emb.weight
         if self.training and self.patch_dropout > 0:
             kept = max(round(emb.shape[1] * (1 - self.patch_dropout)), 1)
             chosen = torch.rand(emb.shape[:2], device=emb.device).topk(kept, dim=1).indices
             emb = emb.gather(1, chosen[:, :, None].expand(-1, -1, emb.shape[2]))
-        return self.to_visual_latent(self.visual_transformer(emb).mean(dim=1))
+        patches = self.visual_transformer(emb)
+        return self.to_visual_latent(patches.mean(dim=1) if self.visual_pool is None else self.visual_pool(patches))
+
+    def _embed_patches(self, image: Tensor) -> Tensor:
+        if self.conv_stem:
+            return self.patch_emb(image).flatten(2).transpose(1, 2)
+        patches = F.pixel_unshuffle(image, self.patch_size)
+        # DALLE-pytorch's order within a patch: row, column, channel.
+        patches = patches.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
+        return self.patch_emb(patches)
 
     # ----------------------------------------------------------------------------------------------
     # Training

@@ -107,7 +107,7 @@ class DalleTask(nn.Module):
 
 class ClipTask(nn.Module):
     """The contrastive loss of CLIP over the batch of all processes, with hard negatives (the caption with one fact
-    wrong) where the data has them.
+    wrong, as many for each picture) where the data has them.
 
     Pictures are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled pictures, and
     guide on cutouts of half-denoised ones. `accuracy` is the share of the pictures whose caption is the likeliest of
@@ -120,10 +120,11 @@ class ClipTask(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         images = self._augment(batch["image"].float() / 255)
-        text = self.clip.tokenize(batch["caption"]).to(images.device)
-        negatives = None
-        if "other_caption" in batch:
-            negatives = self.clip.tokenize(batch["other_caption"]).to(images.device)[:, None]
+        captions = batch["caption"] + [caption for row in batch.get("other_captions", ()) for caption in row]
+        text = self.clip.tokenize(captions).to(images.device)
+        text = text[:, : int((text != 0).any(0).sum())]  # what is padding in all of them is work for nothing
+        text, others = text[: len(images)], text[len(images) :]
+        negatives = others.unflatten(0, (len(images), -1)) if len(others) else None
         by_text, by_image, partner = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
         loss = (F.cross_entropy(by_text, partner) + F.cross_entropy(by_image, partner)) / 2
         accuracy = (by_image.argmax(1) == partner).float().mean()

@@ -78,7 +78,7 @@ class TokenShift(nn.Module):
 class Branch(nn.Module):
     """A residual branch: norm, token shift, attention or feed-forward `fn`, optional second norm, layer scale.
 
-    The scale's first value falls with depth (CaiT, arXiv:2103.17239).
+    The scale's first value falls with depth (CaiT, arXiv:2103.17239); see `Transformer.set_layer_scale`.
     """
 
     def __init__(self, dim: int, fn: nn.Module, layer: int, sandwich_norm: bool, shift: TokenShift | None):
@@ -288,6 +288,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         table = rotary_table(dim_head, text_len, image_fmap_size) if rotary_emb else None
         self.register_buffer("rotary", table, persistent=False)
+
+    def set_layer_scale(self, value: float) -> None:
+        """Gives every branch this scale, before training: small transformers learn faster from 1 than from 0.1."""
+        for layer in self.layers:
+            for branch in (layer.attn, layer.ff):
+                nn.init.constant_(branch.scale, value)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: TransformerCache | None = None) -> Tensor:
         """Maps (b, n, dim) to (b, n, dim). `key_mask` (b, n) is false at tokens that no other looks at.

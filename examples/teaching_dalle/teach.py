@@ -36,7 +36,7 @@ def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
     from dalle_pytorch.data import glyphs
 
     every = product(settings["digits"], settings["colours"], settings["textures"])
-    combinations = [parts for parts in every if glyphs.is_test_combination(*parts) == held_out]
+    combinations = [parts for parts in every if (glyphs.split_of(*parts) != "train") == held_out]
     if not combinations:
         raise UsageError("a tenth of the combinations is kept out of training; name more digits, colours and textures")
     corner = (glyphs.GRID - glyphs.SIZES["big"]) // 2

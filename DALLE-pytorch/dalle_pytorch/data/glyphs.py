@@ -6,15 +6,16 @@ Scene `i` of a split is always the same, and is drawn at any resolution: subject
 so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that only
 a picture of 256 pixels shows. Tokens cannot carry the grain: the diffusion decoder has to invent it.
 
-Some combinations of subject, colour and background never appear in training. A scene that holds one is a test scene.
+Some combinations of subject, colour and background never appear in training. A scene that holds one is a test scene,
+or one for validation: what is chosen during development is chosen on these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +49,12 @@ RELATIONS = ("left", "above")  # where the first subject of two stands, seen fro
 BIG_SHARE = 0.4  # of single subjects
 VARIANTS = 4  # ways in which the pattern of one background can lie
 
-SPLITS = ("train", "test")
-TEST_SHARE = 0.1
+SPLITS = ("train", "test", "validation")
+HELD_OUT = {"test": 0.1, "validation": 0.04}  # shares of all combinations; the rest is for training
+# How often a caption does without a fact: in a complete one, in one of training, in a terse one.
+COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "frame": 0.75}
+LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2}
+TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "frame": 1.0}
 
 
 @dataclass(frozen=True)
@@ -85,25 +90,38 @@ class Scene:
 
 
 @cache
-def is_test_combination(kind: str, colour: str, background: str) -> bool:
-    """Whether this combination is kept out of training; a tenth of all are, by a hash of their names."""
+def split_of(kind: str, colour: str, background: str) -> str:
+    """The split that this combination belongs to, by a hash of its names."""
     digest = hashlib.sha256(f"{kind} {colour} {background}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < TEST_SHARE
+    place = int.from_bytes(digest[:4], "big") / 2**32
+    for split, share in HELD_OUT.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+def _split_of_scene(subjects: tuple[Subject, ...], background: str) -> str:
+    splits = {split_of(subject.kind, subject.colour, background) for subject in subjects}
+    return next((split for split in HELD_OUT if split in splits), "train")
 
 
 def make_scene(index: int, split: str = "train", num_subjects: int | None = None) -> Scene:
-    """Scene number `index` of a split, always the same. `num_subjects` 1 or 2 fixes what is otherwise drawn by lot."""
+    """Scene number `index` of a split, always the same. `num_subjects` 1 or 2 fixes what is otherwise drawn by lot.
+
+    Captions of training leave a colour, a kind or the background open now and then; those of the other splits never do,
+    and so always name a combination that training did not show.
+    """
     if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; there are {' and '.join(SPLITS)}")
+        raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS.index(split), num_subjects or 0, index])
     while True:
-        scene = _draw_lots(rng, num_subjects or int(rng.integers(1, 3)))
-        held_out = any(is_test_combination(s.kind, s.colour, scene.background) for s in scene.subjects)
-        if held_out == (split == "test"):
+        scene = _draw_lots(rng, num_subjects or int(rng.integers(1, 3)), LEFT_OPEN if split == "train" else COMPLETE)
+        if _split_of_scene(scene.subjects, scene.background) == split:
             return scene
 
 
-def _draw_lots(rng: np.random.Generator, num_subjects: int) -> Scene:
+def _draw_lots(rng: np.random.Generator, num_subjects: int, left_open: Mapping[str, float]) -> Scene:
     background = str(rng.choice(BACKGROUNDS))
     kinds = rng.choice(SUBJECTS, num_subjects, replace=False)
     colours = rng.choice(list(COLOURS), num_subjects, replace=False)
@@ -121,7 +139,7 @@ def _draw_lots(rng: np.random.Generator, num_subjects: int) -> Scene:
         Subject(str(kind), str(colour), size, *corner)
         for kind, colour, size, corner in zip(kinds, colours, sizes, corners, strict=True)
     )
-    caption = _caption(rng, subjects, background, place, relation)
+    caption = _caption(rng, subjects, background, place, relation, left_open)
     return Scene(subjects, background, int(rng.integers(VARIANTS)), int(rng.integers(2**31)), caption, place, relation)
 
 
@@ -154,6 +172,8 @@ _AT_PLACE = {
 }
 _RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
 _REVERSED = {"left": ("to the right of", "right of"), "above": ("below", "under")}
+_NAMES = {kind: (kind,) for kind in SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(DIGITS)}
+_FAMILY = {**dict.fromkeys(DIGITS, "digit"), **dict.fromkeys(SHAPES, "shape")}  # for a caption that names no kind
 
 
 def _caption(
@@ -162,18 +182,26 @@ def _caption(
     background: str,
     place: str | None,
     relation: str | None,
+    left_open: Mapping[str, float],
 ) -> str:
-    def name(subject: Subject, with_size: bool) -> str:
-        kind = subject.kind
-        if kind in DIGITS and rng.random() < 0.25:
-            kind = str(DIGITS.index(kind))
-        words = f"{subject.size + ' ' if with_size else ''}{subject.colour} {kind}"
-        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    def leaves_open(fact: str) -> bool:
+        return rng.random() < left_open[fact]
 
-    on = str(rng.choice(_ON_BACKGROUND[background]))
+    def name(subject: Subject, with_size: bool) -> str:
+        colour, (kind, *others) = subject.colour, _NAMES[subject.kind]
+        if others and rng.random() < 0.25:
+            kind = str(rng.choice(others))
+        if leaves_open("colour"):
+            colour = ""
+        elif leaves_open("kind"):
+            kind = _FAMILY[subject.kind]
+        words = " ".join(filter(None, (subject.size if with_size else "", colour, kind)))
+        return f"{_article(words)} {words}"
+
+    on = "" if leaves_open("background") else str(rng.choice(_ON_BACKGROUND[background]))
     if len(subjects) == 1:
-        what = name(subjects[0], with_size=rng.random() < 0.5)
-        if rng.random() < 0.5:
+        what = name(subjects[0], with_size=not leaves_open("size"))
+        if not leaves_open("place"):
             what += f" {rng.choice(_AT_PLACE[place])}"
     else:
         first, second = (name(subject, with_size=False) for subject in subjects)
@@ -184,10 +212,21 @@ def _caption(
             what = f"{second} {rng.choice(_REVERSED[relation])} {first}"
         else:  # which is where is left open
             what = " and ".join([first, second] if rng.random() < 0.5 else [second, first])
-    caption = f"{what} {on}"
-    if rng.random() < 0.25:
+    caption = f"{what} {on}".rstrip()
+    if not leaves_open("frame"):
         caption = f"a {rng.choice(['picture', 'drawing', 'photo'])} of {caption}"
     return caption
+
+
+def with_terse_caption(scene: Scene, seed: int = 0) -> Scene:
+    """The scene with a caption that says little of it, often no more than "a seven"."""
+    rng = np.random.default_rng([len(SPLITS) + 1, seed])
+    caption = _caption(rng, scene.subjects, scene.background, scene.place, scene.relation, TERSE)
+    return replace(scene, caption=caption)
+
+
+def _article(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"
 
 
 def states_place(scene: Scene) -> bool:
@@ -203,63 +242,45 @@ def states_size(scene: Scene) -> bool:
 
 
 def change_caption(scene: Scene, seed: int = 0) -> str:
-    """The caption with one fact made wrong: a subject, colour, size, place or background, or the two subjects swapped.
+    """The caption with one fact made wrong: a subject, colour, size, place or background, or which of two is where.
 
-    Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no test combination
-    comes out: CLIP would learn that it is never true.
+    Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no combination of another
+    split comes out: CLIP would learn that it is never true.
     """
     rng = np.random.default_rng([len(SPLITS), seed])
-    caption = scene.caption.split()
-    kinds = {name: name for name in SUBJECTS} | {str(i): name for i, name in enumerate(DIGITS)}
+    caption = f" {scene.caption} "
     held = {value for subject in scene.subjects for value in (subject.kind, subject.colour)}
-    pairs = [(subject.kind, subject.colour) for subject in scene.subjects]
-    is_training = not any(is_test_combination(*pair, scene.background) for pair in pairs)
-    changes: list[Callable[[], str]] = []
+    split = _split_of_scene(scene.subjects, scene.background)
+    wrong: list[list[str]] = []  # of every fact that is said, the captions that have it wrong
 
     def allowed(kind: str, colour: str, background: str) -> bool:
-        return not (is_training and is_test_combination(kind, colour, background))
+        return split != "train" or split_of(kind, colour, background) == "train"
 
-    def replace(position: int, choices: list[str]) -> Callable[[], str]:
-        return lambda: " ".join([*caption[:position], str(rng.choice(choices)), *caption[position + 1 :]])
+    def in_place_of(phrases: Iterable[str], others: Iterable[str]) -> list[str]:
+        phrase = next((phrase for phrase in phrases if f" {phrase} " in caption), None)
+        return [caption.replace(f" {phrase} ", f" {other} ").strip() for other in others] if phrase else []
 
-    for position, word in enumerate(caption):
-        if word in kinds:
-            colour = next(colour for kind, colour in pairs if kind == kinds[word])
-            others = [name for name in kinds
-                      if kinds[name] not in held and allowed(kinds[name], colour, scene.background)]  # fmt: skip
-            # Twice in the list, twice as likely: what the subject is, is the hardest to see.
-            changes += [replace(position, others)] * 2
-        elif word in COLOURS:
-            kind = next(kind for kind, colour in pairs if colour == word)
-            others = [name for name in COLOURS if name not in held and allowed(kind, name, scene.background)]
-            changes.append(replace(position, others))
-        elif word in SIZES:
-            changes.append(replace(position, [name for name in SIZES if name != word]))
-    backgrounds = {name for name in BACKGROUNDS if all(allowed(*pair, name) for pair in pairs)}
-    for table, true, possible in (
-        (_ON_BACKGROUND, scene.background, backgrounds),
-        (_AT_PLACE, scene.place, set(_AT_PLACE)),
-    ):
-        phrase = next((phrase for phrase in table.get(true, ()) if f" {phrase} " in f"{scene.caption} "), None)
-        others = [other for name, phrases in table.items() if name in possible - {true} for other in phrases]
-        if phrase and others:
-            changes.append(lambda phrase=phrase, others=others: scene.caption.replace(phrase, str(rng.choice(others))))
-    if scene.relation and " and " not in scene.caption:
-        first, second = ([i for i, word in enumerate(caption) if word in table] for table in (COLOURS, kinds))
-
-        def swap() -> str:
-            swapped = list(caption)
-            for a, b in (first, second):
-                swapped[a], swapped[b] = swapped[b], swapped[a]
-            return " ".join(swapped)
-
-        changes.append(swap)
-    changed = changes[int(rng.integers(len(changes)))]()
+    for kind, colour, size in ((subject.kind, subject.colour, subject.size) for subject in scene.subjects):
+        kinds = [name for name in SUBJECTS if name not in held and allowed(name, colour, scene.background)]
+        colours = [name for name in COLOURS if name not in held and allowed(kind, name, scene.background)]
+        # As likely as four other facts: what the subject is, is the hardest to see.
+        wrong += [in_place_of(_NAMES[kind], [name for other in kinds for name in _NAMES[other]])] * 4
+        wrong += [in_place_of([colour], colours), in_place_of([size], [name for name in SIZES if name != size])]
+    backgrounds = [name for name in BACKGROUNDS
+                   if all(allowed(subject.kind, subject.colour, name) for subject in scene.subjects)]  # fmt: skip
+    for table, true, possible in ((_ON_BACKGROUND, scene.background, backgrounds), (_AT_PLACE, scene.place, PLACES)):
+        wrong.append(in_place_of(table.get(true, ()), [other for name in possible if name != true
+                                                       for other in table[name]]))  # fmt: skip
+    if scene.relation:
+        for said, opposite in ((_RELATED, _REVERSED), (_REVERSED, _RELATED)):
+            wrong.append(in_place_of(said[scene.relation], opposite[scene.relation]))
+    wrong = [captions for captions in wrong if captions]
+    captions = wrong[int(rng.integers(len(wrong)))]
+    out = captions[int(rng.integers(len(captions)))].split()
     # "a" before a vowel, "an" before none
-    out = changed.split()
     for i, word in enumerate(out[:-1]):
         if word in ("a", "an"):
-            out[i] = "an" if out[i + 1][0] in "aeiou" else "a"
+            out[i] = _article(out[i + 1])
     return " ".join(out)
 
 
@@ -267,7 +288,8 @@ def words() -> frozenset[str]:
     """Every word that a caption can hold: what the default model has seen."""
     tables = (_ON_BACKGROUND, _AT_PLACE, _RELATED, _REVERSED)
     phrases = [phrase for table in tables for row in table.values() for phrase in row]
-    phrases += [*COLOURS, *SUBJECTS, *SIZES, *map(str, range(10)), "a an and of picture drawing photo"]
+    phrases += [name for names in _NAMES.values() for name in names]
+    phrases += [*COLOURS, *SIZES, *_FAMILY.values(), "a an and of picture drawing photo"]
     return frozenset(" ".join(phrases).split())
 
 
@@ -536,15 +558,19 @@ def draw(scene: Scene, resolution: int = 256) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def subject_mask(scene: Scene, side: int = GRID) -> np.ndarray:
-    """(side, side) float32: how much of each cell the subjects cover, with their rims, from 0 to 1."""
-    cell = 8
-    mask = np.zeros((GRID * cell, GRID * cell), np.float32)
+def subject_mask(scene: Scene) -> np.ndarray:
+    """(16, 16) float32: how much of each cell the subjects cover, with their rims, from 0 to 1."""
+    mask = np.zeros((GRID, GRID), np.float32)
     for subject in scene.subjects:
-        box = _box_with_margin(mask, subject, cell)
-        np.maximum(box, _subject_layers(subject.kind, subject.cells, cell).rim, out=box)
-    block = mask.shape[0] // side
-    return mask.reshape(side, block, side, block).mean((1, 3))
+        box = _box_with_margin(mask, subject, 1)
+        np.maximum(box, _covered_cells(subject.kind, subject.cells), out=box)
+    return mask
+
+
+@lru_cache(maxsize=256)
+def _covered_cells(kind: str, cells: int, cell: int = 8) -> np.ndarray:
+    rim = _subject_layers(kind, cells, cell).rim
+    return rim.reshape(cells + 2, cell, cells + 2, cell).mean((1, 3))
 
 
 def _box_with_margin(picture: np.ndarray, subject: Subject, cell: int) -> np.ndarray:
