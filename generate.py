@@ -102,7 +102,7 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, float | None]:
     """What the tokens are drawn by: the flags given, and for the rest what the model's sampling.json says."""
     beside = DEFAULT_MODEL / "sampling.json"
     own = json.loads(beside.read_text("utf-8")) if arguments.dalle_path is None and beside.exists() else {}
-    settings = {**SAMPLING, **own}
+    settings = SAMPLING | {name: own[name] for name in SAMPLING if name in own}
     if arguments.top_k is not None:
         settings["top_p"] = None
     given = {name: getattr(arguments, name) for name in ("top_k", "top_p", "temperature", "cond_scale")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 import time
@@ -53,7 +54,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--text", help="prompts, divided by |, each with a weight if wanted, prompt:weight "
                                       "(default: the folder's caption.txt)")  # fmt: skip
     group.add_argument("--image_prompts", help="pictures as prompts, likewise")
-    group.add_argument("--clip_guidance_scale", type=number(float, 0), default=1000.0, help="(default 1000)")
+    group.add_argument("--clip_guidance_scale", type=number(float, 0),
+                       help="(default: the default model's own, or 1000 with another)")  # fmt: skip
     group.add_argument("--tv_scale", type=number(float, 0), default=0.0, help="smoothness (default 0)")
     group.add_argument("--range_scale", type=number(float, 0), default=0.0, help="holds colours in range (default 0)")
     group.add_argument("--cutn", type=number(int, 1), default=16, help="cutouts that CLIP sees a step (default 16)")
@@ -187,7 +189,13 @@ def open_guidance(arguments: argparse.Namespace, device: Any) -> ClipGuidance | 
     # The default CLIP has seen nothing but the default model's world.
     clip_path = arguments.clip_path or (None if arguments.model_path else DEFAULT_MODEL / "clip")
     clip = load_clip(clip_path).to(device).requires_grad_(False)
-    scales = {name: getattr(arguments, name) for name in ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")}
+    scales = {name: getattr(arguments, name) for name in ("tv_scale", "range_scale", "cutn")}
+    if arguments.clip_guidance_scale is not None:
+        scales["clip_guidance_scale"] = arguments.clip_guidance_scale
+    elif not (arguments.clip_path or arguments.model_path):
+        beside = DEFAULT_MODEL / "sampling.json"
+        own = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
+        scales |= {name: own[name] for name in ("clip_guidance_scale",) if name in own}
     return ClipGuidance(clip, prompts, pictures, **scales)
 
 

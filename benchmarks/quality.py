@@ -84,6 +84,7 @@ class Models:
         self.decoder = DiffusionDecoder.from_pretrained(folder / "decoder").to(device).eval().requires_grad_(False)
         self.judge = Judge.from_pretrained(folder / "judge").eval()
         own = json.loads((folder / "sampling.json").read_text("utf-8"))
+        self.guidance = {"clip_guidance_scale": own.pop("clip_guidance_scale", 1000.0)}
         self.sampling = own | {name: value for name, value in sampling.items() if value is not None}
         self.device = device
 
@@ -97,7 +98,7 @@ class Models:
         return {"scores": [candidate.score for candidate in found], "right": right}, found
 
     def diffuse(self, scene: glyphs.Scene, tokens: torch.Tensor, steps: str, seed: int, guided: bool) -> torch.Tensor:
-        guidance = ClipGuidance(self.clip, [(scene.caption, 1.0)]) if guided else None
+        guidance = ClipGuidance(self.clip, [(scene.caption, 1.0)], **self.guidance) if guided else None
         return self.decoder.decode(tokens[None].to(self.device), steps, seed=seed, guidance=guidance).cpu()
 
     @torch.no_grad()
@@ -154,7 +155,7 @@ def all_records(arguments: argparse.Namespace, models: Models) -> list[Record]:
     path = arguments.output_dir / "records.jsonl"
     settings = {name: getattr(arguments, name) for name in ("num_images", "curve_count", "curve_images", "guided_count",
                                                             "split", "steps", "seed")}  # fmt: skip
-    settings |= {"sampling": models.sampling, "model": str(arguments.model)}
+    settings |= {"sampling": models.sampling | models.guidance, "model": str(arguments.model)}
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     if not lines:
         write_text(path, json.dumps(settings) + "\n")

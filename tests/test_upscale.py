@@ -131,6 +131,16 @@ def test_guidance_reaches_the_pictures(model, folder, sampler):
     assert not same(folder / "plain/0-upscaled.png", folder / "guided/0-upscaled.png")
 
 
+def test_the_default_model_says_how_strongly_it_is_guided(model, folder):
+    options = ("--input", folder / "0.npy", "--cutn", 2, "--outputs_dir")
+    call(*options, folder / "plain")
+    for scale in (0, 1e5):
+        (model / "sampling.json").write_text(f'{{"top_p": 0.9, "clip_guidance_scale": {scale}}}')
+        call(*options, folder / str(scale), "--clip_guidance")
+    assert same(folder / "plain/0-upscaled.png", folder / "0/0-upscaled.png")
+    assert not same(folder / "plain/0-upscaled.png", folder / "100000.0/0-upscaled.png")
+
+
 def test_prompts(model, folder, capsys):
     clip = dalle_pytorch.load_clip(None)
     guided = ("--input", folder / "0.npy", "--clip_guidance", "--cutn", 1)
