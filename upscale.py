@@ -195,7 +195,8 @@ def open_guidance(arguments: argparse.Namespace, device: Any) -> ClipGuidance | 
     elif not (arguments.clip_path or arguments.model_path):
         beside = DEFAULT_MODEL / "sampling.json"
         own = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
-        scales |= {name: own[name] for name in ("clip_guidance_scale",) if name in own}
+        if "clip_guidance_scale" in own:
+            scales["clip_guidance_scale"] = own["clip_guidance_scale"]
     return ClipGuidance(clip, prompts, pictures, **scales)
 
 

@@ -121,8 +121,9 @@ class ClipTask(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         images = self._augment(batch["image"].float() / 255)
         captions = batch["caption"] + [caption for row in batch.get("other_captions", ()) for caption in row]
-        text = self.clip.tokenize(captions).to(images.device)
-        text = text[:, : int((text != 0).any(0).sum())]  # what is padding in all of them is work for nothing
+        text = self.clip.tokenize(captions)
+        # What is padding in all of them is work for nothing.
+        text = text[:, : int((text != 0).any(0).sum())].to(images.device)
         text, others = text[: len(images)], text[len(images) :]
         negatives = others.unflatten(0, (len(images), -1)) if len(others) else None
         by_text, by_image, partner = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
