@@ -182,7 +182,7 @@ def fails(capsys, *options):
         run(upscale.main, [*map(str, options), "--steps", "2", "--cpu"])
     captured = capsys.readouterr()
     assert exit.value.code == 2
-    lines = [line for line in captured.err.strip().splitlines() if "step/s]" not in line]
+    lines = [line for line in captured.err.strip().splitlines() if "%|" not in line]
     assert len(lines) == 1, captured.err
     return lines[0]
 
