@@ -84,7 +84,7 @@ class Models:
         self.decoder = DiffusionDecoder.from_pretrained(folder / "decoder").to(device).eval().requires_grad_(False)
         self.judge = Judge.from_pretrained(folder / "judge").eval()
         own = json.loads((folder / "sampling.json").read_text("utf-8"))
-        self.guidance = {"clip_guidance_scale": own.pop("clip_guidance_scale", 1000.0)}
+        self.guidance = {name: own.pop(name) for name in ("clip_guidance_scale",) if name in own}
         self.sampling = own | {name: value for name, value in sampling.items() if value is not None}
         self.device = device
 

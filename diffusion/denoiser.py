@@ -246,15 +246,18 @@ class Denoiser:
 
     def _residual(self, x: Tensor, step: int | Tensor) -> Residual:
         low_res = F.interpolate(self.conditioning["low_res"], x.shape[-2:], mode="bilinear")
-        alpha_bar = self.schedule.alphas_cumprod
-        noise, std = (1 / alpha_bar - 1).sqrt(), self.residual_std
+        alpha_bar, std = self.schedule.alphas_cumprod, self.residual_std
         noisy = x * at(alpha_bar.rsqrt(), step, x) - low_res
-        total = (noise**2 + std**2).sqrt()
+        total = (1 / alpha_bar - 1 + std**2).sqrt()  # deviation of the noisy residual
         return Residual(
             noisy * at(1 / total, step, x),
             low_res + noisy * at((std / total) ** 2, step, x),
-            at(noise * std / total, step, x),
+            self._residual_spread(x, step),
         )
+
+    def _residual_spread(self, x: Tensor, step: int | Tensor) -> Tensor:
+        variance, noise = self.residual_std**2, 1 / self.schedule.alphas_cumprod - 1
+        return at((noise * variance / (noise + variance)).sqrt(), step, x)
 
     # ----------------------------------------------------------------------------------------------
     # The same quantities in terms of one another
@@ -298,7 +301,7 @@ class Denoiser:
             return self._bound(x, x_0, step, mean, log_variance) * self.num_steps
         loss = F.mse_loss(output, x_0 if self.predicts_x_0 else noise, reduction="none").flatten(1).mean(1)
         if self.residual_std is not None:
-            loss = loss / self._residual(x, step).spread.flatten() ** 2
+            loss = loss / self._residual_spread(x, step).flatten() ** 2
         if self.learn_sigma:
             fixed = output.detach()
             predicted = fixed if self.predicts_x_0 else self.x_0_from_eps(x, step, fixed)

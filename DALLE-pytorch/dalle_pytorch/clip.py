@@ -58,9 +58,7 @@ def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequentia
     better", arXiv:2106.14881). Raises `ValueError` for patches whose side is no power of two."""
     halvings = patch_size.bit_length() - 1
     if patch_size != 2**halvings or not halvings:
-        raise ValueError(
-            f"convolutions of stride 2 make patches of 2, 4, 8 … pixels, and not of {patch_size}"
-        )
+        raise ValueError(f"convolutions of stride 2 make patches of 2, 4, 8 … pixels, and not of {patch_size}")
     widths = [channels, *(max(dim >> left, 8) for left in reversed(range(halvings)))]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):

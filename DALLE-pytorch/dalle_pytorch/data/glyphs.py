@@ -260,12 +260,13 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         phrase = next((phrase for phrase in phrases if f" {phrase} " in caption), None)
         return [caption.replace(f" {phrase} ", f" {other} ").strip() for other in others] if phrase else []
 
-    for kind, colour, size in ((subject.kind, subject.colour, subject.size) for subject in scene.subjects):
-        kinds = [name for name in SUBJECTS if name not in held and allowed(name, colour, scene.background)]
-        colours = [name for name in COLOURS if name not in held and allowed(kind, name, scene.background)]
+    for subject in scene.subjects:
+        kinds = [name for name in SUBJECTS if name not in held and allowed(name, subject.colour, scene.background)]
+        colours = [name for name in COLOURS if name not in held and allowed(subject.kind, name, scene.background)]
         # As likely as four other facts: what the subject is, is the hardest to see.
-        wrong += [in_place_of(_NAMES[kind], [name for other in kinds for name in _NAMES[other]])] * 4
-        wrong += [in_place_of([colour], colours), in_place_of([size], [name for name in SIZES if name != size])]
+        wrong += [in_place_of(_NAMES[subject.kind], [name for other in kinds for name in _NAMES[other]])] * 4
+        wrong.append(in_place_of([subject.colour], colours))
+        wrong.append(in_place_of([subject.size], [name for name in SIZES if name != subject.size]))
     backgrounds = [name for name in BACKGROUNDS
                    if all(allowed(subject.kind, subject.colour, name) for subject in scene.subjects)]  # fmt: skip
     for table, true, possible in ((_ON_BACKGROUND, scene.background, backgrounds), (_AT_PLACE, scene.place, PLACES)):
