@@ -10,6 +10,12 @@ import torch
 from dalle_pytorch.data import GlyphsDataset, glyphs
 
 
+# Every name of every kind of subject.
+NAMES = {name: name for name in glyphs.SUBJECTS}
+NAMES |= {str(i): name for i, name in enumerate(glyphs.DIGITS)}
+NAMES |= {name[-1]: name for name in glyphs.LETTERS if name != "letter a"}
+
+
 def test_scene_is_deterministic_by_index():
     first, again, other = glyphs.make_scene(7), glyphs.make_scene(7), glyphs.make_scene(8)
     assert first == again and first != other
@@ -32,14 +38,10 @@ def test_splits_share_no_combination():
 def test_captions_say_what_is_drawn():
     for index in range(300):
         scene = glyphs.make_scene(index, "validation")
-        words = scene.caption.split()
-        assert set(words) <= glyphs.words()
+        assert set(scene.caption.split()) <= glyphs.words()
         for subject in scene.subjects:
-            names = {subject.kind}
-            if subject.kind in glyphs.DIGITS:
-                names.add(str(glyphs.DIGITS.index(subject.kind)))
-            place = next(i for i, word in enumerate(words) if word in names)
-            assert words[place - 1] == subject.colour, scene.caption
+            said = [f" {subject.colour} {name} " for name in NAMES if NAMES[name] == subject.kind]
+            assert any(phrase in f" {scene.caption} " for phrase in said), scene.caption
 
 
 def test_captions_of_training_leave_something_open_now_and_then():
@@ -48,8 +50,10 @@ def test_captions_of_training_leave_something_open_now_and_then():
         scene = glyphs.make_scene(index, num_subjects=1)
         (subject,), words = scene.subjects, scene.caption.split()
         assert set(words) <= glyphs.words()
+        kind_is_open = any(f" {family} " in f"{scene.caption.replace('letter ' + subject.kind[-1], '')} "
+                           for family in ("digit", "letter", "shape"))  # fmt: skip
         left_open["colour"] += subject.colour not in words
-        left_open["kind"] += ("digit" in words) or ("shape" in words)
+        left_open["kind"] += kind_is_open
         left_open["background"] += not any(
             phrase in scene.caption for phrase in glyphs._ON_BACKGROUND[scene.background]
         )
@@ -64,7 +68,9 @@ def test_terse_captions_say_less():
         terse = glyphs.with_terse_caption(scene, index)
         words = terse.caption.split()
         assert set(words) <= glyphs.words() and glyphs.change_caption(terse, index) != terse.caption
-        assert {word for word in words if word in glyphs.COLOURS} <= {subject.colour for subject in scene.subjects}
+        background = next((p for p in glyphs._ON_BACKGROUND[scene.background] if terse.caption.endswith(p)), "")
+        of_subjects = terse.caption.removesuffix(background).split()
+        assert {word for word in of_subjects if word in glyphs.COLOURS} <= {s.colour for s in scene.subjects}
         lengths.append((len(words), len(scene.caption.split())))
     short, long = np.mean(lengths, axis=0)
     assert short < 0.7 * long
@@ -89,17 +95,31 @@ def test_changed_caption_differs_in_one_fact():
         assert changed != scene.caption and set(changed.split()) <= glyphs.words()
 
 
+def test_changed_captions_get_everything_wrong_that_can_be():
+    """A scene of two subjects is described as one of one too; "black" is changed where it is said of a subject."""
+    subjects = glyphs.Subject("star", "black", "small", 1, 5), glyphs.Subject("letter a", "red", "small", 9, 5)
+    caption = "a black star left of a red letter a on black"
+    scene = glyphs.Scene(subjects, "black", 0, 0, caption, relation="left")
+    changed = {glyphs.change_caption(scene, seed) for seed in range(3000)}
+    assert caption not in changed and changed >= {
+        "a black star on black", "a red letter a on black", "a green star left of a red letter a on black",
+        "a black star left of a green letter a on black", "a black star right of a red letter a on black",
+        "a black star left of a red three on black", "a black star left of a red letter a on a brick wall",
+    }  # fmt: skip
+    assert not any("an on" in caption or "on red" in caption for caption in changed)
+
+
 def test_changed_captions_of_training_name_no_combination_of_other_splits():
-    kinds = {name: name for name in glyphs.SUBJECTS} | {str(i): name for i, name in enumerate(glyphs.DIGITS)}
     told = {phrase: name for name, phrases in glyphs._ON_BACKGROUND.items() for phrase in phrases}
     named = 0
     for index in range(2000):
         changed = glyphs.change_caption(glyphs.make_scene(index), index)
         background = next((name for phrase, name in told.items() if changed.endswith(phrase)), None)
-        for colour, kind in itertools.pairwise(changed.split()):
-            if background and colour in glyphs.COLOURS and kind in kinds:
+        for colour, kind in itertools.pairwise(changed.replace("letter ", "letter_").split()):
+            kind = kind.replace("_", " ")
+            if background and colour in glyphs.COLOURS and kind in NAMES:
                 named += 1
-                assert glyphs.split_of(kinds[kind], colour, background) == "train", changed
+                assert glyphs.split_of(NAMES[kind], colour, background) == "train", changed
     assert named > 1000
 
 

@@ -23,12 +23,12 @@ from dalle_pytorch.tokenizers import (
     train_bpe,
 )
 
-CAPTIONS = [glyphs.make_scene(i).caption for i in range(500)]
+CAPTIONS = [glyphs.make_scene(i).caption for i in range(1500)]
 
 
 @pytest.fixture
 def hug(tmp_path) -> HugTokenizer:
-    train_bpe(CAPTIONS, 256).save(str(tmp_path / "tokenizer.json"))
+    train_bpe(CAPTIONS, 384).save(str(tmp_path / "tokenizer.json"))
     return HugTokenizer(tmp_path / "tokenizer.json")
 
 
@@ -52,7 +52,7 @@ def test_captions_survive(hug):
     unseen = [glyphs.make_scene(i, "test").caption for i in range(300)]
     assert all(hug.decode(hug.encode(caption)) == caption for caption in unseen)
     assert hug.decode(hug.encode("  A Red\tSEVEN\non  brick ")) == "a red seven on brick"
-    assert max(max(hug.encode(caption)) for caption in unseen) < hug.vocab_size <= 256
+    assert max(max(hug.encode(caption)) for caption in unseen) < hug.vocab_size <= 384
 
 
 def test_punctuation_is_no_part_of_a_word():

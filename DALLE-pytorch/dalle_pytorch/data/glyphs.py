@@ -1,6 +1,6 @@
 """The glyphs world: scenes drawn by code, with captions that say everything that is in them.
 
-A scene is one or two subjects (a digit or a shape, in a colour, big or small, at a place) on a background. A subject is
+A scene is one or two subjects (a digit, a letter or a shape, in a colour, big or small, at a place) on a background. A subject is
 a sticker: a white rim, about as wide as one image token, keeps its colour and the background out of the same token.
 Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a 16×16 grid,
 so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that only
@@ -38,13 +38,20 @@ COLOURS = {
     "blue": (38, 78, 222),
     "purple": (130, 48, 182),
     "pink": (246, 122, 184),
+    "brown": (128, 78, 42),
+    "lime": (164, 220, 40),
+    "gray": (142, 146, 152),
+    "black": (44, 44, 50),
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SHAPES = ("star", "heart", "circle", "square", "triangle", "diamond", "cross", "moon")
-SUBJECTS = DIGITS + SHAPES
-BACKGROUNDS = ("white", "black", "brick", "wood", "water", "lego", "checks", "stripes")
+LETTERS = tuple(f"letter {name}" for name in "acefhkmptuxy")  # none that could be taken for a digit or for another
+SHAPES = ("star", "heart", "circle", "square", "triangle", "diamond", "cross", "moon", "arrow", "house", "cloud",
+          "drop", "bolt", "flower", "tree", "crown", "fish")  # fmt: skip
+SUBJECTS = DIGITS + LETTERS + SHAPES
+BACKGROUNDS = ("white", "black", "brick", "wood", "water", "lego", "checks", "stripes", "dots", "tiles", "grass",
+               "sand", "marble", "plaid", "zigzags", "night")  # fmt: skip
 SIZES = {"big": 10, "small": 6}  # side in grid cells
-PLACES = ("middle", "left", "right", "top", "bottom")
+PLACES = ("middle", "left", "right", "top", "bottom", "upper left", "upper right", "lower left", "lower right")
 RELATIONS = ("left", "above")  # where the first subject of two stands, seen from the second
 BIG_SHARE = 0.4  # of single subjects
 VARIANTS = 4  # ways in which the pattern of one background can lie
@@ -145,8 +152,9 @@ def _draw_lots(rng: np.random.Generator, num_subjects: int, left_open: Mapping[s
 
 def _corner(place: str, cells: int) -> tuple[int, int]:
     middle, end = (GRID - cells) // 2, GRID - cells - 1
-    column = {"left": 1, "right": end}.get(place, middle)
-    row = {"top": 1, "bottom": end}.get(place, middle)
+    words = place.split()
+    column = 1 if "left" in words else end if "right" in words else middle
+    row = 1 if {"top", "upper"} & {*words} else end if {"bottom", "lower"} & {*words} else middle
     return column, row
 
 
@@ -162,6 +170,14 @@ _ON_BACKGROUND = {
     "lego": ("on lego", "on a lego board"),
     "checks": ("on checks", "on a checkered background"),
     "stripes": ("on stripes", "on a striped background"),
+    "dots": ("on dots", "on polka dots"),
+    "tiles": ("on tiles", "on a tiled wall"),
+    "grass": ("on grass", "on the lawn"),
+    "sand": ("on sand", "on the beach"),
+    "marble": ("on marble", "on a marble floor"),
+    "plaid": ("on plaid", "on a plaid blanket"),
+    "zigzags": ("on zigzags", "on a zigzag pattern"),
+    "night": ("on a night sky", "on a starry sky"),
 }
 _AT_PLACE = {
     "middle": ("in the middle", "in the center"),
@@ -169,11 +185,15 @@ _AT_PLACE = {
     "right": ("on the right", "at the right"),
     "top": ("at the top",),
     "bottom": ("at the bottom",),
+    **{corner: (f"in the {corner} corner",) for corner in PLACES[5:]},
 }
 _RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
 _REVERSED = {"left": ("to the right of", "right of"), "above": ("below", "under")}
 _NAMES = {kind: (kind,) for kind in SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(DIGITS)}
-_FAMILY = {**dict.fromkeys(DIGITS, "digit"), **dict.fromkeys(SHAPES, "shape")}  # for a caption that names no kind
+_NAMES |= {kind: (kind, kind[-1]) for kind in LETTERS if kind != "letter a"}  # "a" alone is the article
+# For a caption that names no kind.
+_FAMILY = {kind: family for family, kinds in (("digit", DIGITS), ("letter", LETTERS), ("shape", SHAPES))
+           for kind in kinds}  # fmt: skip
 
 
 def _caption(
@@ -242,7 +262,8 @@ def states_size(scene: Scene) -> bool:
 
 
 def change_caption(scene: Scene, seed: int = 0) -> str:
-    """The caption with one fact made wrong: a subject, colour, size, place or background, or which of two is where.
+    """The caption with one fact made wrong: a subject, colour, size, place or background, which of two is where, or how
+    many there are.
 
     Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no combination of another
     split comes out: CLIP would learn that it is never true.
@@ -265,7 +286,9 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         colours = [name for name in COLOURS if name not in held and allowed(subject.kind, name, scene.background)]
         # As likely as four other facts: what the subject is, is the hardest to see.
         wrong += [in_place_of(_NAMES[subject.kind], [name for other in kinds for name in _NAMES[other]])] * 4
-        wrong.append(in_place_of([subject.colour], colours))
+        # With its subject, for "black" may be said of the background too.
+        for name in (*_NAMES[subject.kind], _FAMILY[subject.kind]):
+            wrong.append(in_place_of([f"{subject.colour} {name}"], [f"{colour} {name}" for colour in colours]))
         wrong.append(in_place_of([subject.size], [name for name in SIZES if name != subject.size]))
     backgrounds = [name for name in BACKGROUNDS
                    if all(allowed(subject.kind, subject.colour, name) for subject in scene.subjects)]  # fmt: skip
@@ -275,14 +298,23 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     if scene.relation:
         for said, opposite in ((_RELATED, _REVERSED), (_REVERSED, _RELATED)):
             wrong.append(in_place_of(said[scene.relation], opposite[scene.relation]))
+        wrong.append(_without_a_subject(scene))
     wrong = [captions for captions in wrong if captions]
     captions = wrong[int(rng.integers(len(wrong)))]
     out = captions[int(rng.integers(len(captions)))].split()
-    # "a" before a vowel, "an" before none
+    # "a" before a vowel, "an" before none; the letter stays what it is
     for i, word in enumerate(out[:-1]):
-        if word in ("a", "an"):
+        if word in ("a", "an") and out[i - 1] != "letter":
             out[i] = _article(out[i + 1])
     return " ".join(out)
+
+
+def _without_a_subject(scene: Scene) -> list[str]:
+    """The two captions that a scene of two subjects would have if one of them were all there is."""
+    said = (*_RELATED[scene.relation], *_REVERSED[scene.relation], "and")
+    first, relation, second = next(parts for phrase in said if (parts := scene.caption.partition(f" {phrase} "))[1])
+    on = next((f" {phrase}" for phrase in _ON_BACKGROUND[scene.background] if second.endswith(f" {phrase}")), "")
+    return [first + on, second]
 
 
 def words() -> frozenset[str]:
@@ -317,6 +349,19 @@ _STROKES: dict[str, list[list[tuple[float, float]]]] = {
     "seven": [[(-0.5, -0.7), (0.5, -0.7), (-0.12, 0.7)]],
     "eight": [_arc(0, -0.36, 0.36, 0.34, 0, 360, 40), _arc(0, 0.35, 0.46, 0.36, 0, 360, 40)],
     "nine": [[(-0.28, 0.72), *_arc(-0.1, -0.24, 0.58, 0.9, 70, 0, 12)], _arc(0, -0.28, 0.46, 0.42, 0, 360, 40)],
+    "letter a": [[(-0.54, 0.7), (0, -0.72), (0.54, 0.7)], [(-0.34, 0.24), (0.34, 0.24)]],
+    "letter c": [_arc(0.06, 0, 0.56, 0.7, 45, 315, 36)],
+    "letter e": [[(0.44, -0.7), (-0.42, -0.7), (-0.42, 0.7), (0.46, 0.7)], [(-0.42, 0), (0.3, 0)]],
+    "letter f": [[(0.48, -0.7), (-0.36, -0.7), (-0.36, 0.72)], [(-0.36, -0.04), (0.3, -0.04)]],
+    "letter h": [[(-0.48, -0.7), (-0.48, 0.7)], [(0.48, -0.7), (0.48, 0.7)], [(-0.48, 0), (0.48, 0)]],
+    "letter k": [[(-0.42, -0.7), (-0.42, 0.7)], [(0.5, -0.7), (-0.4, 0.1)], [(-0.08, -0.16), (0.52, 0.7)]],
+    "letter m": [[(-0.62, 0.7), (-0.56, -0.68), (0, 0.3), (0.56, -0.68), (0.62, 0.7)]],
+    "letter p": [[(-0.36, 0.72), (-0.36, -0.7), (0.1, -0.7), *_arc(0.1, -0.28, 0.42, 0.42, -90, 90, 16),
+                  (-0.36, 0.14)]],
+    "letter t": [[(-0.56, -0.7), (0.56, -0.7)], [(0, -0.7), (0, 0.72)]],
+    "letter u": [[(-0.48, -0.7), *_arc(0, 0.2, 0.48, 0.5, 180, 0, 24), (0.48, -0.7)]],
+    "letter x": [[(-0.5, -0.7), (0.5, 0.7)], [(0.5, -0.7), (-0.5, 0.7)]],
+    "letter y": [[(-0.52, -0.7), (0, 0)], [(0.52, -0.7), (0, 0), (0, 0.72)]],
 }
 _STROKE_RADIUS = 0.2
 
@@ -333,6 +378,12 @@ def _heart() -> list[tuple[float, float]]:
     return list(zip(x / 18.5, -(y + 2.5) / 17.0, strict=True))
 
 
+def _flower() -> list[tuple[float, float]]:
+    t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+    radius = 0.64 + 0.26 * np.cos(5 * t)
+    return [(r * np.sin(a), -r * np.cos(a)) for r, a in zip(radius, t, strict=True)]
+
+
 _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "star": _star(),
     "heart": _heart(),
@@ -343,6 +394,18 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "cross": [(-0.28, -0.85), (0.28, -0.85), (0.28, -0.28), (0.85, -0.28), (0.85, 0.28), (0.28, 0.28),
               (0.28, 0.85), (-0.28, 0.85), (-0.28, 0.28), (-0.85, 0.28), (-0.85, -0.28), (-0.28, -0.28)],
     "moon": [*_arc(0.05, 0, 0.85, 0.85, 48, 312, 48), *_arc(0.42, 0, 0.66, 0.68, 290, 70, 36)],
+    "arrow": [(-0.86, -0.26), (0.06, -0.26), (0.06, -0.72), (0.9, 0), (0.06, 0.72), (0.06, 0.26), (-0.86, 0.26)],
+    "house": [(0, -0.88), (0.9, -0.08), (0.62, -0.08), (0.62, 0.8), (0.2, 0.8), (0.2, 0.26), (-0.2, 0.26),
+              (-0.2, 0.8), (-0.62, 0.8), (-0.62, -0.08), (-0.9, -0.08)],
+    "cloud": [(-0.62, 0.52), *_arc(-0.56, 0.14, 0.36, 0.38, 90, 250, 16), *_arc(-0.1, -0.18, 0.46, 0.44, 200, 320, 16),
+              *_arc(0.5, 0.12, 0.42, 0.4, 270, 450, 16)],
+    "drop": [(0, -0.92), *_arc(0, 0.26, 0.62, 0.62, -35, 215, 48)],
+    "bolt": [(0.28, -0.92), (-0.58, 0.16), (-0.06, 0.16), (-0.26, 0.92), (0.6, -0.26), (0.08, -0.26)],
+    "flower": _flower(),
+    "tree": [(0, -0.92), (0.5, -0.3), (0.26, -0.3), (0.74, 0.36), (0.18, 0.36), (0.18, 0.9), (-0.18, 0.9),
+             (-0.18, 0.36), (-0.74, 0.36), (-0.26, -0.3), (-0.5, -0.3)],
+    "crown": [(-0.86, -0.5), (-0.42, -0.02), (0, -0.78), (0.42, -0.02), (0.86, -0.5), (0.7, 0.7), (-0.7, 0.7)],
+    "fish": [*_arc(0.14, 0, 0.74, 0.5, -150, 150, 40), (-0.9, 0.5), (-0.74, 0), (-0.9, -0.5)],
 }  # fmt: skip
 
 
@@ -484,6 +547,60 @@ def _stripes(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     return _mix((240, 228, 204), (120, 108, 104), np.floor((x + variant) / 2) % 2)
 
 
+def _dots(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    u, v = x + 2 * (variant % 2), y + 2 * (variant // 2)
+    # Two lattices of 4 cells, one set off by half: a dot in the middle of every other square of 2 cells.
+    radius = np.minimum(*(np.hypot((u + k) % 4 - 1, (v + k) % 4 - 1) for k in (0, 2)))
+    return _mix((250, 222, 120), (38, 128, 134), np.clip((0.72 - radius) / 0.1 + 0.5, 0, 1))
+
+
+def _tiles(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    u, v = (x + 2 * (variant % 2)) % 4 - 2, (y + 2 * (variant // 2)) % 4 - 2
+    grout = (np.maximum(np.abs(u), np.abs(v)) > 1.86)[..., None]
+    colour = _mix((238, 240, 240), (52, 104, 168), (np.abs(u) + np.abs(v) < 1.2).astype(np.float32))
+    return np.where(grout, np.float32((170, 176, 180)), colour)
+
+
+def _grass(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    row = np.floor((y + variant // 2) / 2)
+    tip = np.abs((x + row + 0.5 * (variant % 2)) % 1 - 0.5)  # blades a cell wide, in rows of 2 cells
+    height = ((y + variant // 2) % 2) / 2
+    return _mix((46, 98, 40), (126, 178, 74), np.clip((height - tip) / 0.5 + 0.35, 0, 1))
+
+
+def _sand(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    wave = y + variant % 2 + 0.5 * np.sin(2 * np.pi * (x + 4 * (variant // 2)) / 8)
+    return _mix((214, 180, 126), (240, 216, 168), 0.5 + 0.5 * np.cos(np.pi * wave))
+
+
+def _marble(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    along = x + y * (1 if variant % 2 else -1) + 4 * (variant // 2) + 0.8 * np.sin(2 * np.pi * y / 8)
+    vein = np.abs((along % 8) - 4)
+    return _mix((234, 234, 238), (132, 138, 152), np.exp(-((vein / 0.32) ** 2)) * 0.9)
+
+
+def _plaid(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    down, across = ((x + variant % 2) % 4 < 2), ((y + variant // 2) % 4 < 2)
+    colour = _mix((176, 40, 48), (60, 26, 46), (down.astype(np.float32) + across) / 2)
+    thread = ((x + variant % 2) % 4 > 2.87) & ((x + variant % 2) % 4 < 3.13)
+    thread |= ((y + variant // 2) % 4 > 2.87) & ((y + variant // 2) % 4 < 3.13)
+    return np.where(thread[..., None], np.float32((236, 206, 120)), colour)
+
+
+def _zigzags(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    ridge = np.abs((x + 2 * (variant % 2)) % 4 - 2)
+    return _mix((244, 236, 226), (226, 120, 88), np.floor((y + ridge + 2 * (variant // 2)) / 2) % 2)
+
+
+def _night(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
+    column, row = np.floor(x / 2), np.floor(y / 2)
+    shines = _hash01(column, row, variant, 7) < 0.3
+    size = 0.16 + 0.18 * (_hash01(column, row, variant, 8) < 0.4)
+    radius = np.hypot(x % 2 - 0.5, y % 2 - 0.5)  # in the middle of a cell
+    light = np.clip((size - radius) / 0.1 + 0.5, 0, 1) * shines
+    return _mix((24, 30, 74), (252, 246, 210), light)
+
+
 _TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "white": partial(_plain, (244, 243, 240)),
     "black": partial(_plain, (30, 30, 34)),
@@ -493,6 +610,14 @@ _TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "lego": _lego,
     "checks": _checks,
     "stripes": _stripes,
+    "dots": _dots,
+    "tiles": _tiles,
+    "grass": _grass,
+    "sand": _sand,
+    "marble": _marble,
+    "plaid": _plaid,
+    "zigzags": _zigzags,
+    "night": _night,
 }
 # Strength of the grain in grey levels, and how far it is smeared along x and along y, in lattice cells.
 _GRAIN_OF = {
@@ -504,6 +629,14 @@ _GRAIN_OF = {
     "lego": (7, 1, 1),
     "checks": (18, 1, 8),
     "stripes": (18, 8, 1),
+    "dots": (14, 1, 1),
+    "tiles": (10, 1, 1),
+    "grass": (26, 1, 6),
+    "sand": (28, 1, 1),
+    "marble": (14, 6, 1),
+    "plaid": (24, 4, 1),
+    "zigzags": (16, 1, 4),
+    "night": (12, 1, 1),
 }
 
 
