@@ -50,6 +50,7 @@ class DiffusionDecoder(PretrainedModel):
             sigma_small=sigma_small,
             rescale_timesteps=rescale_timesteps,
             residual_std=residual_std,
+            gated=self.unet.gated,
         )
         settings = self.unet.config
         if residual_std is not None and not settings["low_res_condition"]:

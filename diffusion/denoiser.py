@@ -155,11 +155,12 @@ class Prediction(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """What surrounds a network of residuals: x_0 is `guess + spread · network(scaled)`."""
+    """What surrounds a network of residuals: x_0 is `low_res + gate · guess + spread · network(scaled)`."""
 
     scaled: Tensor  # (b, 3, h, w), the noisy residual at unit variance
-    guess: Tensor  # (b, 3, h, w), the best linear guess of x_0
-    spread: Tensor  # of x_0 about it; broadcastable
+    low_res: Tensor  # (b, 3, h, w)
+    guess: Tensor  # (b, 3, h, w), the best linear guess of the residual
+    spread: Tensor  # of the residual about it; broadcastable
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ class Denoiser:
     the best linear guess, both scaled to unit variance as in EDM. So it neither has to learn the picture that it is
     told nor to pass on, at little noise, what it sees; and fine grain counts for as much as large shapes.
 
+    A `gated` network says by one more channel, the last, how far each pixel's guess is to be believed (a logit). Where
+    nothing lacks, all that is seen is noise, and little noise is the hardest to answer by a network of few channels.
+
     `step` is an int for the whole batch or a (b,) int64 tensor, an index of this (respaced) schedule.
     """
 
@@ -186,7 +190,12 @@ class Denoiser:
     sigma_small: bool = False
     rescale_timesteps: bool = False
     residual_std: float | None = None
+    gated: bool = False
     conditioning: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gated and self.residual_std is None:
+            raise ValueError("a gated network is one of residuals: it wants residual_std")
 
     @property
     def num_steps(self) -> int:
@@ -234,9 +243,10 @@ class Denoiser:
             self.network_timesteps(step, len(x), x.device),
             **self.conditioning,
         )
+        output, gate = (output[:, :-1], output[:, -1:].sigmoid()) if self.gated else (output, 1)
         output, position = output.chunk(2, dim=1) if self.learn_sigma else (output, None)
         if residual is not None:
-            output = residual.guess + residual.spread * output
+            output = residual.low_res + gate * residual.guess + residual.spread * output
         if position is None:
             table = self.schedule.posterior_log_variance if self.sigma_small else self.schedule.large_log_variance
             return output, at(table, step, x)
@@ -251,7 +261,8 @@ class Denoiser:
         total = (1 / alpha_bar - 1 + std**2).sqrt()  # deviation of the noisy residual
         return Residual(
             noisy * at(1 / total, step, x),
-            low_res + noisy * at((std / total) ** 2, step, x),
+            low_res,
+            noisy * at((std / total) ** 2, step, x),
             self._residual_spread(x, step),
         )
 

@@ -115,6 +115,7 @@ def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
         sigma_small=flags["sigma_small"],
         rescale_timesteps=flags["rescale_timesteps"],
         residual_std=flags["residual_std"],
+        gated=unet.gated,
     )
 
 

@@ -144,7 +144,8 @@ def make_unet(arguments: argparse.Namespace, **conditioning: Any) -> Any:
     names = ("image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
              "num_head_channels", "num_heads_upsample", "use_new_attention_order", "use_scale_shift_norm",
              "resblock_updown", "patch_size", "dropout", "learn_sigma")  # fmt: skip
-    unet = UNet(**{name: getattr(arguments, name) for name in names}, **conditioning)
+    settings = {name: getattr(arguments, name) for name in names}
+    unet = UNet(**settings, gated=arguments.residual_std is not None, **conditioning)
     path = arguments.resume_checkpoint
     if path is not None:
         load_state(unet, tensor_dict(read_torch(path), path), source=path)

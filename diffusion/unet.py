@@ -186,6 +186,7 @@ class UNet(PretrainedModel):
       middle): `image_embeds` are wanted, a grid `emb_stride` times as fine as the middle's feature map.
     - `low_res_condition`: a picture `low_res`, of any size, is wanted.
     - `patch_size` k works on k×k pixels folded into channels.
+    - `gated` adds one output channel, the gate of `Denoiser`.
     """
 
     @records_config
@@ -211,14 +212,16 @@ class UNet(PretrainedModel):
         emb_stride: int = 2,
         low_res_condition: bool = False,
         patch_size: int = 1,
+        gated: bool = False,
     ):
         super().__init__()
         self.image_size = image_size
         self.learn_sigma = learn_sigma
+        self.gated = gated
         self.emb_stride = emb_stride
         self.patch_size = patch_size
         self.num_channels = num_channels
-        self.out_channels = 6 if learn_sigma else 3
+        self.out_channels = (6 if learn_sigma else 3) + gated
         # How many pixels one pixel of the middle's feature map covers, each way.
         self.downscale = patch_size * 2 ** (len(channel_mult) - 1)
 
@@ -289,7 +292,7 @@ class UNet(PretrainedModel):
         low_res: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """`x` (b, 3, h, w), pictures in [-1, 1] under noise, and (b,) timesteps → (b, 3 or 6, h, w).
+        """`x` (b, 3, h, w), pictures in [-1, 1] under noise, and (b,) timesteps → (b, out_channels, h, w).
 
         `image_embeds` (b, emb_input_dims, rows, columns) are codebook rows, `low_res` (b, 3, h', w') pictures in
         [-1, 1], `y` (b,) int64 classes; each is given exactly where the model is conditioned on it. Raises `ValueError`

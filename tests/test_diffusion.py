@@ -245,8 +245,12 @@ def test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned():
     low_res, std = torch.rand(1, 3, 32, 32) * 2 - 1, 0.2
     x_0 = torch.nn.functional.interpolate(low_res, (64, 64), mode="bilinear") + std * torch.randn(1, 3, 64, 64)
 
-    def denoiser(network):
-        return Denoiser(network, Schedule.named("cosine", 100), residual_std=std, conditioning={"low_res": low_res})
+    def denoiser(network, gated=False):
+        return Denoiser(network, Schedule.named("cosine", 100), residual_std=std, gated=gated,
+                        conditioning={"low_res": low_res})  # fmt: skip
+
+    def open_gate(x, t, low_res):
+        return torch.cat([torch.zeros_like(x), torch.full_like(x[:, :1], 200)], dim=1)
 
     zeros = denoiser(lambda x, t, low_res: torch.zeros_like(x))
     for step in (0, 10, 50, 99):
@@ -259,10 +263,20 @@ def test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned():
         assert abs((prediction.x_0 - x_0).square().mean() / best - 1) < 0.1
         # The scaled target has unit variance at every step.
         assert abs(zeros.loss(x_0, steps, noise) - 1) < 0.1
-        spread = zeros._residual(x, step)
-        knowing = denoiser(lambda x, t, low_res, spread=spread: (x_0 - spread.guess) / spread.spread)
+        known = zeros._residual(x, step)
+        assert torch.equal(denoiser(open_gate, gated=True)(x, step).x_0, zeros(x, step).x_0)
+        # Where the gate is shut nothing is left of the noise.
+        shut = denoiser(lambda x, t, low_res: -open_gate(x, t, low_res), gated=True)(x, step, clip=False)
+        assert torch.equal(shut.x_0, known.low_res)
+        answer = (x_0 - known.low_res - known.guess) / known.spread
+        knowing = denoiser(lambda x, t, low_res, answer=answer: answer)
         assert torch.allclose(knowing(x, step, clip=False).x_0, x_0, atol=1e-4)
         assert knowing.loss(x_0, steps, noise) < 1e-4
+
+
+def test_gate_is_for_residuals():
+    with pytest.raises(ValueError, match="residual_std"):
+        Denoiser(None, Schedule.named("linear", 10), gated=True)
 
 
 def test_residuals_want_a_picture_to_differ_from(tiny_vae):
