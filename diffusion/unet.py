@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle_pytorch.checkpoints import PretrainedModel, records_config
 
 NUM_CLASSES = 1000  # of the class-conditional ImageNet models
+NORM_GROUPS = 32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000) 
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
+    return nn.GroupNorm(NORM_GROUPS, channels)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -239,6 +240,9 @@ class UNet(PretrainedModel):
 
         attention_levels = {image_size // patch_size // side for side in attention_resolutions}
         widths = [int(mult * num_channels) for mult in channel_mult]
+        if any(width % NORM_GROUPS for width in widths):
+            raise ValueError(f"num_channels {num_channels} by channel_mult {', '.join(f'{m:g}' for m in channel_mult)} "
+                             f"makes {', '.join(map(str, widths))} channels, not multiples of {NORM_GROUPS}")  # fmt: skip
         last = len(widths) - 1
         in_channels = (6 if low_res_condition else 3) * patch_size**2
 

@@ -163,6 +163,11 @@ def test_what_the_network_is_not_conditioned_on_is_refused():
         unet(torch.randn(1, 3, 33, 32), t, torch.randn(1, 5, 32, 32))
 
 
+def test_widths_that_do_not_divide_into_groups_are_refused():
+    with pytest.raises(ValueError, match="makes 32, 48 channels, not multiples of 32"):
+        UNet(num_channels=32, channel_mult=(1, 1.5))
+
+
 def test_it_starts_from_zero_and_learns_everywhere():
     torch.manual_seed(0)
     unet = UNet(image_size=16, num_channels=32, num_res_blocks=1, channel_mult=(1, 1), attention_resolutions=(8,))
