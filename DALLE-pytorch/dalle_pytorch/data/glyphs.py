@@ -58,10 +58,10 @@ VARIANTS = 4  # ways in which the pattern of one background can lie
 
 SPLITS = ("train", "test", "validation")
 HELD_OUT = {"test": 0.1, "validation": 0.04}  # shares of all combinations; the rest is for training
-# How often a caption does without a fact: in a complete one, in one of training, in a terse one.
-COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "frame": 0.75}
+# How often a caption does without a fact, or a word: in a complete one, in one of training, in a terse one.
+COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "frame": 0.75, "article": 0.1}
 LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2}
-TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "frame": 1.0}
+TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "frame": 1.0, "article": 0.2}
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,10 @@ _AT_PLACE = {
     "bottom": ("at the bottom",),
     **{corner: (f"in the {corner} corner",) for corner in PLACES[5:]},
 }
+_SIZE_NAMES = {"big": ("big", "large"), "small": ("small", "little")}
 _RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
 _REVERSED = {"left": ("to the right of", "right of"), "above": ("below", "under")}
+_TOGETHER = {"left": ("and", "next to", "beside"), "above": ("and",)}  # which is where is left open
 _NAMES = {kind: (kind,) for kind in SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(DIGITS)}
 _NAMES |= {kind: (kind, kind[-1]) for kind in LETTERS if kind != "letter a"}  # "a" alone is the article
 # For a caption that names no kind.
@@ -207,6 +209,8 @@ def _caption(
     def leaves_open(fact: str) -> bool:
         return rng.random() < left_open[fact]
 
+    without_article = leaves_open("article")
+
     def name(subject: Subject, with_size: bool) -> str:
         colour, (kind, *others) = subject.colour, _NAMES[subject.kind]
         if others and rng.random() < 0.25:
@@ -215,8 +219,9 @@ def _caption(
             colour = ""
         elif leaves_open("kind"):
             kind = _FAMILY[subject.kind]
-        words = " ".join(filter(None, (subject.size if with_size else "", colour, kind)))
-        return f"{_article(words)} {words}"
+        size = str(rng.choice(_SIZE_NAMES[subject.size])) if with_size else ""
+        words = " ".join(filter(None, (size, colour, kind)))
+        return words if without_article else f"{_article(words)} {words}"
 
     on = "" if leaves_open("background") else str(rng.choice(_ON_BACKGROUND[background]))
     if len(subjects) == 1:
@@ -230,8 +235,9 @@ def _caption(
             what = f"{first} {rng.choice(_RELATED[relation])} {second}"
         elif roll < 0.9:
             what = f"{second} {rng.choice(_REVERSED[relation])} {first}"
-        else:  # which is where is left open
-            what = " and ".join([first, second] if rng.random() < 0.5 else [second, first])
+        else:
+            together = rng.choice(_TOGETHER[relation])
+            what = f" {together} ".join([first, second] if rng.random() < 0.5 else [second, first])
     caption = f"{what} {on}".rstrip()
     if not leaves_open("frame"):
         caption = f"a {rng.choice(['picture', 'drawing', 'photo'])} of {caption}"
@@ -252,13 +258,15 @@ def _article(words: str) -> str:
 def states_place(scene: Scene) -> bool:
     """Whether the caption says where the subject is, or which of two is where."""
     if scene.relation:
-        return " and " not in scene.caption
-    return any(f" {phrase} " in f"{scene.caption} " for phrase in _AT_PLACE[scene.place])
+        phrases = _RELATED[scene.relation] + _REVERSED[scene.relation]
+    else:
+        phrases = _AT_PLACE[scene.place]
+    return any(f" {phrase} " in f"{scene.caption} " for phrase in phrases)
 
 
 def states_size(scene: Scene) -> bool:
     """Whether the caption says how big the subject is."""
-    return any(word in SIZES for word in scene.caption.split())
+    return any(f" {name} " in f" {scene.caption} " for names in _SIZE_NAMES.values() for name in names)
 
 
 def change_caption(scene: Scene, seed: int = 0) -> str:
@@ -289,7 +297,8 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         # With its subject, for "black" may be said of the background too.
         for name in (*_NAMES[subject.kind], _FAMILY[subject.kind]):
             wrong.append(in_place_of([f"{subject.colour} {name}"], [f"{colour} {name}" for colour in colours]))
-        wrong.append(in_place_of([subject.size], [name for name in SIZES if name != subject.size]))
+        wrong.append(in_place_of(_SIZE_NAMES[subject.size], [name for size in SIZES if size != subject.size
+                                                             for name in _SIZE_NAMES[size]]))  # fmt: skip
     backgrounds = [name for name in BACKGROUNDS
                    if all(allowed(subject.kind, subject.colour, name) for subject in scene.subjects)]  # fmt: skip
     for table, true, possible in ((_ON_BACKGROUND, scene.background, backgrounds), (_AT_PLACE, scene.place, PLACES)):
@@ -311,7 +320,7 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
 
 def _without_a_subject(scene: Scene) -> list[str]:
     """The two captions that a scene of two subjects would have if one of them were all there is."""
-    said = (*_RELATED[scene.relation], *_REVERSED[scene.relation], "and")
+    said = (*_RELATED[scene.relation], *_REVERSED[scene.relation], *_TOGETHER[scene.relation])
     first, relation, second = next(parts for phrase in said if (parts := scene.caption.partition(f" {phrase} "))[1])
     on = next((f" {phrase}" for phrase in _ON_BACKGROUND[scene.background] if second.endswith(f" {phrase}")), "")
     return [first + on, second]
@@ -319,10 +328,10 @@ def _without_a_subject(scene: Scene) -> list[str]:
 
 def words() -> frozenset[str]:
     """Every word that a caption can hold: what the default model has seen."""
-    tables = (_ON_BACKGROUND, _AT_PLACE, _RELATED, _REVERSED)
+    tables = (_ON_BACKGROUND, _AT_PLACE, _SIZE_NAMES, _RELATED, _REVERSED, _TOGETHER)
     phrases = [phrase for table in tables for row in table.values() for phrase in row]
     phrases += [name for names in _NAMES.values() for name in names]
-    phrases += [*COLOURS, *SIZES, *_FAMILY.values(), "a an and of picture drawing photo"]
+    phrases += [*COLOURS, *_FAMILY.values(), "a an of picture drawing photo"]
     return frozenset(" ".join(phrases).split())
 
 
