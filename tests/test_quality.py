@@ -115,6 +115,11 @@ def test_benchmark_runs_goes_on_and_refuses_other_settings(model, tmp_path, caps
     assert len(ones) == 2 and shares["best of 3"]["count"] == 2
     assert shares["best of 3"]["mean"] == np.mean([all(r["right"][r["best"]].values()) for r in ones])
     assert figures["groups"]["two subjects"]["best_of"]["captions"] == 1
+    quality.main([*command[:-1], str(tmp_path / "parallel"), "--count", "2", "--jobs", "2"])
+    parallel = [json.loads(line) for line in (tmp_path / "parallel/records.jsonl").read_text().splitlines()[1:]]
+    for name in ("caption", "best", "right"):  # features depend on the number of threads by rounding
+        found, wanted = ({(r["group"], r["index"]): r[name] for r in rs} for rs in (parallel, records))
+        assert found == wanted
     with pytest.raises(quality.UsageError, match="other settings"):
         quality.main([*command, "--count", "1", "--seed", "9"])
     shutil.rmtree(tmp_path / "out")
