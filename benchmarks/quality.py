@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jobs import Jobs
 from judge import Judge, judge_by_attribute, likeliest, log_likelihood, share_of_scenes_read
 from measures import best_of, frechet_distance, frechet_interval, interval
 from tqdm import tqdm
@@ -70,8 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     parser.add_argument("--device")
     parser.add_argument("--jobs", type=number(int, 1), default=1,
-                        help="processes that share the captions and the CPU's cores: as many as these are twice as fast "
-                             "as one (default 1)")  # fmt: skip
+                        help="processes that share captions and cores: on a CPU, as many as it has cores (default 1)")
     return parser.parse_args(argv)
 
 
@@ -123,7 +122,7 @@ class Models:
         }
 
 
-def measure(models: Models, group: str, index: int, arguments: argparse.Namespace) -> Record:
+def measure(arguments: argparse.Namespace, models: Models, group: str, index: int) -> Record:
     """Draws one caption in every way, writes its strip of pictures, and returns what was seen."""
     scene = glyphs.make_scene(index, arguments.split, num_subjects=GROUPS[group])
     longest = max(arguments.num_images, arguments.curve_images)
@@ -156,33 +155,6 @@ def measure(models: Models, group: str, index: int, arguments: argparse.Namespac
     return record
 
 
-def measured(wanted: Iterable[tuple[str, int]], models: Models, arguments: argparse.Namespace) -> Iterator[Record]:
-    """`measure` of every (group, index), in any order, by `--jobs` processes."""
-    if arguments.jobs == 1:
-        yield from (measure(models, group, index, arguments) for group, index in wanted)
-        return
-    threads = max(1, torch.get_num_threads() // arguments.jobs)
-    pool = ProcessPoolExecutor(
-        arguments.jobs, multiprocessing.get_context("spawn"), initializer=_start_job, initargs=(arguments, threads)
-    )
-    try:
-        for future in as_completed([pool.submit(_measure_in_job, *key) for key in wanted]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_job(arguments: argparse.Namespace, threads: int) -> None:
-    global _job
-    torch.set_num_threads(threads)
-    _job = Models.of(arguments), arguments
-
-
-def _measure_in_job(group: str, index: int) -> Record:
-    models, arguments = _job
-    return measure(models, group, index, arguments)
-
-
 def strip_path(folder: Path, record: Record) -> Path:
     return folder / "pictures" / f"{record['group'].replace(' ', '_')}-{record['index']:04}.png"
 
@@ -210,10 +182,12 @@ def all_records(arguments: argparse.Namespace, models: Models) -> list[Record]:
         if lines:
             file.write("\n")
         missing = [key for key in wanted if key not in records]
-        for record in tqdm(measured(missing, models, arguments), "captions", len(missing), dynamic_ncols=True):
-            records[record["group"], record["index"]] = record
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+        with Jobs(arguments.jobs, partial(Models.of, arguments)) as jobs:
+            done = jobs.map(partial(measure, arguments), missing)
+            for record in tqdm(done, "captions", len(missing), dynamic_ncols=True):
+                records[record["group"], record["index"]] = record
+                file.write(json.dumps(record) + "\n")
+                file.flush()
     return [records[key] for key in wanted]
 
 

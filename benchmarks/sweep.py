@@ -13,9 +13,11 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jobs import Jobs
 from measures import best_of
 from quality import DEFAULT_MODEL, GROUPS, Models, all_right, with_interval
 from tqdm import tqdm
@@ -35,26 +37,42 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=number(float, 0, 1, above=True), nargs="+", default=[0.8, 0.9, 0.95, 1.0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--device")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="as in quality.py (default 1)")
     return parser.parse_args(argv)
+
+
+def draw_caption(
+    models: Models, num_subjects: int, index: int, *, num_images: int, **sampling: float
+) -> tuple[tuple[int, int], float, float]:
+    """Which caption it is, its share of candidates with everything right, and whether CLIP's best has."""
+    models.sampling = sampling
+    scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
+    record, _ = models.candidates(scene, num_images, seed=0)
+    right = [all_right(r) for r in record["right"]]
+    return (num_subjects, index), float(np.mean(right)), best_of(record["scores"], right, num_images)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    models = Models(arguments.model, pick_device(arguments.device))
+    device = pick_device(arguments.device)
+    with Jobs(arguments.jobs, partial(Models, arguments.model, device)) as jobs:
+        sweep(arguments, jobs)
+
+
+def sweep(arguments: argparse.Namespace, jobs: Jobs) -> None:
+    """Tries the settings, prints the table and writes it."""
     tried: dict[tuple[float, float, float], dict] = {}
 
     def share(top_p: float, temperature: float, cond_scale: float) -> float:
         """The share of single candidates with everything right: the measure that settings are chosen by."""
         key = (top_p, temperature, cond_scale)
         if key not in tried:
-            models.sampling = {"top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-            one, best = [], []
-            for group, index in tqdm([*itertools.product(GROUPS.values(), range(arguments.count))], str(key)):
-                scene = glyphs.make_scene(index, "validation", num_subjects=group)
-                record, _ = models.candidates(scene, arguments.num_images, seed=0)
-                right = [all_right(r) for r in record["right"]]
-                one.append(float(np.mean(right)))
-                best.append(best_of(record["scores"], right, arguments.num_images))
+            draw = partial(draw_caption, num_images=arguments.num_images, top_p=top_p, temperature=temperature,
+                           cond_scale=cond_scale)  # fmt: skip
+            captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
+            # In the captions' order, for intervals that do not depend on which is done first.
+            shares = sorted(tqdm(jobs.map(draw, captions), str(key), len(captions)))
+            _, one, best = zip(*shares, strict=True)
             tried[key] = {"one": with_interval(one), "best": with_interval(best)}
         return tried[key]["one"]["mean"]
 

@@ -241,8 +241,9 @@ class UNet(PretrainedModel):
         attention_levels = {image_size // patch_size // side for side in attention_resolutions}
         widths = [int(mult * num_channels) for mult in channel_mult]
         if any(width % NORM_GROUPS for width in widths):
-            raise ValueError(f"num_channels {num_channels} by channel_mult {', '.join(f'{m:g}' for m in channel_mult)} "
-                             f"makes {', '.join(map(str, widths))} channels, not multiples of {NORM_GROUPS}")  # fmt: skip
+            by = ", ".join(f"{mult:g}" for mult in channel_mult)
+            raise ValueError(f"num_channels {num_channels} by channel_mult {by} makes {', '.join(map(str, widths))} "
+                             f"channels, not multiples of {NORM_GROUPS}")  # fmt: skip
         last = len(widths) - 1
         in_channels = (6 if low_res_condition else 3) * patch_size**2
 

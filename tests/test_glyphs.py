@@ -9,7 +9,6 @@ import torch
 
 from dalle_pytorch.data import GlyphsDataset, glyphs
 
-
 # Every name of every kind of subject.
 NAMES = {name: name for name in glyphs.SUBJECTS}
 NAMES |= {str(i): name for i, name in enumerate(glyphs.DIGITS)}
@@ -74,6 +73,12 @@ def test_terse_captions_say_less():
         lengths.append((len(words), len(scene.caption.split())))
     short, long = np.mean(lengths, axis=0)
     assert short < 0.7 * long
+
+
+def test_captions_do_without_articles_now_and_then():
+    captions = [glyphs.make_scene(index).caption for index in range(1000)]
+    bare = [caption for caption in captions if not {"a", "an"} & {*caption.split()[:1], *caption.split()[3:4]}]
+    assert 50 < len(bare) < 150
 
 
 def test_relation_in_caption_is_true():

@@ -42,8 +42,8 @@ def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
         # Tokens of other pictures among those it is shown: it learns to go by the caption rather than by what it drew.
         "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
                   "--bpe_path", tokenizer, *steps(4000), "--batch_size", "16", "--learning_rate", "2e-3",
-                  "--dim", "192", "--depth", "6", "--heads", "3", "--subject_weight", "3", "--image_noise", "0.3",
-                  "--ema_decay", "0.998", "--muon", "--save_every", "100"],
+                  "--dim", "192", "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
+                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
                  "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", *steps(1600),
                  "--batch_size", "64", "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon",
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/default", help="folder for checkpoints and logs")
     parser.add_argument("--only", help="run this stage alone")
     parser.add_argument("--longer", type=number(float, 0, above=True), default=1.0, metavar="FACTOR",
-                        help="multiplies the steps of training: on a GPU there is time for more (default 1)")  # fmt: skip
+                        help="multiplies the steps of training: a GPU has time for more (default 1)")  # fmt: skip
     arguments = parser.parse_args(argv)
     commands = stages(arguments.runs, arguments.longer)
     if arguments.only and arguments.only not in commands:

@@ -1,10 +1,10 @@
 """The glyphs world: scenes drawn by code, with captions that say everything that is in them.
 
-A scene is one or two subjects (a digit, a letter or a shape, in a colour, big or small, at a place) on a background. A subject is
-a sticker: a white rim, about as wide as one image token, keeps its colour and the background out of the same token.
-Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a 16×16 grid,
-so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that only
-a picture of 256 pixels shows. Tokens cannot carry the grain: the diffusion decoder has to invent it.
+A scene is one or two subjects (a digit, a letter or a shape, in a colour, big or small, at a place) on a background.
+A subject is a sticker: a white rim, about as wide as one image token, keeps its colour and the background out of the
+same token. Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a
+16×16 grid, so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that
+only a picture of 256 pixels shows. Tokens cannot carry the grain: the diffusion decoder has to invent it.
 
 Some combinations of subject, colour and background never appear in training. A scene that holds one is a test scene,
 or one for validation: what is chosen during development is chosen on these.
@@ -257,10 +257,8 @@ def _article(words: str) -> str:
 
 def states_place(scene: Scene) -> bool:
     """Whether the caption says where the subject is, or which of two is where."""
-    if scene.relation:
-        phrases = _RELATED[scene.relation] + _REVERSED[scene.relation]
-    else:
-        phrases = _AT_PLACE[scene.place]
+    tables = (_RELATED, _REVERSED) if scene.relation else (_AT_PLACE,)
+    phrases = [phrase for table in tables for phrase in table[scene.relation or scene.place]]
     return any(f" {phrase} " in f"{scene.caption} " for phrase in phrases)
 
 
@@ -321,7 +319,7 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
 def _without_a_subject(scene: Scene) -> list[str]:
     """The two captions that a scene of two subjects would have if one of them were all there is."""
     said = (*_RELATED[scene.relation], *_REVERSED[scene.relation], *_TOGETHER[scene.relation])
-    first, relation, second = next(parts for phrase in said if (parts := scene.caption.partition(f" {phrase} "))[1])
+    first, _, second = next(parts for phrase in said if (parts := scene.caption.partition(f" {phrase} "))[1])
     on = next((f" {phrase}" for phrase in _ON_BACKGROUND[scene.background] if second.endswith(f" {phrase}")), "")
     return [first + on, second]
 
