@@ -316,14 +316,17 @@ def plot_curves(path: Path, groups: Record) -> None:
         for attribute in ("everything", *ATTRIBUTES):
             if attribute in curve:
                 thick = attribute == "everything"
+                # Its own colour, whichever of the others a group has.
+                colour = "black" if thick else f"C{ATTRIBUTES.index(attribute)}"
                 axis.plot(curve["N"], [100 * y for y in curve[attribute]], label=attribute, marker="o", markersize=3,
-                          linewidth=2.5 if thick else 1, color="black" if thick else None)  # fmt: skip
+                          linewidth=2.5 if thick else 1, color=colour)  # fmt: skip
         axis.set(title=f"{name} ({curve['captions']} captions)", xlabel="N: CLIP's best of N", xscale="log")
         axis.set_xticks(curve["N"], curve["N"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right, %")
-    axes[-1].legend(loc="lower right", fontsize=8)
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
