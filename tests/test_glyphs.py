@@ -112,6 +112,9 @@ def test_changed_captions_get_everything_wrong_that_can_be():
         "a black star left of a red three on black", "a black star left of a red letter a on a brick wall",
     }  # fmt: skip
     assert not any("an on" in caption or "on red" in caption for caption in changed)
+    subject = glyphs.Subject("letter a", "red", "big", 3, 3)
+    changed = {glyphs.change_caption(glyphs.Scene((subject,), "black", 0, 0, "a red letter"), i) for i in range(300)}
+    assert "an orange letter" in changed and "a orange letter" not in changed
 
 
 def test_changed_captions_of_training_name_no_combination_of_other_splits():

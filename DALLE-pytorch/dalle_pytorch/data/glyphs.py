@@ -311,7 +311,7 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     out = captions[int(rng.integers(len(captions)))].split()
     # "a" before a vowel, "an" before none; the letter stays what it is
     for i, word in enumerate(out[:-1]):
-        if word in ("a", "an") and out[i - 1] != "letter":
+        if word in ("a", "an") and out[max(i - 1, 0)] != "letter":
             out[i] = _article(out[i + 1])
     return " ".join(out)
 
