@@ -182,7 +182,9 @@ def all_records(arguments: argparse.Namespace, models: Models) -> list[Record]:
         if lines:
             file.write("\n")
         missing = [key for key in wanted if key not in records]
-        with Jobs(arguments.jobs, partial(Models.of, arguments)) as jobs:
+        # A single job is this process, which has its models already.
+        make_models = partial(Models.of, arguments) if arguments.jobs > 1 else lambda: models
+        with Jobs(arguments.jobs, make_models) as jobs:
             done = jobs.map(partial(measure, arguments), missing)
             for record in tqdm(done, "captions", len(missing), dynamic_ncols=True):
                 records[record["group"], record["index"]] = record

@@ -185,7 +185,7 @@ _AT_PLACE = {
     "right": ("on the right", "at the right"),
     "top": ("at the top",),
     "bottom": ("at the bottom",),
-    **{corner: (f"in the {corner} corner",) for corner in PLACES[5:]},
+    **{corner: (f"in the {corner} corner",) for corner in PLACES if " " in corner},
 }
 _SIZE_NAMES = {"big": ("big", "large"), "small": ("small", "little")}
 _RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
