@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **dataset_settings(arguments),
         caption_problem=None if arguments.truncate_captions else LongCaption(tokenizer, arguments.text_seq_len),
         terse_every=2,
+        wrong_captions=4,
     )
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))
 

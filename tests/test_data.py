@@ -303,7 +303,8 @@ def test_what_cannot_be_opened_is_said(tmp_path):
 
 def test_glyphs_have_no_end_but_a_door():
     batch = next(iter(BatchLoader(open_dataset("glyphs", 32), 2, last_step=1)))
-    assert batch["image"].shape == (2, 3, 32, 32) and batch["mask"].ndim == 3
+    assert batch["image"].shape == (2, 3, 32, 32) and batch["mask"].ndim == 3 and "other_captions" not in batch
+    batch = next(iter(BatchLoader(open_dataset("glyphs", 32, wrong_captions=4), 2, last_step=1)))
     assert [len(row) for row in batch["other_captions"]] == [4, 4]
 
 

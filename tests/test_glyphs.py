@@ -131,6 +131,21 @@ def test_changed_captions_of_training_name_no_combination_of_other_splits():
     assert named > 1000
 
 
+def two(first: str, second: str, caption: str) -> glyphs.Scene:
+    subjects = [glyphs.Subject(*words.split(), "small", 1, 5) for words in (first, second)]
+    return glyphs.Scene(tuple(subjects), "black", 0, 0, caption, relation="left")
+
+
+def test_exchanged_colours_are_made_wrong_but_not_what_stays_true():
+    def changed(scene):
+        return {glyphs.change_caption(scene, seed) for seed in range(500)}
+
+    scene = two("star orange", "seven black", "an orange star and a black 7 on a black background")
+    assert "a black star and an orange 7 on a black background" in changed(scene)
+    scene = two("two orange", "seven black", "an orange digit and a black digit")
+    assert not changed(scene) & {"a black digit and an orange digit", scene.caption}
+
+
 @pytest.mark.parametrize("background", glyphs.BACKGROUNDS)
 def test_grain_is_only_in_the_large_picture(background):
     """The picture at 128 pixels is that at 256 with the grain averaged away: it is the same for any grain."""
@@ -162,7 +177,7 @@ def test_dataset_items_have_one_shape():
 
 
 def test_captions_are_terse_as_often_as_wanted():
-    plain, terse = GlyphsDataset(32), GlyphsDataset(32, terse_every=2)
+    plain, terse = GlyphsDataset(32), GlyphsDataset(32, terse_every=2, wrong_captions=4)
     same = [plain[i]["caption"] == terse[i]["caption"] for i in range(20)]
     assert all(same[1::2]) and sum(same[::2]) < 3
     assert all(len(set(terse[i]["other_captions"]) - {terse[i]["caption"]}) > 1 for i in range(20))

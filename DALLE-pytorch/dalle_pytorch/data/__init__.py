@@ -46,15 +46,21 @@ __all__ = [
 class GlyphsDataset(Dataset):
     """Scenes of the glyphs world, drawn when asked for.
 
-    `mask` (16, 16) is the share of each cell under a subject; `other_captions` have one fact wrong each. Every
-    `terse_every`-th caption, if that is given, says little, often nothing but what the subject is: single words are
-    learned from these.
+    `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
+    little, often nothing but what the subject is: single words are learned from these. If `wrong_captions` are wanted,
+    `other_captions` are so many, each with one fact made wrong.
     """
 
-    WRONG_CAPTIONS = 4
-
-    def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", terse_every: int | None = None):
-        self.resolution, self.count, self.split, self.terse_every = resolution, count, split, terse_every
+    def __init__(
+        self,
+        resolution: int,
+        count: int = 10_000_000,
+        split: str = "train",
+        terse_every: int | None = None,
+        wrong_captions: int = 0,
+    ):
+        self.resolution, self.count, self.split = resolution, count, split
+        self.terse_every, self.wrong_captions = terse_every, wrong_captions
 
     def __len__(self) -> int:
         return self.count
@@ -63,14 +69,14 @@ class GlyphsDataset(Dataset):
         scene = glyphs.make_scene(index, self.split)
         if self.terse_every and index % self.terse_every == 0:
             scene = glyphs.with_terse_caption(scene, index)
-        return {
+        item = {
             "image": torch.from_numpy(glyphs.draw(scene, self.resolution)).permute(2, 0, 1),
             "caption": scene.caption,
-            "other_captions": [
-                glyphs.change_caption(scene, self.WRONG_CAPTIONS * index + i) for i in range(self.WRONG_CAPTIONS)
-            ],
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }
+        if wrong := self.wrong_captions:
+            item["other_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
+        return item
 
 
 def open_dataset(
@@ -84,6 +90,7 @@ def open_dataset(
     transparent: bool = False,
     caption_problem: CaptionProblem | None = None,
     terse_every: int | None = None,
+    wrong_captions: int = 0,
 ) -> Dataset:
     """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
 
@@ -94,14 +101,14 @@ def open_dataset(
         caption_key: the field of JSON captions.
         captions: False if pictures alone will do.
         crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; the drawn world does without.
-        terse_every: of the drawn world alone, as in `GlyphsDataset`.
+        terse_every, wrong_captions: of the drawn world alone, as in `GlyphsDataset`.
 
     Raises `FileError` for what is not there, or is not what `wds` says.
     """
     if str(name) == "glyphs":
         if wds or transparent:
             raise FileError("glyphs are drawn, opaque and not from archives: they go without --wds and --transparent")
-        return GlyphsDataset(resolution, terse_every=terse_every)
+        return GlyphsDataset(resolution, terse_every=terse_every, wrong_captions=wrong_captions)
     settings = {"crop_ratio": crop_ratio, "transparent": transparent, "caption_problem": caption_problem}
     if wds:
         image, *rest = [suffix.strip().lower().lstrip(".") for suffix in wds.split(",")]

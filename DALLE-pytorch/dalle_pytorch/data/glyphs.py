@@ -59,9 +59,12 @@ VARIANTS = 4  # ways in which the pattern of one background can lie
 SPLITS = ("train", "test", "validation")
 HELD_OUT = {"test": 0.1, "validation": 0.04}  # shares of all combinations; the rest is for training
 # How often a caption does without a fact, or a word: in a complete one, in one of training, in a terse one.
-COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "frame": 0.75, "article": 0.1}
-LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2}
-TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "frame": 1.0, "article": 0.2}
+COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "relation": 0.1, "frame": 0.75,
+            "article": 0.1}  # fmt: skip
+# Two subjects of which is not said which is where are the hardest to draw, each once: training has more of them.
+LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2, "relation": 0.25}
+TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "relation": 0.25, "frame": 1.0,
+         "article": 0.2}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,10 @@ def _caption(
             what += f" {rng.choice(_AT_PLACE[place])}"
     else:
         first, second = (name(subject, with_size=False) for subject in subjects)
-        roll = rng.random()
-        if roll < 0.45:
+        roll, said = rng.random(), 1 - left_open["relation"]
+        if roll < said / 2:
             what = f"{first} {rng.choice(_RELATED[relation])} {second}"
-        elif roll < 0.9:
+        elif roll < said:
             what = f"{second} {rng.choice(_REVERSED[relation])} {first}"
         else:
             together = rng.choice(_TOGETHER[relation])
@@ -268,8 +271,8 @@ def states_size(scene: Scene) -> bool:
 
 
 def change_caption(scene: Scene, seed: int = 0) -> str:
-    """The caption with one fact made wrong: a subject, colour, size, place or background, which of two is where, or how
-    many there are.
+    """The caption with one fact made wrong: a subject, colour, size, place or background; of two subjects also which is
+    where, which has which colour, or that there are two.
 
     Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no combination of another
     split comes out: CLIP would learn that it is never true.
@@ -286,6 +289,19 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     def in_place_of(phrases: Iterable[str], others: Iterable[str]) -> list[str]:
         phrase = next((phrase for phrase in phrases if f" {phrase} " in caption), None)
         return [caption.replace(f" {phrase} ", f" {other} ").strip() for other in others] if phrase else []
+
+    def exchanged_colours() -> list[str]:
+        first, second = scene.subjects
+        named = any(f" {name} " in caption for subject in scene.subjects for name in _NAMES[subject.kind])
+        if not named and _FAMILY[first.kind] == _FAMILY[second.kind]:
+            return []  # "a red digit and a blue digit" would still be true
+        if not all(allowed(a.kind, b.colour, scene.background) for a, b in ((first, second), (second, first))):
+            return []
+        exchange = {first.colour: second.colour, second.colour: first.colour}
+        on = _background_said(scene)
+        said = scene.caption.removesuffix(on).split()
+        out = [exchange.get(word, word) for word in said]
+        return [" ".join(out) + on] if out != said else []
 
     for subject in scene.subjects:
         kinds = [name for name in SUBJECTS if name not in held and allowed(name, subject.colour, scene.background)]
@@ -305,7 +321,7 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     if scene.relation:
         for said, opposite in ((_RELATED, _REVERSED), (_REVERSED, _RELATED)):
             wrong.append(in_place_of(said[scene.relation], opposite[scene.relation]))
-        wrong.append(_without_a_subject(scene))
+        wrong += [_without_a_subject(scene), exchanged_colours()]
     wrong = [captions for captions in wrong if captions]
     captions = wrong[int(rng.integers(len(wrong)))]
     out = captions[int(rng.integers(len(captions)))].split()
@@ -320,8 +336,13 @@ def _without_a_subject(scene: Scene) -> list[str]:
     """The two captions that a scene of two subjects would have if one of them were all there is."""
     said = (*_RELATED[scene.relation], *_REVERSED[scene.relation], *_TOGETHER[scene.relation])
     first, _, second = next(parts for phrase in said if (parts := scene.caption.partition(f" {phrase} "))[1])
-    on = next((f" {phrase}" for phrase in _ON_BACKGROUND[scene.background] if second.endswith(f" {phrase}")), "")
-    return [first + on, second]
+    return [first + _background_said(scene), second]
+
+
+def _background_said(scene: Scene) -> str:
+    """What the caption says of the background, at its end: " on sand", or nothing."""
+    phrases = (f" {phrase}" for phrase in _ON_BACKGROUND[scene.background])
+    return next((phrase for phrase in phrases if scene.caption.endswith(phrase)), "")
 
 
 def words() -> frozenset[str]:
