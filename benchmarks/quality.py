@@ -31,7 +31,7 @@ from dalle_pytorch.clip import CLIP
 from dalle_pytorch.dalle import DALLE
 from dalle_pytorch.data import glyphs
 from dalle_pytorch.files import contact_sheet, image_to_tensor, read_image, resize, save_image
-from dalle_pytorch.generation import generate_candidates
+from dalle_pytorch.generation import Candidate, generate_candidates
 from dalle_pytorch.tokenizers import load_tokenizer
 from diffusion.decoder import DiffusionDecoder
 from diffusion.guidance import ClipGuidance
@@ -97,7 +97,7 @@ class Models:
         self.sampling = own | {name: value for name, value in sampling.items() if value is not None}
         self.device = device
 
-    def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, Any]:
+    def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, list[Candidate]]:
         """What CLIP and the judge say of `count` candidates, in the order of their numbers, and the candidates."""
         found = generate_candidates(self.dalle, self.tokenizer, scene.caption, count, batch_size=min(count, 32),
                                     scorer=self.clip, seed=seed, **self.sampling)  # fmt: skip
@@ -106,9 +106,12 @@ class Models:
         right = [judge_by_attribute(scene, answers) for answers in seen]
         return {"scores": [candidate.score for candidate in found], "right": right}, found
 
-    def diffuse(self, scene: glyphs.Scene, tokens: torch.Tensor, steps: str, seed: int, guided: bool) -> torch.Tensor:
-        guidance = ClipGuidance(self.clip, [(scene.caption, 1.0)], **self.guidance) if guided else None
-        return self.decoder.decode(tokens[None].to(self.device), steps, seed=seed, guidance=guidance).cpu()
+    def diffuse(
+        self, scene: glyphs.Scene, tokens: torch.Tensor, steps: str, seed: int, guidance: dict | None = None
+    ) -> torch.Tensor:
+        """The picture (1, 3, h, w) of one grid of tokens; `guidance` holds the settings of CLIP's, if it guides."""
+        guide = None if guidance is None else ClipGuidance(self.clip, [(scene.caption, 1.0)], **guidance)
+        return self.decoder.decode(tokens[None].to(self.device), steps, seed=seed, guidance=guide).cpu()
 
     @torch.no_grad()
     def opinion(self, scene: glyphs.Scene, picture: torch.Tensor) -> Record:
@@ -122,21 +125,26 @@ class Models:
         }
 
 
+def clip_choice(found: Sequence[Candidate]) -> Candidate:
+    """The candidate that CLIP scores highest; of equals the first drawn."""
+    return max(found, key=lambda candidate: (candidate.score, -candidate.index))
+
+
 def measure(arguments: argparse.Namespace, models: Models, group: str, index: int) -> Record:
     """Draws one caption in every way, writes its strip of pictures, and returns what was seen."""
     scene = glyphs.make_scene(index, arguments.split, num_subjects=GROUPS[group])
     longest = max(arguments.num_images, arguments.curve_images)
     count = longest if index < arguments.curve_count else arguments.num_images
     record, found = models.candidates(scene, count, arguments.seed)
-    best = max(found[: arguments.num_images], key=lambda candidate: (candidate.score, -candidate.index))
+    best = clip_choice(found[: arguments.num_images])
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
     enlarged = resize(best.image[None], 256)
-    diffused = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, guided=False)
+    diffused = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed)
     # What both decoders make of the tokens of the drawn scene itself: how they differ with nothing else in the way.
     vae = models.dalle.vae
     own_tokens = vae.get_codebook_indices(resize(drawn, vae.image_size).to(models.device))
     own_enlarged = resize(vae.decode_image(own_tokens).cpu(), 256)
-    own_diffused = models.diffuse(scene, own_tokens[0], arguments.steps, arguments.seed, guided=False)
+    own_diffused = models.diffuse(scene, own_tokens[0], arguments.steps, arguments.seed)
     record |= {
         "group": group, "index": index, "caption": scene.caption, "best": best.index,
         "drawn": models.opinion(scene, drawn),
@@ -147,7 +155,7 @@ def measure(arguments: argparse.Namespace, models: Models, group: str, index: in
     }  # fmt: skip
     strip = [drawn, enlarged, diffused]
     if index < arguments.guided_count:
-        guided = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, guided=True)
+        guided = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, models.guidance)
         record["guided"] = models.opinion(scene, guided)
         strip.append(guided)
     sheet = contact_sheet([picture[0] for picture in strip], len(strip), gap=0)

@@ -21,8 +21,14 @@ from torch import Tensor, nn
 
 
 def named_betas(name: str, num_steps: int) -> Tensor:
-    """The betas of the "linear" or "cosine" schedule over `num_steps` steps, (num_steps,) float64."""
+    """The betas of the "linear" or "cosine" schedule over `num_steps` steps, (num_steps,) float64.
+
+    Raises `ValueError` for an unknown schedule, and for a linear one so short that its last step would leave nothing of
+    the picture to predict it from.
+    """
     if name == "linear":
+        if num_steps <= 20:
+            raise ValueError(f"a linear schedule has more than 20 steps, and {num_steps} are not")
         # DDPM's 1e-4 to 0.02 over 1000 steps, scaled so that the end is as noisy at any number.
         scale = 1000 / num_steps
         return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)

@@ -90,6 +90,8 @@ def test_linear_schedule_is_as_noisy_at_the_end_for_any_number_of_steps():
     assert ends[0] == pytest.approx(ends[1], rel=0.2)
     with pytest.raises(ValueError, match="sigmoid"):
         named_betas("sigmoid", 10)
+    with pytest.raises(ValueError, match="more than 20 steps"):
+        named_betas("linear", 20)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

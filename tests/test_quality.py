@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import judge
 import measures
 import quality
+import sweep
+import sweep_guidance
 
 from dalle_pytorch.data import glyphs
 
@@ -90,7 +92,7 @@ def model(tiny_bundle):
                 num_heads=1, resblock_updown=False, learn_sigma=False, emb_condition=True, emb_input_dims=8,
                 emb_output_dims=32, emb_stride=1, low_res_condition=True, patch_size=4)  # fmt: skip
     vae = PretrainedModel.from_pretrained(tiny_bundle / "vae")
-    DiffusionDecoder(unet, vae, diffusion_steps=20, noise_schedule="linear").save_pretrained(tiny_bundle / "decoder")
+    DiffusionDecoder(unet, vae, diffusion_steps=100, noise_schedule="linear").save_pretrained(tiny_bundle / "decoder")
     judge.Judge(channels=16, hidden=16).save_pretrained(tiny_bundle / "judge")
     (tiny_bundle / "sampling.json").write_text('{"top_p": 0.9, "temperature": 1.0, "cond_scale": 1.0}')
     return tiny_bundle
@@ -123,3 +125,20 @@ def test_benchmark_runs_goes_on_and_refuses_other_settings(model, tmp_path, caps
     with pytest.raises(quality.UsageError, match="other settings"):
         quality.main([*command, "--count", "1", "--seed", "9"])
     shutil.rmtree(tmp_path / "out")
+
+
+def test_sweep_of_settings_marks_the_best(model, tmp_path, capsys):
+    sweep.main(["--model", str(model), "--count", "1", "--num_images", "2", "--cond_scale", "1", "2", "--temperature",
+                "1", "--top_p", "0.9", "1", "--device", "cpu", "--output_dir", str(tmp_path)])  # fmt: skip
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(rows) == 3 and all(row["one"]["count"] == 2 for row in rows)
+    best = max(rows, key=lambda row: row["one"]["mean"])
+    assert f"| **{best['top_p']}** | **{best['temperature']}** | **{best['cond_scale']}** |" in capsys.readouterr().out
+
+
+def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
+    sweep_guidance.main(["--model", str(model), "--count", "1", "--num_images", "2", "--clip_guidance_scale", "1e-9",
+                         "1e5", "--steps", "2", "--device", "cpu", "--output_dir", str(tmp_path)])  # fmt: skip
+    weak, strong = json.loads((tmp_path / "sweep_guidance.json").read_text())
+    assert abs(weak["nats"]["mean"]) < 1e-3 < abs(strong["nats"]["mean"])
+    assert weak["nats"]["count"] == 2 and "| 100000 |" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""How strongly CLIP guidance is best led, on captions for validation: the judge's likelihood of what the caption says.
+
+    python benchmarks/sweep_guidance.py --count 20
+
+CLIP's best candidate of every caption is diffused without guidance and with every scale, from the same noise. Prints
+the table in Markdown and writes `sweep_guidance.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jobs import Jobs
+from quality import DEFAULT_MODEL, GROUPS, Models, Record, all_right, clip_choice, with_interval
+from tqdm import tqdm
+
+from dalle_pytorch.checkpoints import write_text
+from dalle_pytorch.cli import ArgumentParser, number, pick_device, run
+from dalle_pytorch.data import glyphs
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--count", type=number(int, 1), default=20, help="captions of each kind (default 20)")
+    parser.add_argument("--num_images", type=number(int, 1), default=4, help="candidates that CLIP ranks (default 4)")
+    parser.add_argument("--clip_guidance_scale", type=number(float, 0, above=True), nargs="+", default=[30, 100, 300])
+    parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
+    parser.add_argument("--device")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="as in quality.py (default 1)")
+    return parser.parse_args(argv)
+
+
+def guide_caption(
+    models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, scales: Sequence[float]
+) -> tuple[tuple[int, int], list[Record]]:
+    """Which caption it is, and the judge's opinion of its picture at every scale; 0 is without guidance."""
+    scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
+    _, found = models.candidates(scene, num_images, seed=0)
+    opinions = []
+    for scale in scales:
+        guidance = {"clip_guidance_scale": scale} if scale else None
+        picture = models.diffuse(scene, clip_choice(found).tokens, steps, seed=0, guidance=guidance)
+        opinions.append(models.opinion(scene, picture))
+    return (num_subjects, index), opinions
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    scales = [0, *arguments.clip_guidance_scale]
+    guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, scales=scales)
+    captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
+    with Jobs(arguments.jobs, partial(Models, arguments.model, pick_device(arguments.device))) as jobs:
+        # In the captions' order, for intervals that do not depend on which is done first.
+        done = sorted(tqdm(jobs.map(guide, captions), "captions", len(captions)), key=lambda pair: pair[0])
+    opinions = [row for _, row in done]
+    nats = np.asarray([[one["log_likelihood"] for one in row] for row in opinions])
+    right = np.asarray([[float(all_right(one["right"])) for one in row] for row in opinions])
+    print(f"without guidance: {nats[:, 0].mean():.4f} nats, {right[:, 0].mean():.1%} of {len(captions)} right")
+    print("| clip_guidance_scale | nats, on minus off | everything right, on minus off |")
+    print("|---|---|---|")
+    rows = []
+    for i, scale in enumerate(scales[1:], start=1):
+        n, r = with_interval(nats[:, i] - nats[:, 0]), with_interval(right[:, i] - right[:, 0])
+        print(f"| {scale:g} | {n['mean']:+.4f} ({n['low']:+.4f} to {n['high']:+.4f}) "
+              f"| {r['mean']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%}) |")  # fmt: skip
+        rows.append({"clip_guidance_scale": scale, "nats": n, "right": r})
+    write_text(arguments.output_dir / "sweep_guidance.json", json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
