@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_guidance.py --count 20
 
-CLIP's best candidate of every caption is diffused without guidance and with every scale, from the same noise. Prints
+CLIP's best candidate of every caption is diffused without guidance and with every setting, from the same noise. Prints
 the table in Markdown and writes `sweep_guidance.json`.
 """
 
@@ -31,6 +31,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=number(int, 1), default=20, help="captions of each kind (default 20)")
     parser.add_argument("--num_images", type=number(int, 1), default=4, help="candidates that CLIP ranks (default 4)")
     parser.add_argument("--clip_guidance_scale", type=number(float, 0, above=True), nargs="+", default=[30, 100, 300])
+    parser.add_argument("--cut_pow", type=number(float, 0), nargs="+", default=[0.2, 1.0],
+                        help="small for cutouts of almost the whole picture (default 0.2 and 1)")  # fmt: skip
     parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--device")
@@ -39,14 +41,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def guide_caption(
-    models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, scales: Sequence[float]
+    models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, settings: Sequence[dict | None]
 ) -> tuple[tuple[int, int], list[Record]]:
-    """Which caption it is, and the judge's opinion of its picture at every scale; 0 is without guidance."""
+    """Which caption it is, and the judge's opinion of its picture with every setting; None is without guidance."""
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     _, found = models.candidates(scene, num_images, seed=0)
     opinions = []
-    for scale in scales:
-        guidance = {"clip_guidance_scale": scale} if scale else None
+    for guidance in settings:
         picture = models.diffuse(scene, clip_choice(found).tokens, steps, seed=0, guidance=guidance)
         opinions.append(models.opinion(scene, picture))
     return (num_subjects, index), opinions
@@ -54,8 +55,9 @@ def guide_caption(
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    scales = [0, *arguments.clip_guidance_scale]
-    guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, scales=scales)
+    grid = itertools.product(arguments.clip_guidance_scale, arguments.cut_pow)
+    settings = [{"clip_guidance_scale": scale, "cut_pow": cut_pow} for scale, cut_pow in grid]
+    guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, settings=[None, *settings])
     captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
     with Jobs(arguments.jobs, partial(Models, arguments.model, pick_device(arguments.device))) as jobs:
         # In the captions' order, for intervals that do not depend on which is done first.
@@ -64,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     nats = np.asarray([[one["log_likelihood"] for one in row] for row in opinions])
     right = np.asarray([[float(all_right(one["right"])) for one in row] for row in opinions])
     print(f"without guidance: {nats[:, 0].mean():.4f} nats, {right[:, 0].mean():.1%} of {len(captions)} right")
-    print("| clip_guidance_scale | nats, on minus off | everything right, on minus off |")
-    print("|---|---|---|")
+    print("| clip_guidance_scale | cut_pow | nats, on minus off | everything right, on minus off |")
+    print("|---|---|---|---|")
     rows = []
-    for i, scale in enumerate(scales[1:], start=1):
+    for i, setting in enumerate(settings, start=1):
         n, r = with_interval(nats[:, i] - nats[:, 0]), with_interval(right[:, i] - right[:, 0])
-        print(f"| {scale:g} | {n['mean']:+.4f} ({n['low']:+.4f} to {n['high']:+.4f}) "
+        cells = " | ".join(f"{value:g}" for value in setting.values())
+        print(f"| {cells} | {n['mean']:+.4f} ({n['low']:+.4f} to {n['high']:+.4f}) "
               f"| {r['mean']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%}) |")  # fmt: skip
-        rows.append({"clip_guidance_scale": scale, "nats": n, "right": r})
+        rows.append(setting | {"nats": n, "right": r})
     write_text(arguments.output_dir / "sweep_guidance.json", json.dumps(rows, indent=1) + "\n")
 
 

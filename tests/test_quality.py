@@ -138,7 +138,8 @@ def test_sweep_of_settings_marks_the_best(model, tmp_path, capsys):
 
 def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
     sweep_guidance.main(["--model", str(model), "--count", "1", "--num_images", "2", "--clip_guidance_scale", "1e-9",
-                         "1e5", "--steps", "2", "--device", "cpu", "--output_dir", str(tmp_path)])  # fmt: skip
+                         "1e5", "--cut_pow", "1", "--steps", "2", "--device", "cpu",
+                         "--output_dir", str(tmp_path)])  # fmt: skip
     weak, strong = json.loads((tmp_path / "sweep_guidance.json").read_text())
     assert abs(weak["nats"]["mean"]) < 1e-3 < abs(strong["nats"]["mean"])
-    assert weak["nats"]["count"] == 2 and "| 100000 |" in capsys.readouterr().out
+    assert weak["nats"]["count"] == 2 and "| 100000 | 1 |" in capsys.readouterr().out

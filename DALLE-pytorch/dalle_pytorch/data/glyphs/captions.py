@@ -186,11 +186,9 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         wrong.append(in_place_of(table.get(true, ()), [other for name in possible if name != true
                                                        for other in table[name]]))  # fmt: skip
     if scene.relation:
-        wrong.append(_without_a_subject(scene))
-        # Often, for a CLIP that takes a caption for a bag of words is right about everything else.
-        wrong += [exchanged_colours()] * 6
         for said, opposite in ((RELATED, REVERSED), (REVERSED, RELATED)):
-            wrong += [in_place_of(said[scene.relation], opposite[scene.relation])] * 6
+            wrong.append(in_place_of(said[scene.relation], opposite[scene.relation]))
+        wrong += [_without_a_subject(scene), exchanged_colours()]
     wrong = [captions for captions in wrong if captions]
     captions = wrong[int(rng.integers(len(wrong)))]
     out = captions[int(rng.integers(len(captions)))].split()
