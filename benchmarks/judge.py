@@ -205,7 +205,7 @@ def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAG
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, steps=2000, batch_size=64, learning_rate=2e-3)
+    add_training_arguments(parser, steps=3600, batch_size=64, learning_rate=2e-3)
     arguments = parser.parse_args(argv)
     torch.manual_seed(arguments.seed)
     judge = Judge()

@@ -44,12 +44,16 @@ def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
                   "--bpe_path", tokenizer, *steps(4000), "--batch_size", "16", "--learning_rate", "2e-3",
                   "--dim", "192", "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
+        "tuned": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "tuned"), "--vae_path", vae,
+                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), *steps(2400),
+                  "--batch_size", "16", "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
+                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
                  "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", *steps(1600),
                  "--batch_size", "64", "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon",
                  "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
-                    *steps(1500), "--save_every", "100"],
+                    *steps(3000), "--save_every", "100"],
         "judge": ["benchmarks/judge.py", "--output_dir", str(runs / "judge")],
     }  # fmt: skip
 
@@ -58,7 +62,7 @@ def install(runs: Path) -> None:
     """Copies the trained parts here, each whole or not at all."""
     for source, name in (
         ("vqgan/vae", "vae"),
-        ("dalle/dalle", "dalle"),
+        ("tuned/dalle", "dalle"),
         ("clip/clip", "clip"),
         ("decoder/decoder", "decoder"),
         ("judge/judge", "judge"),
