@@ -278,7 +278,7 @@ def test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned():
 
 def test_gate_is_for_residuals():
     with pytest.raises(ValueError, match="residual_std"):
-        Denoiser(None, Schedule.named("linear", 10), gated=True)
+        Denoiser(None, Schedule.named("linear", 100), gated=True)
 
 
 def test_residuals_want_a_picture_to_differ_from(tiny_vae):
