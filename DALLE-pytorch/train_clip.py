@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         caption_problem=None if arguments.truncate_captions else LongCaption(tokenizer, arguments.text_seq_len),
         terse_every=2,
         wrong_captions=4,
+        twins=True,
     )
     run_training("CLIP", ClipTask(clip), dataset, training_options(arguments))
 

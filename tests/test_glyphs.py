@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dalle_pytorch.data import GlyphsDataset, glyphs
+from dalle_pytorch.data.glyphs.twins import change_scene
 
 # Every name of every kind of subject.
 NAMES = {name: name for name in glyphs.SUBJECTS}
@@ -161,6 +162,70 @@ def test_grain_is_only_in_the_large_picture(background):
     assert np.abs(halved - small[0]).mean() < 2
 
 
+def seen_in(scene):
+    """All that a twin may have otherwise: the background, and every subject's kind, colour, size and place."""
+    return scene.background, [(s.kind, s.colour, s.size, s.column, s.row) for s in scene.subjects]
+
+
+@pytest.mark.parametrize("terse", [False, True])
+def test_twins_are_of_one_split_and_told_apart(terse):
+    doubled = 0
+    for index in range(200):
+        scene = glyphs.make_scene(index)
+        first, second = glyphs.make_twins(scene, index, terse)
+        assert seen_in(first) == seen_in(scene) != seen_in(second) and first.caption != second.caption
+        assert {first.variant, first.grain_seed} == {second.variant, second.grain_seed}
+        assert all(glyphs.split_of(s.kind, s.colour, second.background) == "train" for s in second.subjects)
+        assert {*first.caption.split(), *second.caption.split()} <= glyphs.words()
+        assert glyphs.draw(second, 32).shape == (32, 32, 3)
+        doubled += len({(s.kind, s.colour) for s in second.subjects}) < len(second.subjects)
+    assert doubled > 10
+    assert glyphs.make_twins(scene, 199, terse) == (first, second)
+
+
+def test_twins_of_a_held_out_scene_are_found():
+    for index in range(50):
+        _, twin = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
+        assert any(glyphs.split_of(s.kind, s.colour, twin.background) == "validation" for s in twin.subjects)
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [
+        ("kind", [("other", "red", "small", 1, 5), ("star", "blue", "small", 9, 5)]),
+        ("colour", [("seven", "other", "small", 1, 5), ("star", "blue", "small", 9, 5)]),
+        ("colours", [("seven", "blue", "small", 1, 5), ("star", "red", "small", 9, 5)]),
+        ("places", [("star", "blue", "small", 1, 5), ("seven", "red", "small", 9, 5)]),
+        ("doubled", [("seven", "red", "small", 1, 5), ("seven", "red", "small", 9, 5)]),
+        ("left out", [("seven", "red", "small", 1, 5)]),
+        ("background", [("seven", "red", "small", 1, 5), ("star", "blue", "small", 9, 5)]),
+    ],
+)
+def test_a_changed_scene_has_one_fact_changed(fact, expected):
+    subjects = (glyphs.Subject("seven", "red", "small", 1, 5), glyphs.Subject("star", "blue", "small", 9, 5))
+    scene = glyphs.Scene(subjects, "brick", 0, 0, "", relation="left")
+    # The lots, until they fall on the first of the two.
+    for seed in range(20):
+        changed = change_scene(scene, fact, np.random.default_rng(seed))
+        background, now = seen_in(changed)
+        now = [tuple("other" if part not in (*sum(expected, ()),) else part for part in subject) for subject in now]
+        if now == expected:
+            break
+    assert now == expected
+    assert (background == "brick") == (fact != "background")
+    assert changed.place == ("left" if fact == "left out" else None)
+
+
+def test_twins_exchange_no_places_that_the_caption_leaves_open():
+    exchanged = 0
+    for index in range(400):
+        first, second = glyphs.make_twins(glyphs.make_scene(index, num_subjects=2), index)
+        if [(s.kind, s.colour) for s in first.subjects] == [(s.kind, s.colour) for s in second.subjects[::-1]]:
+            exchanged += 1
+            assert glyphs.states_place(first) and glyphs.states_place(second)
+    assert exchanged > 20
+
+
 def test_mask_covers_the_subject():
     scene = glyphs.Scene((glyphs.Subject("square", "red", "big", 3, 3),), "white", 0, 0, "")
     mask = glyphs.subject_mask(scene)
@@ -184,3 +249,10 @@ def test_captions_are_terse_as_often_as_wanted():
     same = [plain[i]["caption"] == terse[i]["caption"] for i in range(20)]
     assert all(same[1::2]) and sum(same[::2]) < 3
     assert all(len(set(terse[i]["other_captions"]) - {terse[i]["caption"]}) > 1 for i in range(20))
+
+
+def test_items_have_twins_when_wanted():
+    item = GlyphsDataset(32, terse_every=2, wrong_captions=2, twins=True)[4]
+    assert item["image"].shape == item["twin_image"].shape and not item["image"].equal(item["twin_image"])
+    assert item["caption"] != item["twin_caption"]
+    assert len(item["other_captions"]) == len(item["twin_other_captions"]) == 2

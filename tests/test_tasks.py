@@ -152,6 +152,20 @@ def test_clip_task_counts_what_it_finds(tokenizer, tmp_path):
     assert again.tokenize(CAPTIONS).equal(clip.tokenize(CAPTIONS))
 
 
+def test_twins_are_pairs_of_the_batch_like_others(tokenizer):
+    clip = make_clip(num_text_tokens=tokenizer.vocab_size, text_seq_len=12)
+    clip.tokenizer = tokenizer
+    images, wrong = pictures(4, 16), [[caption] for caption in (CAPTIONS * 2)[::-1]]
+    plain = {"image": images, "caption": CAPTIONS * 2, "other_captions": wrong}
+    halves = {"image": images[:2], "caption": CAPTIONS, "other_captions": wrong[:2], "twin_image": images[2:],
+              "twin_caption": CAPTIONS, "twin_other_captions": wrong[2:]}  # fmt: skip
+    losses = []
+    for batch in (plain, halves):
+        torch.manual_seed(0)
+        losses.append(ClipTask(clip)(batch)[0])
+    assert losses[0] == losses[1]
+
+
 def test_clip_of_openais_vocabulary_needs_no_file(tmp_path):
     clip = make_clip(num_text_tokens=49408)
     try:

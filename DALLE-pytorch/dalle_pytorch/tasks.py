@@ -106,8 +106,9 @@ class DalleTask(nn.Module):
 
 
 class ClipTask(nn.Module):
-    """The contrastive loss of CLIP over the batch of all processes, with hard negatives (the caption with one fact
-    wrong, as many for each picture) where the data has them.
+    """The contrastive loss of CLIP over the batch of all processes, with hard negatives where the data has them:
+    captions with one fact wrong, as many for each picture, and twins, pictures with a caption that differ in one fact
+    from another of the batch.
 
     Pictures are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled pictures, and
     guide on cutouts of half-denoised ones. `accuracy` is the share of the pictures whose caption is the likeliest of
@@ -119,8 +120,13 @@ class ClipTask(nn.Module):
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
 
     def forward(self, batch: Batch) -> Loss:
-        images = self._augment(batch["image"].float() / 255)
-        captions = batch["caption"] + [caption for row in batch.get("other_captions", ()) for caption in row]
+        images, captions, others = batch["image"], batch["caption"], batch.get("other_captions", [])
+        if "twin_image" in batch:
+            images = torch.cat((images, batch["twin_image"]))
+            captions = captions + batch["twin_caption"]
+            others = others + batch.get("twin_other_captions", [])
+        images = self._augment(images.float() / 255)
+        captions = captions + [caption for row in others for caption in row]
         text = self.clip.tokenize(captions)
         # What is padding in all of them is work for nothing.
         text = text[:, : int((text != 0).any(0).sum())].to(images.device)

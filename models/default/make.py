@@ -48,9 +48,10 @@ def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
                   "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), *steps(2400),
                   "--batch_size", "16", "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
+        # 32 scenes and their twins: 64 pictures a step.
         "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
-                 "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", *steps(1600),
-                 "--batch_size", "64", "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon",
+                 "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", *steps(2400),
+                 "--batch_size", "32", "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon",
                  "--save_every", "100"],
         "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
                     *steps(3000), "--save_every", "100"],

@@ -48,7 +48,8 @@ class GlyphsDataset(Dataset):
 
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
     little, often nothing but what the subject is: single words are learned from these. If `wrong_captions` are wanted,
-    `other_captions` are so many, each with one fact made wrong.
+    `other_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as well,
+    under the same keys after `twin_`, that differs in one fact and is captioned accordingly.
     """
 
     def __init__(
@@ -58,17 +59,24 @@ class GlyphsDataset(Dataset):
         split: str = "train",
         terse_every: int | None = None,
         wrong_captions: int = 0,
+        twins: bool = False,
     ):
         self.resolution, self.count, self.split = resolution, count, split
-        self.terse_every, self.wrong_captions = terse_every, wrong_captions
+        self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = glyphs.make_scene(index, self.split)
-        if self.terse_every and index % self.terse_every == 0:
-            scene = glyphs.with_terse_caption(scene, index)
+        terse = bool(self.terse_every) and index % self.terse_every == 0
+        if self.twins:
+            scene, twin = glyphs.make_twins(scene, index, terse)
+            other = self._sample(twin, self.count + index)
+            return self._sample(scene, index) | {f"twin_{key}": value for key, value in other.items()}
+        return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)
+
+    def _sample(self, scene: glyphs.Scene, index: int) -> dict[str, Any]:
         item = {
             "image": torch.from_numpy(glyphs.draw(scene, self.resolution)).permute(2, 0, 1),
             "caption": scene.caption,
@@ -91,6 +99,7 @@ def open_dataset(
     caption_problem: CaptionProblem | None = None,
     terse_every: int | None = None,
     wrong_captions: int = 0,
+    twins: bool = False,
 ) -> Dataset:
     """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
 
@@ -101,14 +110,14 @@ def open_dataset(
         caption_key: the field of JSON captions.
         captions: False if pictures alone will do.
         crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; the drawn world does without.
-        terse_every, wrong_captions: of the drawn world alone, as in `GlyphsDataset`.
+        terse_every, wrong_captions, twins: of the drawn world alone, as in `GlyphsDataset`.
 
     Raises `FileError` for what is not there, or is not what `wds` says.
     """
     if str(name) == "glyphs":
         if wds or transparent:
             raise FileError("glyphs are drawn, opaque and not from archives: they go without --wds and --transparent")
-        return GlyphsDataset(resolution, terse_every=terse_every, wrong_captions=wrong_captions)
+        return GlyphsDataset(resolution, terse_every=terse_every, wrong_captions=wrong_captions, twins=twins)
     settings = {"crop_ratio": crop_ratio, "transparent": transparent, "caption_problem": caption_problem}
     if wds:
         image, *rest = [suffix.strip().lower().lstrip(".") for suffix in wds.split(",")]

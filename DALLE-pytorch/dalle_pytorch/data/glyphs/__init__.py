@@ -13,6 +13,7 @@ or one for validation: what is chosen during development is chosen on these.
 from dalle_pytorch.data.glyphs.captions import change_caption, states_place, states_size, with_terse_caption, words
 from dalle_pytorch.data.glyphs.drawing import draw, subject_mask, write_folder
 from dalle_pytorch.data.glyphs.scenes import make_scene
+from dalle_pytorch.data.glyphs.twins import make_twins
 from dalle_pytorch.data.glyphs.world import (
     BACKGROUNDS,
     COLOURS,

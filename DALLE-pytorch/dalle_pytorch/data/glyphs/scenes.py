@@ -23,6 +23,9 @@ from dalle_pytorch.data.glyphs.world import (
     split_of_scene,
 )
 
+# Where two subjects stand: the upper left corners of the left or upper one and of the other.
+CORNERS = {"left": ((1, 5), (9, 5)), "above": ((5, 1), (5, 9))}
+
 
 def make_scene(index: int, split: str = "train", num_subjects: int | None = None) -> Scene:
     """Scene number `index` of a split, always the same. `num_subjects` 1 or 2 fixes what is otherwise drawn by lot.
@@ -48,11 +51,10 @@ def _draw_lots(rng: np.random.Generator, num_subjects: int, left_open: Mapping[s
         # A big subject fills the middle; a small one stands where one of two might stand, or in the middle.
         size = "big" if rng.random() < BIG_SHARE else "small"
         place = "middle" if size == "big" else str(rng.choice(PLACES))
-        sizes, corners = [size], [_corner(place, SIZES[size])]
+        sizes, corners = [size], (_corner(place, SIZES[size]),)
     else:
         relation = str(rng.choice(RELATIONS))
-        sizes = ["small", "small"]
-        corners = [(1, 5), (9, 5)] if relation == "left" else [(5, 1), (5, 9)]
+        sizes, corners = ["small", "small"], CORNERS[relation]
     subjects = tuple(
         Subject(str(kind), str(colour), size, *corner)
         for kind, colour, size, corner in zip(kinds, colours, sizes, corners, strict=True)
