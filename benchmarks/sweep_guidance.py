@@ -30,9 +30,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--count", type=number(int, 1), default=20, help="captions of each kind (default 20)")
     parser.add_argument("--num_images", type=number(int, 1), default=4, help="candidates that CLIP ranks (default 4)")
-    parser.add_argument("--clip_guidance_scale", type=number(float, 0, above=True), nargs="+", default=[30, 100, 300])
-    parser.add_argument("--cut_pow", type=number(float, 0), nargs="+", default=[0.2, 1.0],
-                        help="small for cutouts of almost the whole picture (default 0.2 and 1)")  # fmt: skip
+    parser.add_argument("--clip_guidance_scale", type=number(float, 0, above=True), nargs="+", default=[1e4, 3e4, 1e5])
+    parser.add_argument("--cut_pow", type=number(float, 0), nargs="+", default=[1.0],
+                        help="small for cutouts of almost the whole picture (default 1)")  # fmt: skip
     parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--device")

@@ -20,6 +20,8 @@ from diffusion.denoiser import Denoiser, Prediction, at
 Guide = Callable[[Denoiser, Tensor, int], tuple[Prediction, Tensor]]
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 
+PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule begins at 4e-5 and is guided from its first step
+
 # --------------------------------------------------------------------------------------------------
 # Noise that belongs to the picture
 
@@ -99,8 +101,12 @@ def sample_solver(
 
 
 def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tuple[Tensor, Tensor]:
-    """eps and x_0 where there is no mean to shift: the score, -eps / sqrt(1 - alpha-bar), gains guidance's gradient."""
-    if guide is None:
+    """eps and x_0 where there is no mean to shift: the score, -eps / sqrt(1 - alpha-bar), gains guidance's gradient.
+
+    Not at a step of pure noise: x_0 is shifted by (1 - alpha-bar) / sqrt(alpha-bar) times the gradient, which is 20,000
+    times where a cosine schedule begins, and nothing that x says there of the picture is worth that.
+    """
+    if guide is None or denoiser.schedule.alphas_cumprod[step] < PURE_NOISE:
         prediction = denoiser(x, step)
         return prediction.eps, prediction.x_0
     prediction, gradient = guide(denoiser, x, step)

@@ -125,3 +125,18 @@ def test_pictures_turn_to_the_prompt(sampler):
         shares[colour] = mean / mean.sum()
     assert shares["red"][0] > shares["blue"][0] + 0.01
     assert shares["blue"][2] > shares["red"][2] + 0.01
+
+
+@pytest.mark.parametrize(("schedule", "guided"), [("cosine", range(8, -1, -1)), ("linear", range(9, -1, -1))])
+def test_pure_noise_is_not_guided(schedule, guided):
+    denoiser = Denoiser(small_unet(), Schedule.named(schedule, 1000)).respaced("10")
+    asked = []
+
+    def guide(denoiser, x, step):
+        asked.append(step)
+        return denoiser(x, step), torch.zeros_like(x)
+
+    noise = Noise([generator(0)], (3, 32, 32))
+    with torch.no_grad():
+        list(SAMPLERS["ddim"](denoiser, noise(), noise, guide))
+    assert asked == [*guided]
