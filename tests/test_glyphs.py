@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_pytorch.data import GlyphsDataset, glyphs
-from dalle_pytorch.data.glyphs.twins import change_scene
+from dalle_pytorch.data.glyphs.twins import ONE, TWO, change_scene
 
 # Every name of every kind of subject.
 NAMES = {name: name for name in glyphs.SUBJECTS}
@@ -169,23 +169,24 @@ def seen_in(scene):
 
 @pytest.mark.parametrize("terse", [False, True])
 def test_twins_are_of_one_split_and_told_apart(terse):
-    doubled = 0
-    for index in range(200):
+    facts = set()
+    for index in range(400):
         scene = glyphs.make_scene(index)
-        first, second = glyphs.make_twins(scene, index, terse)
+        first, second, fact = glyphs.make_twins(scene, index, terse)
         assert seen_in(first) == seen_in(scene) != seen_in(second) and first.caption != second.caption
         assert {first.variant, first.grain_seed} == {second.variant, second.grain_seed}
         assert all(glyphs.split_of(s.kind, s.colour, second.background) == "train" for s in second.subjects)
         assert {*first.caption.split(), *second.caption.split()} <= glyphs.words()
         assert glyphs.draw(second, 32).shape == (32, 32, 3)
-        doubled += len({(s.kind, s.colour) for s in second.subjects}) < len(second.subjects)
-    assert doubled > 10
-    assert glyphs.make_twins(scene, 199, terse) == (first, second)
+        facts.add((len(first.subjects), fact))
+        assert (len({s.kind for s in second.subjects}) < len(second.subjects)) == (fact == "doubled")
+    assert facts == {(1, fact) for fact in ONE} | {(2, fact) for fact in TWO}
+    assert glyphs.make_twins(scene, 399, terse) == (first, second, fact)
 
 
 def test_twins_of_a_held_out_scene_are_found():
     for index in range(50):
-        _, twin = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
+        _, twin, _ = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
         assert any(glyphs.split_of(s.kind, s.colour, twin.background) == "validation" for s in twin.subjects)
 
 
@@ -219,8 +220,8 @@ def test_a_changed_scene_has_one_fact_changed(fact, expected):
 def test_twins_exchange_no_places_that_the_caption_leaves_open():
     exchanged = 0
     for index in range(400):
-        first, second = glyphs.make_twins(glyphs.make_scene(index, num_subjects=2), index)
-        if [(s.kind, s.colour) for s in first.subjects] == [(s.kind, s.colour) for s in second.subjects[::-1]]:
+        first, second, fact = glyphs.make_twins(glyphs.make_scene(index, num_subjects=2), index)
+        if fact == "places":
             exchanged += 1
             assert glyphs.states_place(first) and glyphs.states_place(second)
     assert exchanged > 20

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import clip_twins
 import judge
 import measures
 import quality
@@ -134,6 +135,35 @@ def test_sweep_of_settings_marks_the_best(model, tmp_path, capsys):
     assert len(rows) == 3 and all(row["one"]["count"] == 2 for row in rows)
     best = max(rows, key=lambda row: row["one"]["mean"])
     assert f"| **{best['top_p']}** | **{best['temperature']}** | **{best['cond_scale']}** |" in capsys.readouterr().out
+
+
+class Oracle:
+    """A CLIP that fits the i-th text to the i-th picture, or to any but that."""
+
+    image_size, device = 32, "cpu"
+
+    def __init__(self, right):
+        self.right = right
+
+    def tokenize(self, texts):
+        return torch.arange(len(texts))
+
+    def encode_text(self, tokens):
+        return torch.eye(2)[tokens]
+
+    def encode_image(self, pictures):
+        assert pictures.shape == (2, 3, 32, 32) and 0 < pictures.max() <= 1
+        return torch.eye(2) if self.right else torch.eye(2).flip(0)
+
+
+def test_clip_is_asked_for_what_differs(model, tmp_path, capsys):
+    scenes = [glyphs.make_scene(index) for index in range(2)]
+    assert clip_twins.tell_apart(Oracle(True), scenes) == (1, 1)
+    assert clip_twins.tell_apart(Oracle(False), scenes) == (0, 0)
+    clip_twins.main(["--clip_path", str(model / "clip"), "--count", "20", "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "clip_twins.json").read_text())
+    assert sum(row["pairs"] for row in rows) == 20 and {row["subjects"] for row in rows} == {1, 2}
+    assert all(0 <= row["caption told"]["mean"] <= 1 for row in rows) and "picture told" in capsys.readouterr().out
 
 
 def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):

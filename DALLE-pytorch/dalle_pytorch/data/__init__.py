@@ -71,7 +71,7 @@ class GlyphsDataset(Dataset):
         scene = glyphs.make_scene(index, self.split)
         terse = bool(self.terse_every) and index % self.terse_every == 0
         if self.twins:
-            scene, twin = glyphs.make_twins(scene, index, terse)
+            scene, twin, _ = glyphs.make_twins(scene, index, terse)
             other = self._sample(twin, self.count + index)
             return self._sample(scene, index) | {f"twin_{key}": value for key, value in other.items()}
         return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)

@@ -22,10 +22,11 @@ TWO = {"kind": 3, "colour": 2, "background": 1, "doubled": 2, "left out": 2, "co
 ALONE = {"left": ("left", "right"), "above": ("top", "bottom")}
 
 
-def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene, Scene]:
-    """The scene with a new caption, and its twin: of the same split, with one fact changed that the caption states.
+def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene, Scene, str]:
+    """The scene with a new caption, its twin, which is of the same split and has one fact changed that the caption
+    states, and that fact, by its name in `ONE` or `TWO`.
 
-    That is a subject's kind or colour or the background; the same subject twice; or of two subjects one alone, their
+    It is a subject's kind or colour or the background; the same subject twice; or of two subjects one alone, their
     colours exchanged, or their places. Captions are such as training has, or terse as in `with_terse_caption`.
     """
     rng = np.random.default_rng([len(SPLITS) + 2, seed])
@@ -38,7 +39,7 @@ def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene,
         twin, lots = change_scene(scene, fact, rng), int(rng.integers(2**31))
         scene, twin = _with_caption(scene, left_open, lots), _with_caption(twin, left_open, lots)
         if split_of_scene(twin.subjects, twin.background) == split and _told_apart(scene, twin, fact):
-            return scene, twin
+            return scene, twin, fact
 
 
 def change_scene(scene: Scene, fact: str, rng: np.random.Generator) -> Scene:

@@ -1,0 +1,67 @@
+"""What the default model's CLIP tells apart: pairs of validation scenes that differ in one fact, and their captions.
+
+    python benchmarks/clip_twins.py --count 1500
+
+For every fact, of scenes with one subject and with two: how often the right one of two captions fits a picture best,
+and the right one of two pictures a caption; half is chance. Prints the table in Markdown and writes `clip_twins.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from quality import DEFAULT_MODEL, with_interval
+from tqdm import trange
+
+from dalle_pytorch.checkpoints import write_text
+from dalle_pytorch.cli import ArgumentParser, number, pick_device, run
+from dalle_pytorch.clip import CLIP
+from dalle_pytorch.data import glyphs
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip_path", type=Path, default=DEFAULT_MODEL / "clip")
+    parser.add_argument("--count", type=number(int, 1), default=1500, help="pairs of scenes (default 1500)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/clip_twins"))
+    parser.add_argument("--device")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def tell_apart(clip: CLIP, scenes: Sequence[glyphs.Scene]) -> tuple[float, float]:
+    """1 or 0: whether the first scene's own caption fits its picture best, and its own picture its caption."""
+    pictures = [torch.from_numpy(glyphs.draw(scene, clip.image_size)).permute(2, 0, 1) / 255 for scene in scenes]
+    tokens = clip.tokenize([scene.caption for scene in scenes])
+    texts = F.normalize(clip.encode_text(tokens.to(clip.device)), dim=-1)
+    fit = texts @ F.normalize(clip.encode_image(torch.stack(pictures).to(clip.device)), dim=-1).T
+    return float(fit[0, 0] > fit[1, 0]), float(fit[0, 0] > fit[0, 1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    clip = CLIP.from_pretrained(arguments.clip_path).to(pick_device(arguments.device)).eval()
+    told = defaultdict(list)
+    for index in trange(arguments.count, desc="pairs"):
+        *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
+        told[len(scenes[0].subjects), fact].append(tell_apart(clip, scenes))
+    print("| subjects | changed | pairs | caption told | picture told |")
+    print("|---|---|---|---|---|")
+    rows = []
+    for (subjects, fact), pairs in sorted(told.items()):
+        by_picture, by_caption = (with_interval(column) for column in zip(*pairs, strict=True))
+        cells = " | ".join(f"{v['mean']:.1%} ({v['low']:.0%} to {v['high']:.0%})" for v in (by_picture, by_caption))
+        print(f"| {subjects} | {fact} | {len(pairs)} | {cells} |")
+        rows.append({"subjects": subjects, "fact": fact, "pairs": len(pairs), "caption told": by_picture,
+                     "picture told": by_caption})  # fmt: skip
+    write_text(arguments.output_dir / "clip_twins.json", json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
