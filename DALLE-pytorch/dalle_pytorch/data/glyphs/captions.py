@@ -116,8 +116,11 @@ def write_caption(
 
 def with_terse_caption(scene: Scene, seed: int = 0) -> Scene:
     """The scene with a caption that says little of it, often no more than "a seven"."""
-    rng = np.random.default_rng([len(SPLITS) + 1, seed])
-    caption = write_caption(rng, scene.subjects, scene.background, scene.place, scene.relation, TERSE)
+    return with_caption(scene, np.random.default_rng([len(SPLITS) + 1, seed]), TERSE)
+
+
+def with_caption(scene: Scene, rng: np.random.Generator, left_open: Mapping[str, float]) -> Scene:
+    caption = write_caption(rng, scene.subjects, scene.background, scene.place, scene.relation, left_open)
     return replace(scene, caption=caption)
 
 
@@ -130,6 +133,14 @@ def states_place(scene: Scene) -> bool:
     tables = (RELATED, REVERSED) if scene.relation else (AT_PLACE,)
     phrases = [phrase for table in tables for phrase in table[scene.relation or scene.place]]
     return any(f" {phrase} " in f"{scene.caption} " for phrase in phrases)
+
+
+def names_subjects_apart(scene: Scene) -> bool:
+    """Whether the caption says which of two subjects is which: "a red digit and a blue digit" does not."""
+    first, second = scene.subjects
+    said = f" {scene.caption} "
+    named = any(f" {name} " in said for subject in scene.subjects for name in NAMES[subject.kind])
+    return named or FAMILY[first.kind] != FAMILY[second.kind]
 
 
 def states_size(scene: Scene) -> bool:
@@ -159,9 +170,8 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
 
     def exchanged_colours() -> list[str]:
         first, second = scene.subjects
-        named = any(f" {name} " in caption for subject in scene.subjects for name in NAMES[subject.kind])
-        if not named and FAMILY[first.kind] == FAMILY[second.kind]:
-            return []  # "a red digit and a blue digit" would still be true
+        if not names_subjects_apart(scene):
+            return []  # it would still be true
         if not all(allowed(a.kind, b.colour, scene.background) for a, b in ((first, second), (second, first))):
             return []
         exchange = {first.colour: second.colour, second.colour: first.colour}
