@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, run, setting
+from dalle_pytorch.cli import ArgumentParser, run, setting
+from dalle_pytorch.errors import UsageError
 
 if TYPE_CHECKING:
-    from dalle_pytorch.checkpoints import PretrainedModel
+    from dalle_pytorch.pretrained import PretrainedModel
 
 VOCABULARY_SUFFIXES = (".model", ".json", ".txt", ".gz")
 
@@ -42,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def open_model(arguments: argparse.Namespace) -> PretrainedModel:
     """Whatever model the file is."""
     import diffusion.decoder  # noqa: F401  a native folder may hold its models
-    from dalle_pytorch.published import UnknownFormatError, open_published
+    from dalle_pytorch.published.load import UnknownFormatError, open_published
 
     config_path = arguments.vqgan_config_path
     vae = open_published(arguments.vae_path, config_path) if arguments.vae_path else None
@@ -72,8 +73,10 @@ def describe(model: PretrainedModel, indent: str = "") -> Iterator[str]:
 
 def convert_tokenizer(path: Path, folder: Path | None) -> None:
     """Says how large a vocabulary is, and writes it as the `tokenizer.json` of a native folder."""
-    from dalle_pytorch.checkpoints import write_text
-    from dalle_pytorch.tokenizers import HugTokenizer, YttmTokenizer, load_tokenizer
+    from dalle_pytorch.files.atomic import write_text
+    from dalle_pytorch.tokenizers.hug import HugTokenizer
+    from dalle_pytorch.tokenizers.load import load_tokenizer
+    from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 
     tokenizer = load_tokenizer(path)
     print(f"{path}: {type(tokenizer).__name__}, {tokenizer.vocab_size:,} tokens")

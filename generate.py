@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.errors import UsageError
 
 if TYPE_CHECKING:
-    from dalle_pytorch.dalle import DALLE
-    from dalle_pytorch.generation import Candidate
+    from dalle_pytorch.priors.dalle import DALLE
+    from dalle_pytorch.sampling.candidates import Candidate
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "models/default"
 SAMPLING = {"top_p": 0.9, "temperature": 1.0, "cond_scale": 1.0}  # of a model that says nothing else
@@ -37,8 +38,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=number(int, 1), default=32, help="candidates sampled at once (default 32)")
     group.add_argument("--top_k", type=number(float, 0), help="below 1: the fraction of tokens cut away; a whole "
                                                               "number: the tokens kept. Wins over --top_p")  # fmt: skip
-    group.add_argument("--top_p", type=number(float, 0, 1, above=True),
-                       help=f"draw from the likeliest tokens of this share (default {SAMPLING['top_p']})")
+    group.add_argument(
+        "--top_p",
+        type=number(float, 0, 1, above=True),
+        help=f"draw from the likeliest tokens of this share (default {SAMPLING['top_p']})",
+    )
     group.add_argument("--temperature", type=number(float, 0),
                        help="0 takes the likeliest token (default 1, or the embedded model's own)")  # fmt: skip
     group.add_argument("--cond_scale", type=number(float, 0),
@@ -116,8 +120,8 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, float | None]:
 def load_models(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
     """The prior with its VAE, the tokenizer, and the scorer (None without --clip_sort), on `device`."""
     from dalle_pytorch import load_clip, load_dalle
-    from dalle_pytorch.tokenizers import load_tokenizer
-    from dalle_pytorch.vae import load_vqgan
+    from dalle_pytorch.published.vaes import load_vqgan
+    from dalle_pytorch.tokenizers.load import load_tokenizer
 
     vae = None
     if arguments.vqgan_model_path:
@@ -132,6 +136,7 @@ def load_models(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any, A
         # The default CLIP has seen nothing but the default model's world: it does not judge another's pictures.
         clip_path = arguments.clip_path or (None if arguments.dalle_path else DEFAULT_MODEL / "clip")
         scorer = load_clip(clip_path).to(device)
+    dalle.tokenizer = tokenizer
     return dalle, tokenizer, scorer
 
 
@@ -158,8 +163,8 @@ def warn_of_unknown_words(prompt: str, tokenizer: Any, arguments: argparse.Names
 
 def claim_folder(outputs_dir: Path, prompt: str) -> Path:
     """The folder of a prompt: the one that is already its own, or one that no other prompt has."""
-    from dalle_pytorch.checkpoints import write_text
-    from dalle_pytorch.files import safe_name
+    from dalle_pytorch.files.atomic import write_text
+    from dalle_pytorch.files.names import safe_name
 
     name = safe_name(prompt)
     for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
@@ -175,7 +180,8 @@ def claim_folder(outputs_dir: Path, prompt: str) -> Path:
 
 def write_results(folder: Path, candidates: list[Candidate], output_npy: bool) -> None:
     """Writes pictures, tokens and the contact sheet, then clears away what an earlier run left under such numbers."""
-    from dalle_pytorch.files import contact_sheet, save_image, save_tokens
+    from dalle_pytorch.files.images import contact_sheet, save_image
+    from dalle_pytorch.files.tokens import save_tokens
 
     written = set()
     for rank, candidate in enumerate(candidates):
@@ -198,7 +204,7 @@ def init_tokens(arguments: argparse.Namespace, dalle: DALLE) -> Any:
     """The tokens of the upper part of --image, or None."""
     if arguments.image is None:
         return None
-    from dalle_pytorch.files import image_to_tensor, read_image
+    from dalle_pytorch.files.images import image_to_tensor, read_image
 
     count = arguments.num_init_img_tokens
     count = int(0.4375 * dalle.image_seq_len) if count is None else count  # OpenAI's share: 14 rows of 32
@@ -217,7 +223,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     from tqdm import tqdm
 
-    from dalle_pytorch.generation import generate_candidates
+    from dalle_pytorch.devices import pick_device
+    from dalle_pytorch.sampling.candidates import generate_candidates
+    from dalle_pytorch.sampling.settings import SamplingSettings
 
     device = pick_device(arguments.device)
     dalle, tokenizer, scorer = load_models(arguments, device)
@@ -242,8 +250,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
                 bar.update(min(arguments.batch_size, count - finished))
 
             candidates = generate_candidates(
-                dalle, tokenizer, prompt, count, scorer=scorer, keep=arguments.keep, batch_size=arguments.batch_size,
-                seed=arguments.seed, init_tokens=given, progress=progress, **sampling,
+                dalle, prompt, count, scorer=scorer, keep=arguments.keep, batch_size=arguments.batch_size,
+                seed=arguments.seed, init_image_tokens=given, progress=progress,
+                settings=SamplingSettings(**sampling),
             )  # fmt: skip
             bar.set_postfix_str(f"{count} of {count} candidates")
         seconds = time.monotonic() - started

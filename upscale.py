@@ -1,6 +1,6 @@
 """Stage 2: tokens or pictures are drawn anew, larger and finer, by the diffusion decoder.
 
-    python upscale.py --input outputs/a_red_seven_on_brick --clip_guidance
+python upscale.py --input outputs/a_red_seven_on_brick --clip_guidance
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run, setting
+from dalle_pytorch.cli import ArgumentParser, number, run, setting
+from dalle_pytorch.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.decoder import DiffusionDecoder
     from diffusion.guidance import ClipGuidance
-    from diffusion.superres import SuperResolution
+    from diffusion.super_resolution import SuperResolution
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "models/default"
 SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
@@ -126,18 +127,18 @@ def read_prompts(arguments: argparse.Namespace) -> list[tuple[str, float]]:
 
 def open_vae(arguments: argparse.Namespace) -> Any:
     """The VAE that is asked for, or None where the model brings its own."""
-    from dalle_pytorch.checkpoints import PretrainedModel
+    from dalle_pytorch.pretrained import PretrainedModel
 
     path = arguments.vae_path
     if path and Path(path).is_dir():
         return PretrainedModel.from_pretrained(path)
     if arguments.dvae_mode:
-        from dalle_pytorch.published import load_discrete_vae
+        from dalle_pytorch.published.vaes import load_discrete_vae
 
         return load_discrete_vae(path)
     if path is None and not is_foreign(arguments.model_path):
         return None
-    from dalle_pytorch.vae import load_vqgan
+    from dalle_pytorch.published.vaes import load_vqgan
 
     return load_vqgan(path, arguments.vqgan_config_path)
 
@@ -181,7 +182,7 @@ def open_guidance(arguments: argparse.Namespace, device: Any) -> ClipGuidance | 
         return None
     prompts = read_prompts(arguments)
     from dalle_pytorch import load_clip
-    from dalle_pytorch.files import image_to_tensor, read_image
+    from dalle_pytorch.files.images import image_to_tensor, read_image
     from diffusion.guidance import ClipGuidance, parse_prompts
 
     weighted = parse_prompts(arguments.image_prompts or "")
@@ -202,7 +203,8 @@ def open_guidance(arguments: argparse.Namespace, device: Any) -> ClipGuidance | 
 
 def read_tokens(path: Path, decoder: DiffusionDecoder) -> Tensor:
     """The tokens (side²,) of a `.npy`, or those that the VAE finds in a picture."""
-    from dalle_pytorch.files import image_to_tensor, load_tokens, read_image
+    from dalle_pytorch.files.images import image_to_tensor, read_image
+    from dalle_pytorch.files.tokens import load_tokens
 
     side, vae = decoder.image_fmap_size, decoder.vae
     if path.suffix.lower() == ".npy":
@@ -224,7 +226,7 @@ def draw(
     bar: Any,
 ) -> list[Tensor]:
     """Draws the pictures of one grid of tokens under these names and writes them, previews too. Returns them."""
-    from dalle_pytorch.files import save_image
+    from dalle_pytorch.files.images import save_image
 
     def write(name: str, picture: Tensor) -> None:
         save_image(arguments.outputs_dir / f"{name}.png", picture)
@@ -264,7 +266,7 @@ def draw(
 
 
 def final_size(arguments: argparse.Namespace, decoder: DiffusionDecoder, pictures: Tensor) -> Tensor:
-    from dalle_pytorch.files import resize
+    from dalle_pytorch.files.images import resize
 
     return resize(pictures.cpu(), arguments.output_size or decoder.unet.image_size)
 
@@ -284,8 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from dalle_pytorch.files import contact_sheet, save_image
-    from diffusion.denoiser import spaced_steps
+    from dalle_pytorch.devices import pick_device
+    from dalle_pytorch.files.images import contact_sheet, save_image
+    from diffusion.schedule import spaced_steps
 
     device = pick_device("cpu" if arguments.cpu else arguments.device)
     guidance = open_guidance(arguments, device)

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from dalle_pytorch.data import glyphs
+    from dalle_pytorch import scenes as glyphs
 
     with tqdm(total=arguments.count, unit="scene", dynamic_ncols=True) as bar:
         glyphs.write_folder(

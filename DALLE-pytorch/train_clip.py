@@ -55,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     import torch
 
-    from dalle_pytorch.clip import CLIP
-    from dalle_pytorch.data import open_dataset
-    from dalle_pytorch.tasks import ClipTask, LongCaption
-    from dalle_pytorch.tokenizers import load_tokenizer
+    from dalle_pytorch.clip.trainable import CLIP
+    from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.tokenizers.load import load_tokenizer
+    from dalle_pytorch.training.tasks.base import LongCaption
+    from dalle_pytorch.training.tasks.clip import ClipTask
 
     torch.manual_seed(arguments.seed)
     tokenizer = load_tokenizer(arguments.bpe_path, hug=arguments.hug, chinese=arguments.chinese)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, listed, number, pick_device, run
+from dalle_pytorch.cli import ArgumentParser, HelpFormatter, listed, number, run
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training.cli import (
     add_caption_arguments,
     add_training_arguments,
@@ -92,9 +93,11 @@ def keep_tokens(arguments: argparse.Namespace, dataset: Any, vae: Any) -> Any:
     import torch
     from tqdm import tqdm
 
-    from dalle_pytorch.data import cache_tokens
+    from dalle_pytorch.data.token_cache import cache_tokens
 
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    from dalle_pytorch.devices import pick_device
+
     vae.to(pick_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
     with tqdm(desc="image tokens", unit="picture", dynamic_ncols=True, disable=not is_main_process()) as bar:
 
@@ -116,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--dalle_output_file_name is the name of a folder in --output_dir, and no path")
     import torch
 
-    from dalle_pytorch.dalle import DALLE
-    from dalle_pytorch.data import open_dataset
-    from dalle_pytorch.published import load_dalle
-    from dalle_pytorch.tasks import DalleTask, LongCaption
-    from dalle_pytorch.tokenizers import load_tokenizer
-    from dalle_pytorch.vae import load_vae
+    from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.priors.dalle import DALLE
+    from dalle_pytorch.published.dalle import load_dalle
+    from dalle_pytorch.published.load import load_vae
+    from dalle_pytorch.tokenizers.load import load_tokenizer
+    from dalle_pytorch.training.tasks.base import LongCaption
+    from dalle_pytorch.training.tasks.prior import DalleTask
 
     torch.manual_seed(arguments.seed)
     tokenizer = load_tokenizer(

@@ -1,6 +1,6 @@
 """Learns the byte-pair encoding of captions and writes it as a tokenizer.json.
 
-    python DALLE-pytorch/train_tokenizer.py --image_text_folder pictures --output tokenizer.json
+python DALLE-pytorch/train_tokenizer.py --image_text_folder pictures --output tokenizer.json
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    from dalle_pytorch.checkpoints import write_text
     from dalle_pytorch.data.captions import all_captions
     from dalle_pytorch.data.loading import Skipped, describe_skipped
-    from dalle_pytorch.files import FileError
-    from dalle_pytorch.tokenizers import train_bpe
+    from dalle_pytorch.errors import FileError
+    from dalle_pytorch.files.atomic import write_text
+    from dalle_pytorch.tokenizers.hug import train_bpe
 
     skipped, taken = Skipped(), 0
 

@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     import torch
 
-    from dalle_pytorch.data import open_dataset
+    from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.training.tasks.discrete import DiscreteVAETask
     from dalle_pytorch.vae.discrete import DiscreteVAE
-    from dalle_pytorch.vae.discrete_training import DiscreteVAETask
 
     torch.manual_seed(arguments.seed)
     alpha = (0.0,) if arguments.transparent else ()  # opacity is left as it is, between 0 and 1

@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, number, run
+from dalle_pytorch.cli import ArgumentParser, HelpFormatter, number, run
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training.cli import (
     add_training_arguments,
     dataset_settings,
@@ -73,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     import torch
 
-    from dalle_pytorch.data import open_dataset
-    from dalle_pytorch.published import load_clip
+    from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.published.clip import load_clip
+    from dalle_pytorch.training.losses import Adversary, PatchDiscriminator, PerceptualLoss
     from dalle_pytorch.training.options import total_steps
-    from dalle_pytorch.vae.adversary import Adversary, PatchDiscriminator, PerceptualLoss
+    from dalle_pytorch.training.tasks.vqgan import VQGanTask
     from dalle_pytorch.vae.vqgan import VQGanVAE
-    from dalle_pytorch.vae.vqgan_training import VQGanTask
 
     torch.manual_seed(arguments.seed)
     sizes = {name: getattr(arguments, name) for name in SIZES}

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from quality import DEFAULT_MODEL, with_interval
 from tqdm import trange
 
-from dalle_pytorch.checkpoints import write_text
-from dalle_pytorch.cli import ArgumentParser, number, pick_device, run
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.data import glyphs
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.devices import pick_device
+from dalle_pytorch.files.atomic import write_text
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dalle_pytorch.checkpoints import PretrainedModel, records_config
+from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import ArgumentParser, run
-from dalle_pytorch.data import glyphs
+from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
 
 # What is asked of a scene, and the possible answers. The first subject is the left or upper one.

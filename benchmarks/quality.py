@@ -25,14 +25,17 @@ from judge import Judge, judge_by_attribute, likeliest, log_likelihood, share_of
 from measures import best_of, frechet_distance, frechet_interval, interval
 from tqdm import tqdm
 
-from dalle_pytorch.checkpoints import write_text
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.dalle import DALLE
-from dalle_pytorch.data import glyphs
-from dalle_pytorch.files import contact_sheet, image_to_tensor, read_image, resize, save_image
-from dalle_pytorch.generation import Candidate, generate_candidates
-from dalle_pytorch.tokenizers import load_tokenizer
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.devices import pick_device
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import contact_sheet, image_to_tensor, read_image, resize, save_image
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling.candidates import Candidate, generate_candidates
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.tokenizers.load import load_tokenizer
 from diffusion.decoder import DiffusionDecoder
 from diffusion.guidance import ClipGuidance
 
@@ -69,8 +72,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     parser.add_argument("--device")
-    parser.add_argument("--jobs", type=number(int, 1), default=1,
-                        help="processes that share captions and cores: on a CPU, as many as it has cores (default 1)")
+    parser.add_argument(
+        "--jobs",
+        type=number(int, 1),
+        default=1,
+        help="processes that share captions and cores: on a CPU, as many as it has cores (default 1)",
+    )
     return parser.parse_args(argv)
 
 
@@ -88,7 +95,7 @@ class Models:
 
     def __init__(self, folder: Path, device: torch.device, **sampling: float | None):
         self.dalle = DALLE.from_pretrained(folder / "dalle").to(device).eval()
-        self.tokenizer = load_tokenizer(beside=folder / "dalle")
+        self.dalle.tokenizer = load_tokenizer(beside=folder / "dalle")
         self.clip = CLIP.from_pretrained(folder / "clip").to(device).eval().requires_grad_(False)
         self.decoder = DiffusionDecoder.from_pretrained(folder / "decoder").to(device).eval().requires_grad_(False)
         self.judge = Judge.from_pretrained(folder / "judge").eval()
@@ -99,8 +106,9 @@ class Models:
 
     def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, list[Candidate]]:
         """What CLIP and the judge say of `count` candidates, in the order of their numbers, and the candidates."""
-        found = generate_candidates(self.dalle, self.tokenizer, scene.caption, count, batch_size=min(count, 32),
-                                    scorer=self.clip, seed=seed, **self.sampling)  # fmt: skip
+        found = generate_candidates(self.dalle, scene.caption, count, batch_size=min(count, 32),
+                                    scorer=self.clip, seed=seed,
+                                    settings=SamplingSettings(**self.sampling))  # fmt: skip
         found.sort(key=lambda candidate: candidate.index)
         seen = self.judge.read(torch.stack([candidate.image for candidate in found]))
         right = [judge_by_attribute(scene, answers) for answers in seen]

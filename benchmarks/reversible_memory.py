@@ -19,7 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.devices import pick_device
+from dalle_pytorch.errors import UsageError
 
 MIB = 2**20
 
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("| {depth} | {layers} | {activations_mib} | {weights_and_gradients_mib} | {seconds} |".format(**row),
                   flush=True)  # fmt: skip
     if arguments.output is not None:
-        from dalle_pytorch.checkpoints import write_text
+        from dalle_pytorch.files.atomic import write_text
 
         settings = {name: getattr(arguments, name) for name in ("dim", "batch_size", "image_fmap_size")}
         write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from dalle_pytorch.cli import ArgumentParser, number, run
-from dalle_pytorch.dalle import DALLE
+from dalle_pytorch.priors.dalle import DALLE
 
 GPU_MEMORY = 80e9
 OVERHEAD = 3e9  # CUDA, NCCL's buffers, what the allocator cannot use

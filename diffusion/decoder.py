@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, companion_path, records_config
-from diffusion.denoiser import Denoiser, Schedule
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import PretrainedModel, companion_path, records_config
+from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClipGuidance
 from diffusion.samplers import SAMPLERS, Noise, generator
+from diffusion.schedule import Schedule
 from diffusion.unet import UNet
 
 

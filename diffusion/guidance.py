@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser, Prediction, at
+from diffusion.denoiser import Denoiser, Prediction
 from diffusion.samplers import Guide, generator
+from diffusion.schedule import at
 
 
 def parse_prompts(text: str) -> list[tuple[str, float]]:

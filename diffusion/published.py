@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import CheckpointError, load_state, read_config
-from dalle_pytorch.foreign import read_torch, tensor_dict
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import load_state, read_config
+from dalle_pytorch.published.unpickler import read_torch, tensor_dict
 from diffusion.decoder import DiffusionDecoder
-from diffusion.denoiser import Denoiser, Schedule
-from diffusion.superres import SuperResolution
+from diffusion.denoiser import Denoiser
+from diffusion.schedule import Schedule
+from diffusion.super_resolution import SuperResolution
 from diffusion.unet import UNet
 
 # guided-diffusion chooses the widths by the image size unless told.

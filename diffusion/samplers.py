@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser, Prediction, at
+from diffusion.denoiser import Denoiser, Prediction
+from diffusion.schedule import at
 
 Guide = Callable[[Denoiser, Tensor, int], tuple[Prediction, Tensor]]
 Steps = Iterator[tuple[int, Tensor, Tensor]]

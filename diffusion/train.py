@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.cli import ArgumentParser, HelpFormatter, UsageError, boolean, listed, number, run
+from dalle_pytorch.cli import ArgumentParser, HelpFormatter, boolean, listed, number, run
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training.cli import add_training_arguments, dataset_settings, run_training, training_options
 
 DIFFUSION = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "rescale_timesteps",
@@ -137,8 +138,8 @@ def settle(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def make_unet(arguments: argparse.Namespace, **conditioning: Any) -> Any:
     """The network that the flags describe, with the weights of `--resume_checkpoint`, or a native folder's network."""
-    from dalle_pytorch.checkpoints import load_state
-    from dalle_pytorch.foreign import read_torch, tensor_dict
+    from dalle_pytorch.pretrained import load_state
+    from dalle_pytorch.published.unpickler import read_torch, tensor_dict
     from diffusion.unet import UNet
 
     names = ("image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
@@ -155,9 +156,10 @@ def make_unet(arguments: argparse.Namespace, **conditioning: Any) -> Any:
 def make_decoder_task(arguments: argparse.Namespace) -> Any:
     import torch
 
-    from dalle_pytorch.vae import load_vae, load_vqgan
+    from dalle_pytorch.published.load import load_vae
+    from dalle_pytorch.published.vaes import load_vqgan
     from diffusion.decoder import DiffusionDecoder
-    from diffusion.training import DecoderTask
+    from diffusion.tasks import DecoderTask
 
     vae = None
     if arguments.vae_path is not None:
@@ -189,7 +191,7 @@ def make_super_resolution_task(arguments: argparse.Namespace) -> Any:
     import torch
 
     from diffusion.published import read_diffusion
-    from diffusion.training import SuperResolutionTask
+    from diffusion.tasks import SuperResolutionTask
     from diffusion.unet import UNet
 
     diffusion = {name: getattr(arguments, name) for name in DIFFUSION}
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = settle(parse_arguments(argv))
     import torch
 
-    from dalle_pytorch.data import open_dataset
+    from dalle_pytorch.data.datasets import open_dataset
 
     torch.manual_seed(arguments.seed)
     task = make_super_resolution_task(arguments) if arguments.super_res else make_decoder_task(arguments)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_pytorch.checkpoints import PretrainedModel, records_config
+from dalle_pytorch.pretrained import PretrainedModel, records_config
 
 NUM_CLASSES = 1000  # of the class-conditional ImageNet models
 NORM_GROUPS = 32

@@ -39,9 +39,9 @@ def tiny_vae():
 @pytest.fixture
 def tiny_bundle(tmp_path, tiny_vae):
     """A folder with an untrained prior, its VAE, a CLIP and a tokenizer, as in models/default."""
-    from dalle_pytorch.clip import CLIP
-    from dalle_pytorch.dalle import DALLE
-    from dalle_pytorch.tokenizers import train_bpe
+    from dalle_pytorch.clip.trainable import CLIP
+    from dalle_pytorch.priors.dalle import DALLE
+    from dalle_pytorch.tokenizers.hug import train_bpe
 
     folder = tmp_path / "bundle"
     folder.mkdir()

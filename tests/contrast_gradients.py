@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from dalle_pytorch.clip import CLIP
+from dalle_pytorch.clip.trainable import CLIP
 
 
 def contrast_gradients(rank: int, processes: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

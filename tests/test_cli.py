@@ -5,8 +5,9 @@ import errno
 import pytest
 import torch
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, pick_device, run
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.devices import pick_device
+from dalle_pytorch.errors import CheckpointError, UsageError
 
 
 def outcome(error, capsys):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.published import load_trainable_clip
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.published.clip import load_trainable_clip
 
 
 class Letters:

@@ -9,9 +9,11 @@ import torch
 
 import convert
 from dalle_pytorch import cli
-from dalle_pytorch.checkpoints import PretrainedModel, read_tensors
-from dalle_pytorch.published import load_clip, load_dalle
-from dalle_pytorch.tokenizers import HugTokenizer, YttmTokenizer
+from dalle_pytorch.pretrained import PretrainedModel, read_tensors
+from dalle_pytorch.published.clip import load_clip
+from dalle_pytorch.published.dalle import load_dalle
+from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 from dalle_pytorch.vae.vqgan import VQGanVAE
 
 

@@ -9,20 +9,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dalle_pytorch.attention import SparsePattern, make_pattern
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.dalle import DALLE
-from dalle_pytorch.published import load_dalle, load_discrete_vae
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.nn.masks import SparsePattern, make_pattern
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.published.dalle import load_dalle
+from dalle_pytorch.published.vaes import load_discrete_vae
+from dalle_pytorch.vae.base import ImageTokenizer
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 CASES = ["full_rotary_shift", "full_learned_pos", "axial_conv", "reversible", "shared_layers", "stable_sandwich",
          "dall3_default"]  # fmt: skip
 
 
-class Grid:
-    """What a DALLE wants to know of its VAE."""
+class Grid(ImageTokenizer):
+    """An image tokenizer that only has sizes."""
+
+    codebook_weight = get_codebook_indices = decode = decode_image = None
 
     def __init__(self, image_size: int = 32, num_layers: int = 3, num_tokens: int = 40):
+        super().__init__()
         self.image_size, self.num_layers, self.num_tokens = image_size, num_layers, num_tokens
 
 
@@ -91,11 +96,14 @@ def visible_by_definition(attn_type: str, text_len: int, side: int) -> torch.Ten
     for query in range(size):
         for key in range(query + 1):
             (row, column), (key_row, key_column) = divmod(query - text_len, side), divmod(key - text_len, side)
-            mask[query, key] = key < text_len or {
-                "axial_row": row == key_row,
-                "axial_col": column == key_column,
-                "conv_like": row - key_row < 5 and 0 <= column - key_column < 5,
-            }[attn_type]
+            mask[query, key] = (
+                key < text_len
+                or {
+                    "axial_row": row == key_row,
+                    "axial_col": column == key_column,
+                    "conv_like": row - key_row < 5 and 0 <= column - key_column < 5,
+                }[attn_type]
+            )
     return mask
 
 

@@ -8,8 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch.data import BatchLoader, BrokenSample, ImageTextFolder, glyphs, open_dataset
-from dalle_pytorch.files import FileError, image_to_tensor
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.data.datasets import open_dataset
+from dalle_pytorch.data.folder import ImageTextFolder
+from dalle_pytorch.data.loading import BatchLoader, BrokenSample
+from dalle_pytorch.errors import FileError
+from dalle_pytorch.files.images import image_to_tensor
 
 
 def add(folder, name, caption="a picture", size=(40, 40), colour=(200, 30, 30), mode="RGB"):

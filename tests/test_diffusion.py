@@ -7,13 +7,14 @@ import pytest
 import torch
 from test_unet import CASES, assert_matches, read_case, small_unet
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.data import random_crops
+from dalle_pytorch.data.loading import random_crops
+from dalle_pytorch.errors import CheckpointError
 from diffusion import DiffusionDecoder
-from diffusion.denoiser import Denoiser, Schedule, discretized_gaussian_log_likelihood, named_betas, spaced_steps
+from diffusion.denoiser import Denoiser, discretized_gaussian_log_likelihood
 from diffusion.published import load_denoiser
 from diffusion.samplers import SAMPLERS, Noise, generator, sample_ancestral, sample_ddim
-from diffusion.training import DecoderTask
+from diffusion.schedule import Schedule, named_betas, spaced_steps
+from diffusion.tasks import DecoderTask
 from diffusion.unet import UNet
 
 
@@ -284,7 +285,7 @@ def test_gate_is_for_residuals():
 def test_residuals_want_a_picture_to_differ_from(tiny_vae):
     with pytest.raises(ValueError, match="low_res_condition"):
         DiffusionDecoder(UNet(image_size=64, num_channels=32, emb_condition=True,
-                              emb_input_dims=tiny_vae.codebook.shape[1]), tiny_vae, residual_std=0.1)  # fmt: skip
+                              emb_input_dims=tiny_vae.codebook_dim), tiny_vae, residual_std=0.1)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_residuals_want_a_picture_to_differ_from(tiny_vae):
 
 
 def small_decoder(vae, **settings):
-    unet = small_unet(image_size=128, patch_size=4, emb_condition=True, emb_input_dims=vae.codebook.shape[1],
+    unet = small_unet(image_size=128, patch_size=4, emb_condition=True, emb_input_dims=vae.codebook_dim,
                       emb_output_dims=32, emb_stride=1, low_res_condition=True)  # fmt: skip
     return DiffusionDecoder(unet, vae, **{"predict_xstart": True, "rescale_timesteps": True, **settings}).eval()
 

@@ -18,11 +18,11 @@ from conftest import ROOT
 from contrast_gradients import contrast_gradients
 from torch import nn
 
-from dalle_pytorch.cli import UsageError
-from dalle_pytorch.dalle import DALLE
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.transformer import Transformer
+from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.training.launch import make_accelerator
 from dalle_pytorch.training.options import TrainingOptions
-from dalle_pytorch.transformer import Transformer
 
 STEPS = 4
 ZERO = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def call(script, *argv):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A VAE and a tokenizer to train priors with."""
-    from dalle_pytorch.tokenizers import train_bpe
+    from dalle_pytorch.tokenizers.hug import train_bpe
     from dalle_pytorch.vae.vqgan import VQGanVAE
 
     folder = tmp_path_factory.mktemp("parts")

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dalle_pytorch import downloads
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.downloads import PublicFile, default_file
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files import downloads
+from dalle_pytorch.files.downloads import PublicFile, default_file
 
 CONTENT = bytes(range(256)) * 40
 

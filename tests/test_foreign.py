@@ -13,9 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.files import FileError, load_tokens
-from dalle_pytorch.foreign import LEGACY_MAGIC, ForeignObject, module_state, read_torch, read_yaml, tensor_dict
+from dalle_pytorch.errors import CheckpointError, FileError
+from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.published.unpickler import (
+    LEGACY_MAGIC,
+    ForeignObject,
+    module_state,
+    read_torch,
+    read_yaml,
+    tensor_dict,
+)
 
 # --------------------------------------------------------------------------------------------------
 # What comes out
@@ -138,7 +145,7 @@ def programs(touched: Path) -> dict[str, bytes]:
         "jit": stream(b"ctorch.jit\nload\n", text, b"\x85R"),
         "numpy": stream(b"cnumpy\nload\n", text, b"\x85R"),
         "lightning": stream(b"cpytorch_lightning.utilities.cloud_io\nload\n", text, b"\x85R"),
-        "our own": stream(b"cdalle_pytorch.checkpoints\nwrite_text\n", text, text, b"\x86R"),
+        "our own": stream(b"cdalle_pytorch.files.atomic\nwrite_text\n", text, text, b"\x86R"),
     }
 
 

@@ -13,7 +13,10 @@ from conftest import ROOT
 from PIL import Image
 
 import generate
-from dalle_pytorch import checkpoints, files, load_dalle
+from dalle_pytorch import load_dalle
+from dalle_pytorch.errors import FileError
+from dalle_pytorch.files import atomic, images
+from dalle_pytorch.files.tokens import load_tokens
 
 
 @pytest.fixture
@@ -44,9 +47,9 @@ def test_ranked_pictures_and_tokens(command, tiny_bundle):
     # The tokens decode to the picture beside them.
     vae = load_dalle(tiny_bundle / "dalle").vae
     for rank, picture in enumerate(pictures):
-        tokens = files.load_tokens(folder / f"{rank}.npy", 32, 256)
+        tokens = load_tokens(folder / f"{rank}.npy", 32, 256)
         assert np.load(folder / f"{rank}.npy").dtype == np.int64
-        decoded = np.asarray(files.tensor_to_image(vae.decode_image(tokens[None])[0])).astype(int)
+        decoded = np.asarray(images.tensor_to_image(vae.decode_image(tokens[None])[0])).astype(int)
         assert np.abs(decoded - np.asarray(Image.open(picture))).max() <= 1
 
 
@@ -55,7 +58,8 @@ def test_scores_are_the_cosine_of_clip(command, tiny_bundle):
 
     folder = command("--clip_sort") / "a_red_seven_on_brick"
     best = next(folder.glob("0-*.png"))
-    score = load_clip(tiny_bundle / "clip").score("a red seven on brick", files.image_to_tensor(files.read_image(best)))
+    image = images.image_to_tensor(images.read_image(best))
+    score = load_clip(tiny_bundle / "clip").score("a red seven on brick", image)
     assert float(best.stem[2:]) == pytest.approx(score.item(), abs=2e-3)  # a PNG has eight bits
 
 
@@ -100,13 +104,13 @@ def test_prompts_write_nothing_outside(command, tmp_path, text):
 
 def test_picture_is_finished_from_its_top_rows(command, tmp_path, tiny_bundle):
     image = torch.rand(1, 3, 64, 64)
-    files.save_image(tmp_path / "half.png", image[0])
+    images.save_image(tmp_path / "half.png", image[0])
     folder = (
         command("--image", tmp_path / "half.png", "--num_init_img_tokens", 48, "--output_npy") / "a_red_seven_on_brick"
     )
     vae = load_dalle(tiny_bundle / "dalle").vae
-    given = vae.get_codebook_indices(files.image_to_tensor(files.read_image(tmp_path / "half.png")))[0, :48]
-    tokens = [files.load_tokens(folder / f"{i}.npy", 32) for i in range(5)]
+    given = vae.get_codebook_indices(images.image_to_tensor(images.read_image(tmp_path / "half.png")))[0, :48]
+    tokens = [load_tokens(folder / f"{i}.npy", 32) for i in range(5)]
     assert all(torch.equal(row[:48], given) for row in tokens)
     assert not torch.equal(tokens[0], tokens[1])
 
@@ -157,7 +161,7 @@ def test_bad_arguments(tmp_path, options, text, message):
 
 def test_image_that_is_none_is_refused(command, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(files.FileError, match=r"a\.png"):
+    with pytest.raises(FileError, match=r"a\.png"):
         command("--image", tmp_path / "a.png")
 
 
@@ -184,7 +188,7 @@ def test_full_disk_leaves_earlier_outputs(command, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         command("--output_npy", "--seed", 1)
     assert names(folder) == sorted(before)  # no half-written file, none missing

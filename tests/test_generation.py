@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dalle_pytorch.dalle import DALLE
-from dalle_pytorch.generation import candidate_batches, generate_candidates
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling.candidates import candidate_batches, generate_candidates
+from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 
 class Letters:
     """A tokenizer of letters that pads with 0."""
+
+    vocab_size = 27
 
     def tokenize(self, texts, context_length, truncate_text=False):
         ids = [ord(letter) - 96 for letter in texts][:context_length]
@@ -30,11 +33,14 @@ class Brightness:
 def dalle():
     torch.manual_seed(0)
     vae = DiscreteVAE(image_size=16, num_tokens=40, codebook_dim=4, num_layers=2, hidden_dim=8)
-    return DALLE(dim=32, vae=vae, num_text_tokens=30, text_seq_len=6, depth=2, heads=2, dim_head=16).double().eval()
+    dalle = DALLE(dim=32, vae=vae, num_text_tokens=30, text_seq_len=6, depth=2, heads=2, dim_head=16)
+    dalle.tokenizer = Letters()
+    return dalle.double().eval()
 
 
-def generate(dalle, num_images=10, **settings):
-    return generate_candidates(dalle, Letters(), "ab", num_images, **settings)
+def generate(dalle, num_images=10, top_k=None, top_p=None, temperature=1.0, cond_scale=1.0, **options):
+    settings = SamplingSettings(top_k, top_p, temperature, cond_scale)
+    return generate_candidates(dalle, "ab", num_images, settings=settings, **options)
 
 
 def test_candidates_do_not_depend_on_batches_or_their_number(dalle):
@@ -89,7 +95,7 @@ def test_prompt_is_run_once(dalle, monkeypatch):
 
 def test_candidates_begin_with_given_tokens(dalle):
     given = torch.arange(8)
-    for candidate in generate(dalle, num_images=3, init_tokens=given):
+    for candidate in generate(dalle, num_images=3, init_image_tokens=given):
         assert torch.equal(candidate.tokens[:8], given)
 
 
@@ -102,7 +108,7 @@ def test_generate_images_draws_the_same_candidate(dalle):
 
 @pytest.mark.parametrize("settings", [
     {"num_images": 0}, {"batch_size": 0}, {"keep": 0}, {"top_p": 0}, {"top_k": -2}, {"temperature": -1},
-    {"cond_scale": float("nan")}, {"init_tokens": torch.zeros(16, dtype=torch.long)},
+    {"cond_scale": float("nan")}, {"init_image_tokens": torch.zeros(16, dtype=torch.long)},
 ])  # fmt: skip
 def test_settings_out_of_range(dalle, settings):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
@@ -111,6 +117,6 @@ def test_settings_out_of_range(dalle, settings):
 
 def test_batches_come_one_at_a_time(dalle):
     drawn = []
-    batches = candidate_batches(dalle, Letters(), "ab", 6, batch_size=2, progress=lambda *call: drawn.append(call))
+    batches = candidate_batches(dalle, "ab", 6, batch_size=2, progress=lambda *call: drawn.append(call))
     first = next(batches)
     assert [candidate.index for candidate in first] == [0, 1] and len(drawn) == 16

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_pytorch.data import GlyphsDataset, glyphs
-from dalle_pytorch.data.glyphs.twins import ONE, TWO, change_scene
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.scenes.dataset import GlyphsDataset
+from dalle_pytorch.scenes.twins import ONE, TWO, change_scene
 
 # Every name of every kind of subject.
 NAMES = {name: name for name in glyphs.SUBJECTS}

@@ -7,9 +7,10 @@ import torch
 from test_diffusion import gaussian_denoiser
 from test_unet import small_unet
 
-from diffusion.denoiser import Denoiser, Schedule
+from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClipGuidance, make_cutouts, parse_prompts, range_loss, spherical_distance, tv_loss
 from diffusion.samplers import SAMPLERS, Noise, generator
+from diffusion.schedule import Schedule
 
 
 class ColourClip:

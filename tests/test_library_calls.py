@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_pytorch import CLIP, DALLE, DiscreteVAE
-from dalle_pytorch.attention import SparsePattern
+from dalle_pytorch.nn.masks import SparsePattern
 
 VAE_SIZES = {"image_size": 32, "num_layers": 2, "num_tokens": 48, "codebook_dim": 16, "hidden_dim": 8,
              "num_resnet_blocks": 1, "temperature": 0.9}  # fmt: skip

@@ -11,18 +11,15 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dalle_pytorch import clip_published
-from dalle_pytorch.checkpoints import CheckpointError, PretrainedModel, load_state
-from dalle_pytorch.clip_published import PublishedCLIP
-from dalle_pytorch.foreign import module_state, read_torch
-from dalle_pytorch.published import (
-    UnknownFormatError,
-    load_clip,
-    load_dalle,
-    load_discrete_vae,
-    load_trainable_clip,
-    open_published,
-)
+from dalle_pytorch.clip import published as clip_published
+from dalle_pytorch.clip.published import PublishedCLIP
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import PretrainedModel, load_state
+from dalle_pytorch.published.clip import load_clip, load_trainable_clip
+from dalle_pytorch.published.dalle import load_dalle
+from dalle_pytorch.published.load import UnknownFormatError, open_published
+from dalle_pytorch.published.unpickler import module_state, read_torch
+from dalle_pytorch.published.vaes import load_discrete_vae
 from dalle_pytorch.vae.discrete import DiscreteVAE
 from dalle_pytorch.vae.openai import OpenAIDiscreteVAE
 from dalle_pytorch.vae.vqgan import VQGanVAE
@@ -154,7 +151,7 @@ def test_dvae_as_recorded(dvae_folder):
     assert torch.equal(tokens, golden["indices"]) and (vae.image_size, vae.num_layers, vae.num_tokens) == (256, 3, 128)
     assert_close(vae.decode(tokens), golden["decoded"])
     rows = vae.embed(tokens)
-    assert rows.shape == (1, 16, 8, 8) and torch.equal(rows[0, :, 1, 2], vae.codebook[tokens[0, 10]])
+    assert rows.shape == (1, 16, 8, 8) and torch.equal(rows[0, :, 1, 2], vae.codebook_weight[tokens[0, 10]])
 
 
 def test_dvae_becomes_a_native_folder(dvae_folder, tmp_path):
@@ -418,7 +415,7 @@ def test_training_state_is_not_read(prior, tmp_path, monkeypatch):
         content["opt_state"] = {"state": {0: {"exp_avg": torch.zeros(2**20)}}}
 
     path = changed(prior, tmp_path / "dalle.pt", change)
-    monkeypatch.setattr("dalle_pytorch.foreign.zipfile.ZipFile.read", counted := Counted())
+    monkeypatch.setattr("dalle_pytorch.published.unpickler.zipfile.ZipFile.read", counted := Counted())
     assert same_weights(load_dalle(path), load_dalle(prior))
     assert counted.largest < 2**20
 
@@ -474,7 +471,7 @@ def test_dvae_within_a_checkpoint(prior, dvae_folder, tmp_path):
 
 
 def test_vae_that_is_not_there(prior, tmp_path, monkeypatch):
-    monkeypatch.setattr("dalle_pytorch.downloads._download", offline)
+    monkeypatch.setattr("dalle_pytorch.files.downloads._download", offline)
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "dalle.pt"
     with_vae(prior, path, "VQGanVAE", 64, {})
@@ -496,7 +493,7 @@ def offline(*args):
 
 @pytest.mark.parametrize("call", [VQGanVAE, OpenAIDiscreteVAE, load_clip, lambda: load_clip("ViT-L/14")])
 def test_nothing_given_means_the_published_files(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("dalle_pytorch.downloads._download", offline)
+    monkeypatch.setattr("dalle_pytorch.files.downloads._download", offline)
     monkeypatch.setenv("HOME", str(tmp_path))
     message = one_line(call)
     assert "no network" in message and "https://" in message and str(tmp_path / ".cache/dalle") in message

@@ -11,9 +11,10 @@ from PIL import Image
 
 import generate
 import upscale
-from dalle_pytorch import cli, clip_published, load_dalle
-from dalle_pytorch.files import load_tokens, save_tokens
-from dalle_pytorch.published import prior as published_prior
+from dalle_pytorch import cli, load_dalle
+from dalle_pytorch.clip import published as clip_published
+from dalle_pytorch.files.tokens import load_tokens, save_tokens
+from dalle_pytorch.published import dalle as published_prior
 from dalle_pytorch.vae.vqgan import VQGanVAE
 
 TEXT_TOKENS, PADDING = 227, 12  # those of the recorded bpe.model, and the prior's text_seq_len

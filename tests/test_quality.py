@@ -19,7 +19,7 @@ import quality
 import sweep
 import sweep_guidance
 
-from dalle_pytorch.data import glyphs
+from dalle_pytorch import scenes as glyphs
 
 
 def test_best_of_equals_the_mean_over_all_subsets():
@@ -84,7 +84,7 @@ def test_likelihood_does_not_ask_for_what_the_caption_leaves_open():
 @pytest.fixture
 def model(tiny_bundle):
     """An untrained model with all the parts that the benchmark wants."""
-    from dalle_pytorch.checkpoints import PretrainedModel
+    from dalle_pytorch.pretrained import PretrainedModel
     from diffusion.decoder import DiffusionDecoder
     from diffusion.unet import UNet
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from training_helpers import Numbers, Task, losses, options, rows
 
-from dalle_pytorch.cli import UsageError
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training import train
 from dalle_pytorch.training.reporting import Reporter, mean_figures
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from training_helpers import Numbers, Task, checkpoints, losses, options
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.cli import UsageError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.training import train
 from dalle_pytorch.training.loop import Interrupted
 

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
-from dalle_pytorch.dalle import DALLE
-from dalle_pytorch.sampling import candidate_uniforms, check_sampling, draw, filter_logits, prefill, sample_image_tokens
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling.filters import draw, filter_logits
+from dalle_pytorch.sampling.loop import prefill, sample_image_tokens
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 OPTIONS = {
@@ -104,7 +107,7 @@ def test_uniforms_belong_to_seed_prompt_candidate_and_place():
 ])  # fmt: skip
 def test_settings_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):
-        check_sampling(**settings)
+        SamplingSettings(**settings)
     with pytest.raises(ValueError, match=words):
         make_dalle().generate_images(make_text(), **settings)
 
@@ -120,14 +123,14 @@ def test_cached_logits_equal_the_plain_forward(options, primed):
     tokens = torch.randint(0, 40, (2, 36), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = dalle(text, tokens)[:, 6 + primed :, dalle.num_text_tokens :]
+        torch.testing.assert_close(dalle.next_token_logits(text, tokens)[:, primed:], expected, rtol=0, atol=1e-11)
         prefix = prefill(dalle, text, tokens[:, :primed])
         # Candidates in another order than the prompts, and more of them.
         rows = torch.tensor([1, 0, 1])
         cache = prefix.cache.gather(rows, dalle.total_seq_len)
         logits = [prefix.logits[rows]]
         for i in range(primed, 35):
-            hidden = dalle.hidden(dalle.embed_image(tokens[rows, i : i + 1], start=i), cache)
-            logits.append(dalle.image_logits(hidden[:, 0]))
+            logits.append(dalle.step(tokens[rows, i], i, cache))
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[rows], rtol=0, atol=1e-11)
 
 
@@ -158,9 +161,10 @@ def test_guidance_is_null_plus_scaled_difference():
 
 
 def draw_candidates(dalle, text, uniforms, batch_size, **settings):
+    settings = SamplingSettings(**settings)
     prefix = prefill(dalle, text)
     return torch.cat([
-        sample_image_tokens(dalle, prefix, torch.zeros(len(part), dtype=torch.long), part, **settings)
+        sample_image_tokens(dalle, prefix, torch.zeros(len(part), dtype=torch.long), part, settings)
         for part in uniforms.split(batch_size)
     ])  # fmt: skip
 

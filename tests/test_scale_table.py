@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks.scale_table import Prior, table
-from dalle_pytorch.transformer import Transformer
+from dalle_pytorch.nn.transformer import Transformer
 
 
 def make_prior(**sizes):

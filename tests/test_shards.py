@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_pytorch.data import BatchLoader, open_dataset
+from dalle_pytorch.data.datasets import open_dataset
+from dalle_pytorch.data.loading import BatchLoader
 from dalle_pytorch.data.shards import ShardStream, list_shards
-from dalle_pytorch.files import FileError
+from dalle_pytorch.errors import FileError
 
 
 def picture(seed=0):

@@ -9,9 +9,9 @@ from PIL import Image
 from test_unet import assert_matches, read_case, small_unet
 from test_upscale import call, fails, folder, model, pixels  # noqa: F401  fixtures among them
 
-from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.errors import CheckpointError
 from diffusion.published import load_super_resolution
-from diffusion.superres import SuperResolution
+from diffusion.super_resolution import SuperResolution
 
 
 @pytest.fixture

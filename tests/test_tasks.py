@@ -8,14 +8,18 @@ import torch.nn.functional as F
 from test_clip import make_batch, make_clip
 from torch import nn
 
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.dalle import DALLE
-from dalle_pytorch.tasks import ClipTask, DalleTask, LongCaption
-from dalle_pytorch.tokenizers import HugTokenizer, SimpleTokenizer, load_tokenizer, train_bpe
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.tokenizers.hug import HugTokenizer, train_bpe
+from dalle_pytorch.tokenizers.load import load_tokenizer
+from dalle_pytorch.tokenizers.simple import SimpleTokenizer
+from dalle_pytorch.training.tasks.base import LongCaption
+from dalle_pytorch.training.tasks.clip import ClipTask
+from dalle_pytorch.training.tasks.prior import DalleTask
 from diffusion.decoder import DiffusionDecoder
-from diffusion.denoiser import spaced_steps
 from diffusion.published import load_super_resolution, make_denoiser
-from diffusion.training import DecoderTask, LossSecondMomentSteps, QuadraticSteps, SuperResolutionTask
+from diffusion.schedule import spaced_steps
+from diffusion.tasks import DecoderTask, LossSecondMomentSteps, QuadraticSteps, SuperResolutionTask
 from diffusion.unet import UNet
 
 CAPTIONS = ["a red seven on brick", "a blue star on wood"]
@@ -71,7 +75,7 @@ def test_prior_is_written_whole(dalle, tokenizer, tmp_path):
     again = DALLE.from_pretrained(tmp_path / "mine")
     beside = load_tokenizer(beside=tmp_path / "mine")
     assert beside.encode(CAPTIONS[0]) == tokenizer.encode(CAPTIONS[0])
-    assert torch.equal(again.vae.codebook, dalle.vae.codebook)
+    assert torch.equal(again.vae.codebook_weight, dalle.vae.codebook_weight)
 
 
 def test_preview_draws_captions(dalle, tokenizer):

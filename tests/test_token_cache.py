@@ -10,8 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_pytorch.data import BatchLoader, ImageTextFolder, TokenCache, cache_tokens, open_dataset, token_cache
-from dalle_pytorch.files import FileError
+from dalle_pytorch.data import token_cache
+from dalle_pytorch.data.datasets import open_dataset
+from dalle_pytorch.data.folder import ImageTextFolder
+from dalle_pytorch.data.loading import BatchLoader
+from dalle_pytorch.data.token_cache import TokenCache, cache_tokens
+from dalle_pytorch.errors import FileError
 
 COUNT = 25
 
@@ -170,11 +174,11 @@ def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae):
     data = ImageTextFolder(folder, 64)
     cache_tokens(tmp_path / "cache", data, tiny_vae)
     with torch.no_grad():
-        tiny_vae.codebook[0, 0] += 1
+        tiny_vae.codebook_weight[0, 0] += 1
     with pytest.raises(FileError, match="the image tokens of another VAE"):
         cache_tokens(tmp_path / "cache", data, tiny_vae)
     with torch.no_grad():
-        tiny_vae.codebook[0, 0] -= 1
+        tiny_vae.codebook_weight[0, 0] -= 1
     (folder / "00.txt").write_text("a caption of another length")
     with pytest.raises(FileError, match="the image tokens of other data"):
         cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)

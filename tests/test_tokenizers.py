@@ -11,17 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dalle_pytorch import tokenizers
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.data import glyphs
-from dalle_pytorch.tokenizers import (
-    ChineseTokenizer,
-    HugTokenizer,
-    SimpleTokenizer,
-    YttmTokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.tokenizers import simple as simple_module
+from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer, train_bpe
+from dalle_pytorch.tokenizers.load import load_tokenizer
+from dalle_pytorch.tokenizers.simple import SimpleTokenizer
+from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 
 CAPTIONS = [glyphs.make_scene(i).caption for i in range(1500)]
 
@@ -39,7 +36,7 @@ def yttm(parity) -> YttmTokenizer:
 
 @pytest.fixture(scope="module")
 def simple() -> SimpleTokenizer:
-    if tokenizers._packaged_vocabulary() is None:
+    if simple_module._packaged_vocabulary() is None:
         pytest.skip("no installed package carries CLIP's vocabulary")
     return SimpleTokenizer()
 
@@ -202,7 +199,7 @@ def test_simple_against_another_implementation(simple):
 
 
 def test_simple_from_files(tmp_path, simple, monkeypatch):
-    text = tokenizers._clip_vocabulary(None)
+    text = simple_module._clip_vocabulary(None)
     (tmp_path / "merges.txt").write_text(text, "utf-8")
     (tmp_path / "vocab.txt.gz").write_bytes(gzip.compress(text.encode()))
     merges = [line.split() for line in text.split("\n")[1:48895]]
@@ -211,7 +208,7 @@ def test_simple_from_files(tmp_path, simple, monkeypatch):
         assert SimpleTokenizer(tmp_path / name).encode("a photo of a dog") == simple.encode("a photo of a dog")
     assert isinstance(load_tokenizer(tmp_path / "vocab.txt.gz"), SimpleTokenizer)
     # Without a package that has it, it is the downloaded file.
-    monkeypatch.setattr(tokenizers, "_packaged_vocabulary", lambda: None)
+    monkeypatch.setattr(simple_module, "_packaged_vocabulary", lambda: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = tmp_path / ".cache/dalle"
     cache.mkdir(parents=True)

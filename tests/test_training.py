@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_helpers import Net, Numbers, Task, losses, options, rows
 
-from dalle_pytorch.cli import UsageError
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training import TrainingOptions, train
 from dalle_pytorch.training.optimizers import PLATEAU_INTERVAL, Schedule
 from dalle_pytorch.training.options import total_steps

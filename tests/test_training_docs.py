@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dalle_pytorch.checkpoints import PretrainedModel
+from dalle_pytorch.pretrained import PretrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/training.md").read_text("utf-8")

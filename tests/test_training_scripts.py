@@ -15,9 +15,8 @@ from PIL import Image
 
 import generate
 import upscale
-from dalle_pytorch.checkpoints import PretrainedModel
-from dalle_pytorch.cli import UsageError
-from dalle_pytorch.files import FileError
+from dalle_pytorch.errors import FileError, UsageError
+from dalle_pytorch.pretrained import PretrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 

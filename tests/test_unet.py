@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalle_pytorch.checkpoints import CheckpointError
+from dalle_pytorch.errors import CheckpointError
 from diffusion import UNet, load_unet
 from diffusion.unet import Upsample, timestep_embedding
 

@@ -16,7 +16,8 @@ from test_unet import small_unet
 import dalle_pytorch
 import upscale
 from dalle_pytorch.cli import run
-from dalle_pytorch.files import image_to_tensor, read_image, save_tokens
+from dalle_pytorch.files.images import image_to_tensor, read_image
+from dalle_pytorch.files.tokens import save_tokens
 
 
 class BrightClip(torch.nn.Module):
@@ -206,9 +207,7 @@ def bad_npy(kind, path):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize(
-    "kind", ["truncated", "pickled", "type", "shape", "size", "codebook", "negative", "empty"]
-)
+@pytest.mark.parametrize("kind", ["truncated", "pickled", "type", "shape", "size", "codebook", "negative", "empty"])
 def test_bad_tokens_leave_everything_as_it_was(model, folder, capsys, kind):
     (folder / "0-upscaled.png").write_text("from an earlier run")
     bad_npy(kind, folder / "2.npy")

@@ -11,17 +11,18 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from dalle_pytorch.checkpoints import PretrainedModel
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.clip_published import PublishedCLIP
-from dalle_pytorch.data import GlyphsDataset, collate
+from dalle_pytorch.clip.published import PublishedCLIP
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.data.loading import collate
+from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.scenes.dataset import GlyphsDataset
 from dalle_pytorch.training import TrainingOptions, train
-from dalle_pytorch.vae.adversary import Adversary, PatchDiscriminator, PerceptualLoss
+from dalle_pytorch.training.codebook import codebook_use
+from dalle_pytorch.training.losses import Adversary, PatchDiscriminator, PerceptualLoss
+from dalle_pytorch.training.tasks.discrete import DiscreteVAETask
+from dalle_pytorch.training.tasks.vqgan import VQGanTask
 from dalle_pytorch.vae.discrete import DiscreteVAE
-from dalle_pytorch.vae.discrete_training import DiscreteVAETask
-from dalle_pytorch.vae.statistics import codebook_use
 from dalle_pytorch.vae.vqgan import VQGanVAE
-from dalle_pytorch.vae.vqgan_training import VQGanTask
 
 
 def glyphs(count, size=64, split="train"):
@@ -102,7 +103,7 @@ def test_codebook_larger_than_the_first_batch():
                    patch_size=4, mid_attention=False)  # fmt: skip
     task = VQGanTask(vae, steps=10, warmup_steps=0)
     loss, _ = task({"image": glyphs(1, 32)["image"]})  # 64 encodings
-    assert torch.isfinite(loss) and torch.isfinite(vae.codebook).all()
+    assert torch.isfinite(loss) and torch.isfinite(vae.codebook_weight).all()
 
 
 def test_encodings_that_are_no_numbers_do_not_reach_the_codebook(tiny_vae):
@@ -113,7 +114,7 @@ def test_encodings_that_are_no_numbers_do_not_reach_the_codebook(tiny_vae):
     for started in (False, True):
         weight.data.fill_(float("nan"))
         loss, _ = task(batch)
-        assert not torch.isfinite(loss) and torch.isfinite(tiny_vae.codebook).all()
+        assert not torch.isfinite(loss) and torch.isfinite(tiny_vae.codebook_weight).all()
         assert bool(task.counts.any()) == started
         weight.data.copy_(good)
         assert torch.isfinite(task(batch)[0])
@@ -166,7 +167,7 @@ def _train_in_a_process(rank, store, folder):
     batch = {"image": torch.randint(128 * rank, 128 * rank + 128, (4, 3, 32, 32), dtype=torch.uint8)}
     for _ in fit(model, batch, 12, 1e-3):
         pass
-    torch.save({"codes": vae.codebook.data, "counts": task.counts, "sums": task.sums,
+    torch.save({"codes": vae.codebook_weight.data, "counts": task.counts, "sums": task.sums,
                 "weight": task.adversary.discriminator[0].weight.data}, f"{folder}/{rank}.pt")  # fmt: skip
     torch.distributed.destroy_process_group()
 
@@ -307,8 +308,8 @@ def pictures(tmp_path):
 
 
 def test_train_vae_writes_a_vae_for_a_prior(pictures, tmp_path):
-    from dalle_pytorch.dalle import DALLE
-    from dalle_pytorch.vae import load_vae
+    from dalle_pytorch.priors.dalle import DALLE
+    from dalle_pytorch.published.load import load_vae
 
     output = tmp_path / "run"
     run_script("train_vae.py", pictures, output, "--image_size", "32", "--num_layers", "2", "--num_tokens", "16",

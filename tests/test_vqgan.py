@@ -11,7 +11,7 @@ def test_interface(tiny_vae):
     tokens = tiny_vae.get_codebook_indices(image)
     assert tokens.shape == (2, 256) and tokens.dtype == torch.int64 and tiny_vae.num_layers == 2
     assert tiny_vae.embed(tokens).shape == (2, 8, 16, 16)
-    assert torch.equal(tiny_vae.embed(tokens)[1, :, 0, 5], tiny_vae.codebook[tokens[1, 5]])
+    assert torch.equal(tiny_vae.embed(tokens)[1, :, 0, 5], tiny_vae.codebook_weight[tokens[1, 5]])
     picture = tiny_vae.decode_image(tokens)
     assert picture.shape == image.shape and picture.min() >= 0 and picture.max() <= 1
     assert torch.equal(tokens, tiny_vae.get_codebook_indices(image))

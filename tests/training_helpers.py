@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, records_config
+from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.training import TrainingOptions
 
 

@@ -11,27 +11,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "DALLE": "dalle",
-    "CLIP": "clip",
-    "PublishedCLIP": "clip_published",
-    "DiscreteVAE": "vae.discrete",
-    "VQGanVAE": "vae.vqgan",
-    "OpenAIDiscreteVAE": "vae.openai",
-    "load_dalle": "published",
-    "load_clip": "published",
-    "SimpleTokenizer": "tokenizers",
-    "YttmTokenizer": "tokenizers",
-    "HugTokenizer": "tokenizers",
-    "ChineseTokenizer": "tokenizers",
+    "DALLE": "priors.dalle",
+    "CLIP": "clip.trainable",
+    "PublishedCLIP": "clip.published",
+    "DiscreteVAE": "published.vaes",
+    "VQGanVAE": "published.vaes",
+    "OpenAIDiscreteVAE": "published.vaes",
+    "load_dalle": "published.dalle",
+    "load_clip": "published.clip",
+    "SimpleTokenizer": "tokenizers.simple",
+    "YttmTokenizer": "tokenizers.yttm",
+    "HugTokenizer": "tokenizers.hug",
+    "ChineseTokenizer": "tokenizers.chinese",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from dalle_pytorch.clip import CLIP
-    from dalle_pytorch.clip_published import PublishedCLIP
-    from dalle_pytorch.dalle import DALLE
-    from dalle_pytorch.published import load_clip, load_dalle
-    from dalle_pytorch.tokenizers import ChineseTokenizer, HugTokenizer, SimpleTokenizer, YttmTokenizer
+    from dalle_pytorch.clip.published import PublishedCLIP
+    from dalle_pytorch.clip.trainable import CLIP
+    from dalle_pytorch.priors.dalle import DALLE
+    from dalle_pytorch.published.clip import load_clip
+    from dalle_pytorch.published.dalle import load_dalle
+    from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
+    from dalle_pytorch.tokenizers.hug import HugTokenizer
+    from dalle_pytorch.tokenizers.simple import SimpleTokenizer
+    from dalle_pytorch.tokenizers.yttm import YttmTokenizer
     from dalle_pytorch.vae.discrete import DiscreteVAE
     from dalle_pytorch.vae.openai import OpenAIDiscreteVAE
     from dalle_pytorch.vae.vqgan import VQGanVAE

@@ -1,7 +1,4 @@
-"""What every script shares: a mistake of the user's becomes one line on stderr and exit code 2; a device is chosen.
-
-torch is imported only where a device is asked for, so that `--help` answers at once.
-"""
+"""The command line: parsing, one-line errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -10,17 +7,10 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, NoReturn
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-class UsageError(ValueError):
-    """Arguments that cannot be meant. The message is one line for the user."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -189,17 +179,3 @@ def describe(error: OSError) -> str:
         blocking = next((path for path in (Path(place), *Path(place).parents) if path.is_file()), place)
         return f"{blocking} cannot be a folder: a file of that name is in the way"
     return f"{place}: {error.strerror or error}"
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, or with none the GPU where there is one. Raises `UsageError` if it is not to be had."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); cpu always works") from None
-    return device

@@ -18,7 +18,8 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.cli import ArgumentParser, UsageError, run
+from dalle_pytorch.cli import ArgumentParser, run
+from dalle_pytorch.errors import UsageError
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "DALLE-pytorch"
@@ -33,7 +34,7 @@ def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
     """
     import numpy as np
 
-    from dalle_pytorch.data import glyphs
+    from dalle_pytorch import scenes as glyphs
 
     every = product(settings["digits"], settings["colours"], settings["textures"])
     combinations = [parts for parts in every if (glyphs.split_of(*parts) != "train") == held_out]
@@ -52,9 +53,9 @@ def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:
     """Draws the pictures to train on, each beside its caption; what is there already stays."""
     from PIL import Image
 
-    from dalle_pytorch.checkpoints import write_text
-    from dalle_pytorch.data import glyphs
-    from dalle_pytorch.files import save_image
+    from dalle_pytorch import scenes as glyphs
+    from dalle_pytorch.files.atomic import write_text
+    from dalle_pytorch.files.images import save_image
 
     for number, scene in enumerate(islice(scenes(settings), settings["count"])):
         path = folder / f"{number:05}.png"
@@ -67,7 +68,7 @@ def train(script: str, config: Path, options: dict[str, Any], *paths: str | Path
     """Runs one of the training scripts with `options` in a file of its own."""
     import yaml
 
-    from dalle_pytorch.checkpoints import write_text
+    from dalle_pytorch.files.atomic import write_text
 
     write_text(config, yaml.safe_dump(options, sort_keys=False))
     arguments = [str(SCRIPTS / script), "--config", str(config), *map(str, paths)]
@@ -80,8 +81,8 @@ def show_reconstructions(path: Path, vae: Any, shown: Sequence[Any], image_size:
     """The scenes `shown`, and below each what the VAE makes of its tokens."""
     import torch
 
-    from dalle_pytorch.data import glyphs
-    from dalle_pytorch.files import contact_sheet, save_image
+    from dalle_pytorch import scenes as glyphs
+    from dalle_pytorch.files.images import contact_sheet, save_image
 
     drawn = [glyphs.draw(scene, image_size) for scene in shown]
     pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn]).float() / 255
@@ -94,8 +95,8 @@ def show_generations(path: Path, dalle: Any, tokenizer: Any, settings: dict[str,
     """A row of pictures for every caption, under which it is written."""
     from PIL import Image, ImageDraw
 
-    from dalle_pytorch.files import contact_sheet, save_image
-    from dalle_pytorch.generation import generate_candidates
+    from dalle_pytorch.files.images import contact_sheet, save_image
+    from dalle_pytorch.sampling.candidates import generate_candidates
 
     rows = []
     for caption in settings["captions"]:
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures, tokenizer = output / "pictures", output / "tokenizer.json"
 
     from dalle_pytorch import load_dalle
-    from dalle_pytorch.tokenizers import load_tokenizer
+    from dalle_pytorch.tokenizers.load import load_tokenizer
 
     unseen = list(islice(scenes(settings["pictures"], held_out=True), SHOWN))
     draw_pictures(pictures, settings["pictures"])

@@ -17,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_pytorch.checkpoints import atomic_write, write_text
-from dalle_pytorch.cli import ArgumentParser, UsageError, number, run
-from dalle_pytorch.data import glyphs
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import atomic_write, write_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from dalle_pytorch.data import glyphs, open_dataset
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.loading import BrokenSample, Skipped
-from dalle_pytorch.data.pictures import read_captions
-from dalle_pytorch.files import FileError
+from dalle_pytorch.data.samples import read_captions
+from dalle_pytorch.errors import FileError
 
 GLYPHS_CAPTIONS = 20_000  # of the scenes without end, unless told
 

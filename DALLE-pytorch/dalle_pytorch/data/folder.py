@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_pytorch.data.loading import BrokenSample, describe_skipped
-from dalle_pytorch.data.pictures import CaptionProblem, pick_caption, picture_formats, read_captions, read_picture
-from dalle_pytorch.files import FileError
+from dalle_pytorch.data.samples import CaptionProblem, pick_caption, picture_formats, read_captions, read_picture
+from dalle_pytorch.errors import FileError
 
 
 class ImageTextFolder(Dataset):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from dalle_pytorch.files import FileError
+from dalle_pytorch.errors import FileError
 
 TRIES = 100  # samples read before half of them broken, or all, says something about the rest
 

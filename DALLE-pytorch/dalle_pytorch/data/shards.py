@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from dalle_pytorch.data.loading import BrokenSample
-from dalle_pytorch.data.pictures import CaptionProblem, pick_caption, read_captions, read_picture, usable_captions
-from dalle_pytorch.files import FileError
+from dalle_pytorch.data.samples import CaptionProblem, pick_caption, read_captions, read_picture, usable_captions
+from dalle_pytorch.errors import FileError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 

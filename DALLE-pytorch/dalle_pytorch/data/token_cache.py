@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dalle_pytorch.checkpoints import atomic_write, write_bytes, write_text
 from dalle_pytorch.data.folder import ImageTextFolder
 from dalle_pytorch.data.loading import BrokenSample, Skipped, as_it_is
-from dalle_pytorch.data.pictures import CaptionProblem, pick_caption
+from dalle_pytorch.data.samples import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
-from dalle_pytorch.files import FileError
+from dalle_pytorch.errors import FileError
+from dalle_pytorch.files.atomic import atomic_write, write_bytes, write_text
 
 PART_SIZE = 4096  # samples read for one file in parts/: what an interruption loses at most, per worker
 

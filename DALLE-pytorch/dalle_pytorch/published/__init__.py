@@ -4,9 +4,9 @@ Every `load_` function opens a native folder as well. All of them raise `Checkpo
 file and what is wrong with it; files are read by `foreign`, which runs nothing in them.
 """
 
-from dalle_pytorch.published.anything import UnknownFormatError, open_published
 from dalle_pytorch.published.clip import load_clip, load_trainable_clip
-from dalle_pytorch.published.prior import load_dalle
+from dalle_pytorch.published.dalle import load_dalle
+from dalle_pytorch.published.load import UnknownFormatError, open_published
 from dalle_pytorch.published.vaes import load_discrete_vae, read_openai_dvae, read_vqgan
 
 __all__ = [

@@ -7,29 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_pytorch.checkpoints import CheckpointError, read_config, read_tensors, resolve_folder
-from dalle_pytorch.clip import CLIP
-from dalle_pytorch.downloads import CLIPS, default_file
-from dalle_pytorch.foreign import read_torch, tensor_dict
-from dalle_pytorch.published.common import (
-    TRAINING_STATE,
-    TRANSFORMER_NAMES,
-    State,
-    as_checkpoint,
-    as_state,
-    build,
-    is_file,
-    rename,
-)
+from dalle_pytorch.clip.trainable import CLIP, UPSTREAM_NAMES
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.downloads import CLIPS, default_file
+from dalle_pytorch.nn.upstream import State, rename
+from dalle_pytorch.pretrained import read_config, read_tensors, resolve_folder
+from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, is_file
+from dalle_pytorch.published.unpickler import read_torch, tensor_dict
 
 if TYPE_CHECKING:
-    from dalle_pytorch.clip_published import PublishedCLIP
+    from dalle_pytorch.clip.published import PublishedCLIP
 
-_TRAINABLE_CLIP_NAMES = (
-    *TRANSFORMER_NAMES,
-    (r"^to_visual_embedding\.", "patch_emb."),
-    (r"^visual_pos_emb\.", "patch_pos_emb."),
-)
 _OPENAI_CLIP_NAMES = (
     (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
@@ -90,7 +78,7 @@ def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | Published
     config = read_config(folder)
     if config.get("class") == "CLIP":
         return CLIP.from_pretrained(folder)
-    from dalle_pytorch.clip_published import PublishedCLIP
+    from dalle_pytorch.clip.published import PublishedCLIP
 
     if "class" in config:
         return PublishedCLIP.from_pretrained(folder)
@@ -108,7 +96,7 @@ def load_trainable_clip(path: str | os.PathLike) -> CLIP:
 
 def open_trainable_clip(path: str | os.PathLike, checkpoint: dict[str, Any]) -> CLIP:
     """`load_trainable_clip` of a checkpoint that has been read."""
-    return build(path, CLIP, checkpoint["hparams"], rename(checkpoint["weights"], _TRAINABLE_CLIP_NAMES))
+    return build(path, CLIP, checkpoint["hparams"], rename(checkpoint["weights"], UPSTREAM_NAMES))
 
 
 def open_clip(path: str | os.PathLike, content: Any) -> CLIP | PublishedCLIP:
@@ -119,7 +107,7 @@ def open_clip(path: str | os.PathLike, content: Any) -> CLIP | PublishedCLIP:
 
 
 def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
-    from dalle_pytorch.clip_published import PublishedCLIP
+    from dalle_pytorch.clip.published import PublishedCLIP
 
     def layers(prefix: str) -> int:
         return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
@@ -171,7 +159,7 @@ def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
 def _open_hugging_face_clip(folder: Path, config: dict[str, Any]) -> PublishedCLIP:
     from transformers import CLIPConfig
 
-    from dalle_pytorch.clip_published import PublishedCLIP, find_vocabulary
+    from dalle_pytorch.clip.published import PublishedCLIP, find_vocabulary
 
     if config.get("model_type") != "clip":
         raise CheckpointError(f"{folder} holds a model of type {config.get('model_type')}, and a clip is wanted")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from accelerate import init_empty_weights
+from torch import nn
 
-from dalle_pytorch.checkpoints import CheckpointError, load_state, parameters_on_meta
-from dalle_pytorch.foreign import ForeignObject, module_state, tensor_dict
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.nn.upstream import State
+from dalle_pytorch.pretrained import load_state
+from dalle_pytorch.published.unpickler import ForeignObject, module_state, tensor_dict
 
 Model = TypeVar("Model", bound=nn.Module)
-State = dict[str, Tensor]
-Names = Sequence[tuple[str, str]]  # regular expressions and replacements, applied in this order
 
 # What checkpoints hold besides settings and weights, often twice as large as these.
 TRAINING_STATE = (
@@ -28,35 +28,6 @@ TRAINING_STATE = (
     "loops",
     "optimizer",
 )
-
-# The transformer of DALLE-pytorch, in its prior and in its CLIP.
-TRANSFORMER_NAMES = (
-    # A wrapper per option (layer scale, norm, cache, token shift): how many depends on release and options.
-    (r"transformer\.layers\.layers\.(\d+)\.0\.", r"transformer.layers.\1.attn."),
-    (r"transformer\.layers\.layers\.(\d+)\.1\.", r"transformer.layers.\1.ff."),
-    (r"transformer\.layers\.blocks\.(\d+)\.f\.net\.", r"transformer.layers.\1.attn."),
-    (r"transformer\.layers\.blocks\.(\d+)\.g\.net\.", r"transformer.layers.\1.ff."),
-    (r"\.(fn\.)+(norm|norm_out)\.", r".\2."),
-    (r"\.(fn\.)+to_qkv\.", r".fn.to_qkv."),
-    (r"\.(fn\.)+to_out\.0\.", r".fn.to_out."),
-    (r"\.(fn\.)+net\.0\.", r".fn.proj_in."),
-    (r"\.(fn\.)+net\.3\.", r".fn.proj_out."),
-)
-
-
-def rename(state: State, names: Names) -> State:
-    """The same tensors under other names."""
-    renamed = {}
-    for key, tensor in state.items():
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = tensor
-    return renamed
-
-
-def below(state: State, prefix: str) -> State:
-    """What is under a prefix, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def build(
@@ -70,7 +41,7 @@ def build(
     if unknown := sorted(set(arguments) - set(known)):
         raise CheckpointError(f"{source} has settings that {model_class.__name__} does not know: {', '.join(unknown)}")
     try:
-        with parameters_on_meta():
+        with init_empty_weights(include_buffers=False):
             model = model_class(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source} does not describe a {model_class.__name__}: {error}") from error

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.downloads import DVAE_DECODER, DVAE_ENCODER, VQGANS, default_file
-from dalle_pytorch.foreign import read_torch, read_yaml, tensor_dict
-from dalle_pytorch.published.common import TRAINING_STATE, State, agree, as_checkpoint, as_state, build, is_file, rename
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.downloads import DVAE_DECODER, DVAE_ENCODER, VQGANS, default_file
+from dalle_pytorch.nn.upstream import State
+from dalle_pytorch.published.common import TRAINING_STATE, agree, as_checkpoint, as_state, build, is_file
+from dalle_pytorch.published.unpickler import read_torch, read_yaml, tensor_dict
 from dalle_pytorch.vae.discrete import DiscreteVAE
-
-_OPENAI_DVAE_NAMES = (
-    (r"\.w$", ".weight"),
-    (r"\.b$", ".bias"),
-    (r"^blocks\.input\.", "conv_in."),
-    (r"^blocks\.output\.conv\.", "conv_out."),
-    (r"\.id_path\.", ".skip."),
-)
+from dalle_pytorch.vae.openai import OpenAIDiscreteVAE, halves_from_upstream
+from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
 def load_discrete_vae(path: str | os.PathLike) -> DiscreteVAE:
@@ -35,13 +29,14 @@ def open_discrete_vae(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Di
 
 
 def read_vqgan(
-    path: str | os.PathLike | None = None, config_path: str | os.PathLike | None = None
+    vqgan_model_path: str | os.PathLike | None = None, vqgan_config_path: str | os.PathLike | None = None
 ) -> tuple[dict[str, Any], State, object]:
     """`VQGanVAE`'s arguments and weights from taming's checkpoint and its `model.yaml`, and the name of the file.
 
-    Without paths they are the published ones of 1024 codes. Without a `config_path` it is a `model.yaml` beside the
+    Without paths they are the published ones of 1024 codes. Without a config it is a `model.yaml` beside the
     checkpoint; if there is none, the weights tell enough, and pictures are taken to have 256 pixels.
     """
+    path, config_path = vqgan_model_path, vqgan_config_path
     if path is None:
         if config_path is not None:
             raise CheckpointError(f"{config_path} is given without the VQGAN's weights that go with it")
@@ -131,17 +126,6 @@ def openai_dvae(source: object, encoder: State, decoder: State) -> tuple[dict[st
     def blocks(state: State) -> int:
         return len({key.split(".")[2] for key in state if key.startswith("blocks.group_1.block_")})
 
-    def from_zero(match: re.Match) -> str:
-        return f"groups.{int(match[1]) - 1}.{int(match[2]) - 1}."
-
-    def own_names(state: State, prefix: str) -> State:
-        own = {}
-        for key, tensor in rename(state, _OPENAI_DVAE_NAMES).items():
-            key = re.sub(r"^blocks\.group_(\d+)\.block_(\d+)\.", from_zero, key)
-            key = re.sub(r"\.res_path\.conv_(\d+)\.", lambda match: f".convs.{int(match[1]) - 1}.", key)
-            own[prefix + key] = tensor
-        return own
-
     try:
         encoder_dim, channels = encoder["blocks.input.w"].shape[:2]
         codebook_dim, num_tokens = decoder["blocks.input.w"].shape[:2]
@@ -161,4 +145,25 @@ def openai_dvae(source: object, encoder: State, decoder: State) -> tuple[dict[st
         raise CheckpointError(
             f"{source} do not belong together: the encoder has {drawn} codes, the decoder {num_tokens}"
         )
-    return arguments, own_names(encoder, "encoder.") | own_names(decoder, "decoder.")
+    return arguments, halves_from_upstream(encoder, decoder)
+
+
+def load_vqgan(path: str | os.PathLike | None = None, config_path: str | os.PathLike | None = None) -> VQGanVAE:
+    """Opens a VQGAN, in evaluation mode on the CPU: a native folder, or taming's checkpoint with its `model.yaml`.
+
+    Left out, both mean the published one. Raises `CheckpointError` with one line that says what is wrong.
+    """
+    if path is not None and Path(path).is_dir():
+        return VQGanVAE.from_pretrained(path)
+    return VQGanVAE(path, config_path).eval()
+
+
+def _read_discrete_vae(vae_path: str | os.PathLike) -> tuple[dict[str, Any], State, object]:
+    vae = load_discrete_vae(vae_path)
+    return vae.config, vae.state_dict(), vae_path
+
+
+# `DiscreteVAE(vae_path)`, `VQGanVAE(vqgan_model_path, vqgan_config_path)` and `OpenAIDiscreteVAE()`, as upstream.
+DiscreteVAE.published_reader = staticmethod(_read_discrete_vae)
+VQGanVAE.published_reader = staticmethod(read_vqgan)
+OpenAIDiscreteVAE.published_reader = staticmethod(read_openai_dvae)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_HOME = {"train": "loop", "Task": "task", "TrainingOptions": "options"}
+_HOME = {"train": "loop", "Task": "tasks.base", "TrainingOptions": "options"}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from dalle_pytorch.training.loop import train
     from dalle_pytorch.training.options import TrainingOptions
-    from dalle_pytorch.training.task import Task
+    from dalle_pytorch.training.tasks.base import Task
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.cli import UsageError
+from dalle_pytorch.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

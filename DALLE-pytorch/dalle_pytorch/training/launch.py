@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dalle_pytorch.cli import UsageError
-from dalle_pytorch.transformer import Layer, Transformer
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.transformer import Layer, Transformer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dalle_pytorch.data import BatchLoader, describe_skipped
-from dalle_pytorch.training.average import Average
+from dalle_pytorch.data.loading import BatchLoader, describe_skipped
 from dalle_pytorch.training.checkpoint import Checkpoints
+from dalle_pytorch.training.ema import Average
 from dalle_pytorch.training.interruption import Interrupted, SignalWatch
 from dalle_pytorch.training.launch import make_accelerator
 from dalle_pytorch.training.native import NativeFolders

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dalle_pytorch.checkpoints import atomic_write
+from dalle_pytorch.files.atomic import atomic_write
 from dalle_pytorch.training.launch import full_state, is_sharded
 
 if TYPE_CHECKING:

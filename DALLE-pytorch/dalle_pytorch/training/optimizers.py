@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle_pytorch.cli import UsageError
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training.options import TrainingOptions
 
 PLATEAU_INTERVAL = 100  # steps whose mean loss is one observation of a plateau

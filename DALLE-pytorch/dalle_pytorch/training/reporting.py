@@ -18,9 +18,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from dalle_pytorch.checkpoints import write_text
-from dalle_pytorch.cli import UsageError
-from dalle_pytorch.files import contact_sheet, save_image
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import contact_sheet, save_image
 from dalle_pytorch.training.options import TrainingOptions
 from dalle_pytorch.training.state import Progress
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dalle_pytorch.checkpoints import CheckpointError
-from dalle_pytorch.training.average import Average
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.training.ema import Average
 from dalle_pytorch.training.launch import is_sharded, load_sharded, save_sharded
 from dalle_pytorch.training.optimizers import Schedule
 

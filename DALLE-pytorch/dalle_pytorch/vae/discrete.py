@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
+from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.vae.base import ImageTokenizer
 
 
 class ResBlock(nn.Module):
@@ -31,7 +30,7 @@ class ResBlock(nn.Module):
         return self.net(x) + x
 
 
-class DiscreteVAE(PretrainedModel):
+class DiscreteVAE(ImageTokenizer):
     """A grid of codebook entries per picture (the dVAE of arXiv:2102.12092), with DALLE-pytorch's options and defaults.
 
     `DiscreteVAE(vae_path)` opens a `vae.pt` of DALLE-pytorch.
@@ -100,13 +99,6 @@ class DiscreteVAE(PretrainedModel):
         )
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
 
-    @classmethod
-    def read_published(cls, vae_path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], object]:
-        from dalle_pytorch.published import load_discrete_vae
-
-        vae = load_discrete_vae(vae_path)
-        return vae.config, vae.state_dict(), vae_path
-
     # ----------------------------------------------------------------------------------------------
     # What every VAE offers
 
@@ -115,12 +107,9 @@ class DiscreteVAE(PretrainedModel):
         """The likeliest codes (b, h·w / 4^num_layers) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
         return self.encode_logits(image).argmax(dim=1).flatten(1)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not make a square grid")
-        return self.codebook(tokens).transpose(1, 2).unflatten(2, (side, side))
+    @property
+    def codebook_weight(self) -> Tensor:
+        return self.codebook.weight
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Pictures (b, channels, h, w) in the normalised space, [-1, 1] by default, of tokens (b, side²)."""

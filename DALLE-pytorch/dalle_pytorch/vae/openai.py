@@ -6,20 +6,30 @@ tokens ─▶ one-hot, 1×1 convolution: the rows of a codebook ─▶ decoder �
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
+from dalle_pytorch.nn.upstream import State, below, rename
+from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.vae.base import ImageTokenizer
 
 # The logit-Laplace distribution needs pixels inside (0, 1): they are squeezed by this much at either end.
 PIXEL_MARGIN = 0.1
+
+
+# The published names; those of groups, blocks and convolutions are counted from 1.
+_UPSTREAM_NAMES = (
+    (r"\.w$", ".weight"),
+    (r"\.b$", ".bias"),
+    (r"^blocks\.input\.", "conv_in."),
+    (r"^blocks\.output\.conv\.", "conv_out."),
+    (r"\.id_path\.", ".skip."),
+)
 
 
 class Block(nn.Module):
@@ -76,7 +86,7 @@ def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class OpenAIDiscreteVAE(PretrainedModel):
+class OpenAIDiscreteVAE(ImageTokenizer):
     """The published dVAE: 8192 tokens, f = 8, made for 256 pixels.
 
     `OpenAIDiscreteVAE(encoder_path, decoder_path)` opens `encoder.pkl` and `decoder.pkl`, `OpenAIDiscreteVAE()` those
@@ -126,18 +136,13 @@ class OpenAIDiscreteVAE(PretrainedModel):
             _double,
         )
 
-    @classmethod
-    def read_published(
-        cls, encoder_path: str | os.PathLike | None = None, decoder_path: str | os.PathLike | None = None
-    ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-        from dalle_pytorch.published import read_openai_dvae
-
-        return read_openai_dvae(encoder_path, decoder_path)
-
     @property
-    def codebook(self) -> Tensor:
+    def codebook_weight(self) -> Tensor:
         """(num_tokens, codebook_dim): what the decoder makes of each one-hot token."""
         return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias
+
+    def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return halves_from_upstream(below(state, "enc."), below(state, "dec."))
 
     def encode_logits(self, image: Tensor) -> Tensor:
         """Logits of the codes, (b, num_tokens, h / 8, w / 8), of pictures (b, channels, h, w) in [0, 1]."""
@@ -150,16 +155,24 @@ class OpenAIDiscreteVAE(PretrainedModel):
         """The likeliest codes (b, h·w / 64) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
         return self.encode_logits(image).argmax(dim=1).flatten(1)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not make a square grid")
-        return F.embedding(tokens, self.codebook).transpose(1, 2).unflatten(2, (side, side))
-
     def decode(self, tokens: Tensor) -> Tensor:
         """Pictures (b, channels, 8·side, 8·side) in [0, 1] of tokens (b, side²)."""
         pixels = self.decoder(self.embed(tokens))[:, : self.channels].sigmoid()
         return ((pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
 
     decode_image = decode
+
+
+def halves_from_upstream(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> State:
+    """The weights of `OpenAIDiscreteVAE` from those of the published encoder and decoder."""
+
+    def groups_from_zero(match: re.Match) -> str:
+        return f"groups.{int(match[1]) - 1}.{int(match[2]) - 1}."
+
+    own: State = {}
+    for prefix, half in (("encoder.", encoder), ("decoder.", decoder)):
+        for key, tensor in rename(half, _UPSTREAM_NAMES).items():
+            key = re.sub(r"^blocks\.group_(\d+)\.block_(\d+)\.", groups_from_zero, key)
+            key = re.sub(r"\.res_path\.conv_(\d+)\.", lambda match: f".convs.{int(match[1]) - 1}.", key)
+            own[prefix + key] = tensor
+    return own

@@ -11,17 +11,17 @@ Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ),
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle_pytorch.checkpoints import PretrainedModel, opens_published, records_config
+from dalle_pytorch.nn.upstream import below
+from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.vae.base import ImageTokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Blocks
@@ -250,7 +250,7 @@ class GumbelQuantizer(nn.Module):
 # The model
 
 
-class VQGanVAE(PretrainedModel):
+class VQGanVAE(ImageTokenizer):
     """A VQGAN as the image side of a prior: pictures to tokens and back.
 
     `VQGanVAE(vqgan_model_path, vqgan_config_path)` opens taming's checkpoint with its model.yaml, `VQGanVAE()` the
@@ -308,24 +308,17 @@ class VQGanVAE(PretrainedModel):
         self.quantize = (GumbelQuantizer if gumbel else VectorQuantizer)(num_tokens, embed_dim)
         self.image_size = image_size
         self.num_tokens = num_tokens
-
-    @classmethod
-    def read_published(
-        cls, vqgan_model_path: str | os.PathLike | None = None, vqgan_config_path: str | os.PathLike | None = None
-    ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-        from dalle_pytorch.published import read_vqgan
-
-        return read_vqgan(vqgan_model_path, vqgan_config_path)
+        self.num_layers = self.downsampling.bit_length() - 1
+        self.channels = in_channels
 
     @property
-    def num_layers(self) -> int:
-        """log2 of the side of the square of pixels that a token stands for."""
-        return self.downsampling.bit_length() - 1
-
-    @property
-    def codebook(self) -> Tensor:
+    def codebook_weight(self) -> Tensor:
         """(num_tokens, embed_dim)"""
         return self.quantize.codebook
+
+    def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # The networks of the training losses are not needed.
+        return {key: tensor for key, tensor in below(state, "model.").items() if not key.startswith("loss.")}
 
     # Pictures to tokens
 
@@ -342,13 +335,6 @@ class VQGanVAE(PretrainedModel):
         return self.quantize.logits(self.encode(image)).argmax(1).flatten(1)
 
     # Tokens to pictures
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(b, side²) int64 → codebook rows (b, embed_dim, side, side)."""
-        side = round(tokens.shape[1] ** 0.5)
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"tokens form a square grid, and {tokens.shape[1]} do not")
-        return rearrange(F.embedding(tokens, self.codebook), "b (h w) c -> b c h w", h=side)
 
     def decode_embeddings(self, rows: Tensor) -> Tensor:
         """Codebook rows (b, embed_dim, h, w) → images about [0, 1], not clipped."""

@@ -1,0 +1,1 @@
+"""CLIP models, which score images against texts."""

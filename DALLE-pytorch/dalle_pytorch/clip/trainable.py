@@ -1,0 +1,285 @@
+"""The trainable CLIP: two small transformers, for text tokens and for image patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.images import resize
+from dalle_pytorch.nn.transformer import Transformer
+from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, is_upstream, rename
+from dalle_pytorch.pretrained import companion_path, records_config
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.tokenizers.simple import SimpleTokenizer
+
+OPENAI_VOCABULARY = 49408  # text tokens of `SimpleTokenizer`
+
+# DALLE-pytorch's parameter names.
+UPSTREAM_NAMES = (
+    *TRANSFORMER_NAMES,
+    (r"^to_visual_embedding\.", "patch_emb."),
+    (r"^visual_pos_emb\.", "patch_pos_emb."),
+)
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows (b, dim) of every process, (B, dim), in the order of the processes; the gradient goes back to each."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Every process has used the rows of all, and has a gradient for them.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
+    """From a picture to one vector a patch by 3×3 convolutions of stride 2 ("Early convolutions help transformers see
+    better", arXiv:2106.14881). Raises `ValueError` for patches whose side is no power of two."""
+    halvings = patch_size.bit_length() - 1
+    if patch_size != 2**halvings or not halvings:
+        raise ValueError(f"convolutions of stride 2 make patches of 2, 4, 8 … pixels, and not of {patch_size}")
+    widths = [channels, *(max(dim >> left, 8) for left in reversed(range(halvings)))]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
+
+
+class AttentionPool(nn.Module):
+    """The mean of projected tokens (b, n, dim), weighted in each head by how they answer a learned query.
+
+    Where a mean over all patches thins out what a small subject has to say, this looks at the subject. Without the
+    feed-forward part, the pooling of "Scaling vision transformers" (arXiv:2106.04560).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide the width {dim}")
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.randn(heads, 1, dim // heads))
+        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, _, width = self.query.shape
+        k, v = self.to_kv(self.norm(x)).unflatten(2, (2, heads, width)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1, -1), k, v).flatten(1)
+
+
+class CLIP(CLIPModel):
+    """CLIP (arXiv:2103.00020) as in DALLE-pytorch: mean-pooled transformers over text tokens and image patches.
+
+    `visual_patch_dropout` is the share of patches left out in training (FLIP, arXiv:2212.00794). With
+    `visual_conv_stem` patches are embedded by `convolutional_stem` in place of one linear map, and with
+    `visual_attention_pool` they are pooled by `AttentionPool` in place of their mean; both learn to see shapes in far
+    fewer steps.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        *,
+        dim_text: int = 512,
+        dim_image: int = 512,
+        dim_latent: int = 512,
+        num_text_tokens: int = 10000,
+        text_enc_depth: int = 6,
+        text_seq_len: int = 256,
+        text_heads: int = 8,
+        num_visual_tokens: int = 512,
+        visual_enc_depth: int = 6,
+        visual_heads: int = 8,
+        visual_image_size: int = 256,
+        visual_patch_size: int = 32,
+        visual_patch_dropout: float = 0.0,
+        visual_conv_stem: bool = False,
+        visual_attention_pool: bool = False,
+        channels: int = 3,
+        text_dim_head: int = 64,
+        visual_dim_head: int = 64,
+    ):
+        super().__init__()
+        if visual_image_size % visual_patch_size:
+            raise ValueError(f"patches of {visual_patch_size} pixels do not fill an image of {visual_image_size}")
+        self.image_size = visual_image_size
+        self.patch_size = visual_patch_size
+        self.patch_dropout = visual_patch_dropout
+        self.text_seq_len = text_seq_len
+        self.tokenizer: Tokenizer | None = None
+
+        self.text_emb = nn.Embedding(num_text_tokens, dim_text)
+        self.text_pos_emb = nn.Embedding(text_seq_len, dim_text)
+        self.text_transformer = Transformer(
+            dim=dim_text, depth=text_enc_depth, heads=text_heads, dim_head=text_dim_head, causal=False
+        )
+        self.to_text_latent = nn.Linear(dim_text, dim_latent, bias=False)
+
+        self.conv_stem = visual_conv_stem
+        if visual_conv_stem:
+            self.patch_emb = convolutional_stem(channels, dim_image, visual_patch_size)
+        else:
+            self.patch_emb = nn.Linear(channels * visual_patch_size**2, dim_image)
+        self.patch_pos_emb = nn.Embedding((visual_image_size // visual_patch_size) ** 2, dim_image)
+        self.visual_transformer = Transformer(
+            dim=dim_image, depth=visual_enc_depth, heads=visual_heads, dim_head=visual_dim_head, causal=False
+        )
+        self.visual_pool = AttentionPool(dim_image, 2 * visual_heads) if visual_attention_pool else None
+        self.to_visual_latent = nn.Linear(dim_image, dim_latent, bias=False)
+        # The logarithm of what similarities are multiplied by.
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's. DALLE-pytorch's names are taken too."""
+        if is_upstream(state_dict):
+            state_dict = rename(state_dict, UPSTREAM_NAMES)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def opened(self, folder: Path) -> None:
+        """Takes a `tokenizer.json` inside the folder or beside it as `tokenizer`."""
+        path = companion_path(folder, "tokenizer.json")
+        if path is not None:
+            self.tokenizer = HugTokenizer(path)
+
+    # ----------------------------------------------------------------------------------------------
+    # Features
+
+    def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Features (b, dim_latent), not normalised, of tokens (b, n), n ≤ text_seq_len.
+
+        `text_mask` (b, n) is false at padding; left out, that is where the token is 0.
+        """
+        text_mask = text != 0 if text_mask is None else text_mask.bool()
+        # A text of nothing but padding is looked at as a whole.
+        return self._text_features(text, text_mask | ~text_mask.any(dim=1, keepdim=True))
+
+    def _text_features(self, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        if text.shape[1] > self.text_seq_len:
+            raise ValueError(f"{text.shape[1]} text tokens are too many: this CLIP reads {self.text_seq_len}")
+        emb = self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
+        out = self.text_transformer(emb, key_mask=text_mask)
+        if text_mask is None:
+            return self.to_text_latent(out.mean(dim=1))
+        kept = text_mask[:, :, None].to(out.dtype)
+        return self.to_text_latent((out * kept).sum(dim=1) / kept.sum(dim=1))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Features (b, dim_latent), not normalised, of pictures (b, 3, h, w) in [0, 1], scaled to `image_size`."""
+        emb = self._embed_patches(resize(image, self.image_size)) + self.patch_pos_emb.weight
+        if self.training and self.patch_dropout > 0:
+            kept = max(round(emb.shape[1] * (1 - self.patch_dropout)), 1)
+            chosen = torch.rand(emb.shape[:2], device=emb.device).topk(kept, dim=1).indices
+            emb = emb.gather(1, chosen[:, :, None].expand(-1, -1, emb.shape[2]))
+        patches = self.visual_transformer(emb)
+        return self.to_visual_latent(patches.mean(dim=1) if self.visual_pool is None else self.visual_pool(patches))
+
+    def _embed_patches(self, image: Tensor) -> Tensor:
+        if self.conv_stem:
+            return self.patch_emb(image).flatten(2).transpose(1, 2)
+        patches = F.pixel_unshuffle(image, self.patch_size)
+        # DALLE-pytorch's order within a patch: row, column, channel.
+        patches = patches.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
+        return self.patch_emb(patches)
+
+    # ----------------------------------------------------------------------------------------------
+    # Training
+
+    def forward(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor | None = None,
+        return_loss: bool = False,
+        negatives: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss:
+        the mean cross-entropy of each picture among the batch's texts and of each text among its pictures.
+
+        `text` are tokens (b, n), `image` pictures (b, 3, h, w) in [0, 1]; the rest is that of `contrast`.
+        """
+        if return_loss:
+            by_text, by_image, labels = self.contrast(text, image, text_mask, negatives)
+            return (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+        text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
+        image_latents = F.normalize(self.encode_image(image), dim=-1)
+        return (text_latents * image_latents).sum(dim=-1) * self.temperature.exp()
+
+    def contrast(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor | None = None,
+        negatives: Tensor | None = None,
+        all_processes: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of the contrastive loss: of each text over the pictures (b, B), of each picture over the texts
+        (b, B + k), and the place (b,) of each one's partner.
+
+        Args:
+            text: tokens (b, n).
+            image: pictures (b, 3, h, w) in [0, 1].
+            text_mask: (b, n), false at padding; left out, padding counts as text, as upstream.
+            negatives: (b, k, n) further texts that do not fit the picture, to tell apart from the batch's texts;
+                masked at their zeros where `text_mask` is given.
+            all_processes: B counts the batches of all processes, which are equally large, and is b otherwise. The mean
+                of the processes' losses, and of their gradients, is then that of one process with the whole batch.
+        """
+        text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
+        image_latents = F.normalize(self.encode_image(image), dim=-1)
+        scale = self.temperature.exp()
+        texts, images, first = text_latents, image_latents, 0
+        if all_processes and torch.distributed.is_initialized():
+            texts, images = (GatherRows.apply(latents) for latents in (text_latents, image_latents))
+            first = torch.distributed.get_rank() * len(text)
+        by_text = text_latents @ images.T * scale
+        by_image = image_latents @ texts.T * scale
+        if negatives is not None:
+            flat = negatives.flatten(0, 1)
+            latents = F.normalize(self._text_features(flat, None if text_mask is None else flat != 0), dim=-1)
+            others = (latents.unflatten(0, negatives.shape[:2]) * image_latents[:, None]).sum(dim=-1) * scale
+            by_image = torch.cat((by_image, others), dim=1)
+        return by_text, by_image, first + torch.arange(len(text), device=text.device)
+
+    # ----------------------------------------------------------------------------------------------
+    # Scoring
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Tokens (b, text_seq_len) of one text or several; longer ones are cut.
+
+        A CLIP of 49,408 text tokens reads OpenAI's vocabulary, which has no tokenizer.json. Raises `CheckpointError`
+        when there is no tokenizer.
+        """
+        if self.tokenizer is None and self.text_emb.num_embeddings == OPENAI_VOCABULARY:
+            self.tokenizer = SimpleTokenizer()
+        if self.tokenizer is None:
+            raise CheckpointError("this CLIP has no tokenizer.json in its folder or beside it; set its `tokenizer`")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self.tokenizer.tokenize(texts, self.text_seq_len, truncate_text=True)
+
+    def visual_features(self, image: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+        hooks = [
+            layer.ff.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
+            for layer in self.visual_transformer.layers
+        ]
+        try:
+            self.encode_image(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [F.normalize(layer.float(), dim=-1) for layer in features]

@@ -1,0 +1,62 @@
+"""Opens the data that a training names."""
+
+from __future__ import annotations
+
+import os
+
+from torch.utils.data import Dataset
+
+from dalle_pytorch.data.folder import ImageTextFolder
+from dalle_pytorch.data.samples import CaptionProblem
+from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
+from dalle_pytorch.errors import FileError
+from dalle_pytorch.scenes.dataset import GlyphsDataset
+
+
+def open_dataset(
+    name: str | os.PathLike,
+    resolution: int,
+    *,
+    wds: str | None = None,
+    caption_key: str = "caption",
+    captions: bool = True,
+    crop_ratio: float = 1.0,
+    transparent: bool = False,
+    caption_problem: CaptionProblem | None = None,
+    terse_every: int | None = None,
+    wrong_captions: int = 0,
+    twins: bool = False,
+) -> Dataset:
+    """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
+
+    Args:
+        name: what `--image_text_folder` says: `glyphs`, a folder, or with `wds` archives as `list_shards` takes them.
+        resolution: side of the pictures, in pixels.
+        wds: suffixes of pictures and captions in the shards, `jpg,txt` or `jpg,json`; empty for a folder.
+        caption_key: the field of JSON captions.
+        captions: False if pictures alone will do.
+        crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; the drawn world does without.
+        terse_every, wrong_captions, twins: of the drawn world alone, as in `GlyphsDataset`.
+
+    Raises `FileError` for what is not there, or is not what `wds` says.
+    """
+    if str(name) == "glyphs":
+        if wds or transparent:
+            raise FileError("glyphs are drawn, opaque and not from archives: they go without --wds and --transparent")
+        return GlyphsDataset(resolution, terse_every=terse_every, wrong_captions=wrong_captions, twins=twins)
+    settings = {"crop_ratio": crop_ratio, "transparent": transparent, "caption_problem": caption_problem}
+    if wds:
+        image, *rest = [suffix.strip().lower().lstrip(".") for suffix in wds.split(",")]
+        if not image or len(rest) > 1 or (captions and not any(rest)):
+            raise FileError(f"--wds names the suffixes of pictures and captions, as in jpg,txt, and not {wds!r}")
+        caption = rest[0] if captions else None
+        return ShardStream(name, resolution, image_suffix=image, caption_suffix=caption, caption_key=caption_key,
+                           **settings)  # fmt: skip
+    if not os.path.isdir(name):
+        shards = str(name).endswith(ARCHIVE_SUFFIXES) or local_path(str(name)) is None
+        raise FileError(
+            f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"
+            if shards
+            else f"there is no folder {name}"
+        )
+    return ImageTextFolder(name, resolution, captions=captions, **settings)

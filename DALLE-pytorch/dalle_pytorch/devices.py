@@ -1,0 +1,19 @@
+"""The device that a command runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_pytorch.errors import UsageError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name, or with none the GPU where there is one. Raises `UsageError` if it is not to be had."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); cpu always works") from None
+    return device

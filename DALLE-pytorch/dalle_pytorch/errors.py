@@ -1,0 +1,22 @@
+"""Mistakes of the user. A command line shows their message, which is one line, and exits with code 2.
+
+Every other exception is a bug and keeps its traceback, `ValueError` among them.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that the user can correct. The message is one line that says what was given and what is expected."""
+
+
+class UsageError(UserError):
+    """Arguments or settings that are out of range or do not go together."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+class FileError(UserError):
+    """An image, token or data file that cannot be used."""

@@ -1,0 +1,62 @@
+"""Atomic writes: a file or folder is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and renames it to `path` when the block ends without an error.
+
+    The block may create a file or a folder there. On an error what it wrote is removed, and whatever stood
+    at `path` before stays as it was. The rename of a file is atomic; a folder is replaced by moving the old one aside.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    temporary.unlink()
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _sync(*temporary.rglob("*"))
+            if path.exists():
+                aside = temporary.with_suffix(".old")
+                path.rename(aside)
+                temporary.rename(path)
+                shutil.rmtree(aside, ignore_errors=True)
+                return
+        else:
+            _sync(temporary)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(*paths: Path) -> None:
+    """Sends files to the disk, so that a full disk is an error here and not a truncated file later."""
+    for path in paths:
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a UTF-8 file atomically."""
+    write_bytes(path, text.encode("utf-8"))

@@ -1,0 +1,73 @@
+"""Multi-head attention with a key-value cache, a mask pattern and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.nn.cache import KVCache
+from dalle_pytorch.nn.rotary import apply_rotary
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the precision of what it is given: autocast leaves the weight alone, and mixed types are slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `qk_norm` adds an RMS norm on queries and keys (arXiv:2302.05442), before the rotation."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        causal: bool = True,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        pattern: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.pattern = pattern
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+        self.q_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.k_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`x` is (b, n, dim): a sequence from its start, or one token that goes on from what is in `cache`.
+
+        `rotary` holds the n positions' rows of `rotary_table`; `key_mask` (b, n) is false at keys that no one looks at.
+        """
+        batch, length, _ = x.shape
+        qkv = self.to_qkv(x).view(batch, length, 3, self.heads, -1)
+        if self.q_norm is not None:
+            q, k, v = qkv.unbind(2)
+            qkv = torch.stack((self.q_norm(q), self.k_norm(k), v), dim=2)
+        if rotary is not None:
+            # DALLE-pytorch turns the values too.
+            qkv = apply_rotary(qkv.flatten(2, 3), rotary).view_as(qkv)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.update(k, v)
+
+        mask = None
+        if self.pattern is not None:
+            mask = self.pattern(k.shape[2] - length, k.shape[2])
+        elif key_mask is not None:
+            mask = key_mask[:, None, None, :]
+        is_causal = self.causal and mask is None and length > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.dropout(self.to_out(out.transpose(1, 2).reshape(batch, length, -1)))

@@ -1,0 +1,191 @@
+"""The transformer of the prior and of CLIP: pre-norm residual branches with layer scale, sequential or reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_pytorch.nn.attention import Attention
+from dalle_pytorch.nn.cache import KVCache, LayerCache, TransformerCache
+from dalle_pytorch.nn.masks import make_pattern
+from dalle_pytorch.nn.reversible import ReversibleSequence
+from dalle_pytorch.nn.rotary import rotary_table
+from dalle_pytorch.nn.token_shift import TokenShift
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a gated GELU between them (GEGLU, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 2 * mult * dim)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(mult * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(self.dropout(value * F.gelu(gate)))
+
+
+class Branch(nn.Module):
+    """A residual branch: norm, token shift, attention or feed-forward `fn`, optional second norm, layer scale.
+
+    The scale's first value falls with depth (CaiT, arXiv:2103.17239); see `Transformer.set_layer_scale`.
+    """
+
+    def __init__(self, dim: int, fn: nn.Module, layer: int, sandwich_norm: bool, shift: TokenShift | None):
+        super().__init__()
+        scale = 0.1 if layer < 18 else 1e-5 if layer < 24 else 1e-6
+        self.norm = nn.LayerNorm(dim)
+        self.shift = shift
+        self.fn = fn
+        self.norm_out = nn.LayerNorm(dim) if sandwich_norm else nn.Identity()
+        self.scale = nn.Parameter(torch.full((1, 1, dim), scale))
+
+    def forward(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
+        """What is added to the stream (b, n, dim), which begins at position `start`; `ring` is the shift's memory."""
+        x = self.norm(x)
+        if self.shift is not None:
+            if start > 0:
+                x = self.shift.step(x, ring, start)
+            else:
+                if ring is not None:
+                    self.shift.fill(x, ring)
+                x = self.shift(x)
+        return self.norm_out(self.fn(x, **kwargs)) * self.scale
+
+
+class Layer(nn.Module):
+    """One attention branch and one feed-forward branch, run one after the other unless the layers are reversible.
+
+    With `activation_checkpointing`, which a training may set, only the input is kept for the gradient and the rest is
+    computed again (arXiv:1604.06174).
+    """
+
+    activation_checkpointing = False
+
+    def __init__(self, attn: Branch, ff: Branch):
+        super().__init__()
+        self.attn = attn
+        self.ff = ff
+
+    def forward(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
+        """Maps (b, n, dim) to (b, n, dim)."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, x, attn_kwargs, ff_kwargs, use_reentrant=False)
+        return self._run(x, attn_kwargs, ff_kwargs)
+
+    def _run(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
+        x = x + self.attn(x, **attn_kwargs)
+        return x + self.ff(x, **ff_kwargs)
+
+
+class Transformer(nn.Module):
+    """DALLE-pytorch's transformer, over a plain sequence or, with `image_fmap_size`, <bos>, text and image tokens.
+
+    `attn_types` cycles over the layers; layers with the same number in `shared_attn_ids` or `shared_ff_ids` share the
+    attention or feed-forward module, while norms and scales stay their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        causal: bool = True,
+        text_len: int | None = None,
+        image_fmap_size: int | None = None,
+        reversible: bool = False,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        attn_types: Sequence[str] = ("full",),
+        sandwich_norm: bool = False,
+        shift_tokens: bool = False,
+        rotary_emb: bool = False,
+        shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if image_fmap_size is None and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
+            raise ValueError("token shift, rotary positions and attention patterns want a sequence with an image grid")
+        self.reversible = reversible
+        attn_types = list(islice(cycle(attn_types), depth))
+        attn_ids = list(islice(cycle(shared_attn_ids or range(depth)), depth))
+        ff_ids = list(islice(cycle(shared_ff_ids or range(depth)), depth))
+        patterns: dict[str, nn.Module | None] = {}
+        attns: dict[int, tuple[str, Attention]] = {}
+        ffs: dict[int, FeedForward] = {}
+        shift = TokenShift(text_len, image_fmap_size) if shift_tokens else None
+        layers = []
+        for layer, (attn_type, attn_id, ff_id) in enumerate(zip(attn_types, attn_ids, ff_ids, strict=True)):
+            if attn_id not in attns:
+                # Masks are the same in all layers of a type; the random blocks of `sparse` are a layer's own.
+                if attn_type not in patterns or attn_type == "sparse":
+                    patterns[attn_type] = make_pattern(attn_type, text_len, image_fmap_size, seed=layer)
+                attn = Attention(dim, heads, dim_head, causal, attn_dropout, qk_norm, patterns[attn_type])
+                attns[attn_id] = attn_type, attn
+            if ff_id not in ffs:
+                ffs[ff_id] = FeedForward(dim, dropout=ff_dropout)
+            first_type, attn = attns[attn_id]
+            if first_type != attn_type:
+                raise ValueError(f"shared_attn_ids shares the attention of {first_type} and {attn_type} layers")
+            layers.append(Layer(*(Branch(dim, fn, layer, sandwich_norm, shift) for fn in (attn, ffs[ff_id]))))
+        self.layers = nn.ModuleList(layers)
+        table = rotary_table(dim_head, text_len, image_fmap_size) if rotary_emb else None
+        self.register_buffer("rotary", table, persistent=False)
+
+    def set_layer_scale(self, value: float) -> None:
+        """Gives every branch this scale, before training: small transformers learn faster from 1 than from 0.1."""
+        for layer in self.layers:
+            for branch in (layer.attn, layer.ff):
+                nn.init.constant_(branch.scale, value)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: TransformerCache | None = None) -> Tensor:
+        """Maps (b, n, dim) to (b, n, dim). `key_mask` (b, n) is false at tokens that no other looks at.
+
+        With a `cache` the sequence goes on where the cache ends: first a whole prompt, then one image token at a time.
+        """
+        start = cache.length if cache is not None else 0
+        if start > 0 and x.shape[1] != 1:
+            raise ValueError(f"a cache is gone on from one token at a time, not {x.shape[1]}")
+        rotary = None if self.rotary is None else self.rotary[start : start + x.shape[1]]
+        kwargs = {"rotary": rotary, "key_mask": key_mask}
+        if self.reversible and cache is None and torch.is_grad_enabled():
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            x1, x2 = ReversibleSequence.apply(x, x, self.layers, kwargs, *parameters)
+            return (x1 + x2) / 2
+
+        x1 = x2 = x
+        for i, layer in enumerate(self.layers):
+            attn_kwargs, ff_kwargs = kwargs, {}
+            if cache is not None:
+                memory = cache.layers[i]
+                attn_kwargs = {**kwargs, "start": start, "ring": memory.attn_ring, "cache": memory.kv}
+                ff_kwargs = {"start": start, "ring": memory.ff_ring}
+            if self.reversible:
+                x1 = x1 + layer.attn(x2, **attn_kwargs)
+                x2 = x2 + layer.ff(x1, **ff_kwargs)
+            else:
+                x = layer(x, attn_kwargs, ff_kwargs)
+        return (x1 + x2) / 2 if self.reversible else x
+
+    def make_cache(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> TransformerCache:
+        """An empty cache for `batch` sequences of up to `max_length` tokens."""
+        layers = []
+        for layer in self.layers:
+            attn, shift = layer.attn.fn, layer.attn.shift
+            dim_head = attn.to_out.in_features // attn.heads
+            rings = (None, None)
+            if shift is not None:
+                shape = (batch, shift.image_fmap_size, 2 * -(-attn.to_out.out_features // 4))
+                rings = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            layers.append(LayerCache(KVCache((batch, attn.heads, max_length, dim_head), device, dtype), *rings))
+        return TransformerCache(layers)

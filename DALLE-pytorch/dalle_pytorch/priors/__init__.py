@@ -1,0 +1,1 @@
+"""Priors: models of image tokens given text."""

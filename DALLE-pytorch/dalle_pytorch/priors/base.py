@@ -1,0 +1,122 @@
+"""The interface of a prior: a model of image tokens given text tokens. Sampling knows nothing else of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.images import resize
+from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.vae.base import ImageTokenizer
+
+Cache = TypeVar("Cache", bound="PriorCache")
+
+
+class PriorCache(Protocol):
+    """What a prior remembers of sequences, so that a further image token costs the work of one token."""
+
+    def gather(self: Cache, rows: Tensor, max_length: int) -> Cache:
+        """A new cache whose sequence i continues this one's `rows[i]`, with room for `max_length` positions."""
+        ...
+
+
+class Prior(PretrainedModel, ABC):
+    """A distribution over grids of image tokens given a text.
+
+    Attributes:
+        vae: the image tokenizer whose tokens it models.
+        tokenizer: the text tokenizer that it was trained with, None where it is not known.
+        text_seq_len: text tokens of a prompt, padding included.
+        image_fmap_size: side of the grid of image tokens.
+        num_image_tokens: size of the codebook.
+        sampling: the settings it is best sampled with, where nothing else is said.
+    """
+
+    vae: ImageTokenizer
+    tokenizer: Tokenizer | None
+    text_seq_len: int
+    image_fmap_size: int
+    num_image_tokens: int
+    sampling: SamplingSettings = SamplingSettings(top_p=0.9)
+
+    @property
+    def image_seq_len(self) -> int:
+        """Image tokens of a grid."""
+        return self.image_fmap_size**2
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a cache needs for a whole sequence."""
+        return self.image_seq_len
+
+    @property
+    def num_filtered_tokens(self) -> int:
+        """The tokens that a fractional `top_k` counts over."""
+        return self.num_image_tokens
+
+    # ----------------------------------------------------------------------------------------------
+    # What a prior implements
+
+    @abstractmethod
+    def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
+        """The logits (b, n + 1, num_image_tokens) after each of the first 0 … n image tokens (b, n) of texts
+        (b, text_seq_len), by one pass over the whole sequence. Nothing follows the last token of a whole grid."""
+
+    @abstractmethod
+    def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, PriorCache]:
+        """The logits (b, num_image_tokens) of the image token after (b, k) given ones, and a cache of the sequence."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, position: int, cache: PriorCache) -> Tensor:
+        """The logits (b, num_image_tokens) after image tokens (b,) at `position` of the grid, which join the cache."""
+
+    @abstractmethod
+    def unconditional_text(self, text: Tensor) -> Tensor:
+        """The texts (b, text_seq_len) without a prompt, which guidance compares with `text`."""
+
+    @abstractmethod
+    def check_text(self, text: Tensor) -> None:
+        """Raises `UsageError` if `text` holds tokens outside the vocabulary: another tokenizer made them."""
+
+    # ----------------------------------------------------------------------------------------------
+    # What all of them share
+
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
+        """Text tokens (b, text_seq_len) of prompts, cut where they are longer. Raises `UsageError` without a
+        tokenizer, and for one that is not the prior's."""
+        if self.tokenizer is None:
+            raise UsageError("this prior has no tokenizer; set its `tokenizer`")
+        text = self.tokenizer.tokenize(prompts, self.text_seq_len, truncate_text=True).to(self.device)
+        self.check_text(text)
+        return text
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """The image tokens (b, image_seq_len) of square images (b, 3, h, h) in [0, 1], scaled to the size that has
+        that many; tokens (b, n) are returned as they are."""
+        if image.ndim != 4:
+            return image
+        # The nearest code is decided by small differences: not under the autocast of a training.
+        with torch.autocast(image.device.type, enabled=False):
+            return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
+
+    def num_init_tokens(self, count: int | None) -> int:
+        """How many image tokens of an initial image are kept: `count`, or OpenAI's share, 14 rows of 32. Raises
+        `UsageError` where none would be left to sample."""
+        count = int(0.4375 * self.image_seq_len) if count is None else count
+        if not 0 <= count < self.image_seq_len:
+            raise UsageError(
+                f"the number of initial image tokens must be from 0 to {self.image_seq_len - 1}, not {count}: this "
+                f"prior's images have {self.image_seq_len} tokens"
+            )
+        return count
+
+    def generate_texts(self, tokenizer: Tokenizer, text: str | None = None, **settings) -> tuple[Tensor, list[str]]:
+        """Continues a text, see `DALLE.generate_texts`. Raises `UsageError` for a prior of images alone."""
+        raise UsageError(f"a {type(self).__name__} does not model text: it cannot continue a prompt")

@@ -1,0 +1,477 @@
+"""DALLE: the autoregressive prior over text tokens and image tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.nn.cache import TransformerCache
+from dalle_pytorch.nn.transformer import Transformer
+from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, below, is_upstream, rename
+from dalle_pytorch.pretrained import PretrainedModel, companion_path, records_config
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.text import sample_text_tokens
+from dalle_pytorch.sampling.uniforms import candidate_uniforms
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.vae.base import ImageTokenizer
+
+# DALLE-pytorch's parameter names, of releases 0.11 to 1.6 and of the DALL-3 fork.
+UPSTREAM_NAMES = (
+    *TRANSFORMER_NAMES,
+    (r"^to_logits\.0\.", "norm."),
+    (r"^to_logits\.1\.", "to_logits."),
+    (r"^image_pos_emb\.weights[._]0$", "image_pos_emb.rows"),
+    (r"^image_pos_emb\.weights[._]1$", "image_pos_emb.columns"),
+)
+# Tables that are computed here, and second names of the output layer under share_input_output_emb.
+UPSTREAM_DROPPED = re.compile(r"logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
+
+
+class AxialPositions(nn.Module):
+    """Learned positions of a square grid: one vector per row plus one per column."""
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(side, 1, dim))
+        self.columns = nn.Parameter(torch.randn(1, side, dim))
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """The vectors of the grid's places `start` to `stop`, row by row: (stop - start, dim)."""
+        return (self.rows + self.columns).flatten(0, 1)[start:stop]
+
+
+class DALLE(Prior):
+    """The transformer of DALL-E (arXiv:2102.12092), with the options and defaults of lucidrains' DALLE-pytorch.
+
+    A sequence is <bos>, `text_seq_len` text tokens and the image tokens row by row. Padding (0) at each text position
+    is a token of its own. A text position predicts text only and an image position image tokens only.
+
+    Args:
+        dim: width of the token stream.
+        vae: the image tokenizer; it is frozen.
+        num_text_tokens: size of the tokenizer's vocabulary.
+        text_seq_len: text tokens in a sequence, padding included.
+        depth, heads, dim_head, attn_dropout, ff_dropout: the transformer's sizes.
+        reversible: memory in training does not grow with depth (docs/reversible.md has figures).
+        sparse_attn: layers (cycling) whose attention is block-sparse; the same as `attn_types` with `sparse` there.
+        attn_types: `full`, `axial_row`, `axial_col`, `conv_like`, `sparse`, cycling over the layers.
+        loss_img_weight: the image's weight in the loss against the text's 1.
+        stable: for half precision, the embeddings' gradient is scaled down and the output divided by its maximum
+            (CogView, arXiv:2105.13290).
+        sandwich_norm: a second norm at the end of each branch (CogView).
+        shift_tokens: neighbours lend each token a part of their channels.
+        rotary_emb: rotary positions; learned ones otherwise.
+        shared_attn_ids, shared_ff_ids: layers of the same number share that module.
+        share_input_output_emb: embeddings are the rows of the output layer.
+        image_fmap_size: side of the grid of image tokens; `vae.image_size / 2^num_layers` unless given.
+        num_image_tokens: size of the codebook; the VAE's unless given, and checked against it.
+        qk_norm: RMS norm on queries and keys. Not in DALLE-pytorch.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        *,
+        dim: int,
+        vae: ImageTokenizer,
+        num_text_tokens: int = 10000,
+        text_seq_len: int = 256,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        reversible: bool = False,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        sparse_attn: bool | Sequence[bool] = False,
+        attn_types: str | Sequence[str] | None = None,
+        loss_img_weight: float = 7,
+        stable: bool = False,
+        sandwich_norm: bool = False,
+        shift_tokens: bool = True,
+        rotary_emb: bool = True,
+        shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None,
+        share_input_output_emb: bool = False,
+        image_fmap_size: int | None = None,
+        num_image_tokens: int | None = None,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if num_image_tokens not in (None, vae.num_tokens):
+            raise ValueError(f"{num_image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
+        self.image_fmap_size = image_fmap_size or vae.image_fmap_size
+        self.text_seq_len = text_seq_len
+        self.total_seq_len = text_seq_len + self.image_seq_len
+        self.num_image_tokens = vae.num_tokens
+        # As upstream, the attribute counts the padding tokens, one for each text position.
+        self.num_text_tokens = num_text_tokens + text_seq_len
+        self.total_tokens = self.num_text_tokens + self.num_image_tokens
+        self.loss_img_weight = loss_img_weight
+        self.stable = stable
+
+        self.vae = vae.requires_grad_(False).eval()
+        self.tokenizer = None
+
+        self.transformer = Transformer(
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            text_len=text_seq_len + 1,
+            image_fmap_size=self.image_fmap_size,
+            reversible=reversible,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            attn_types=_layer_types(attn_types, sparse_attn, depth),
+            sandwich_norm=sandwich_norm,
+            shift_tokens=shift_tokens,
+            rotary_emb=rotary_emb,
+            shared_attn_ids=shared_attn_ids,
+            shared_ff_ids=shared_ff_ids,
+            qk_norm=qk_norm,
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, self.total_tokens)
+        self.text_emb = None if share_input_output_emb else nn.Embedding(self.num_text_tokens, dim)
+        self.image_emb = None if share_input_output_emb else nn.Embedding(self.num_image_tokens, dim)
+        self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
+        self.image_pos_emb = None if rotary_emb else AxialPositions(dim, self.image_fmap_size)
+
+    # ----------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's. DALLE-pytorch's names are taken too, as in `torch.load("dalle.pt")["weights"]`.
+
+        Upstream does not save the random blocks of `sparse` layers: these stay as they are.
+        """
+        if is_upstream(state_dict):
+            own = self.state_dict()
+            layouts = {key: tensor for key, tensor in own.items() if key.endswith("pattern.layout")}
+            vae = {f"vae.{key}": tensor for key, tensor in self.vae.rename_upstream(below(state_dict, "vae.")).items()}
+            vae = vae or {key: tensor for key, tensor in own.items() if key.startswith("vae.")}
+            state_dict = layouts | from_upstream(state_dict) | vae
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def opened(self, folder: Path) -> None:
+        """Takes a `tokenizer.json` inside the folder or beside it as `tokenizer`."""
+        path = companion_path(folder, "tokenizer.json")
+        if path is not None:
+            self.tokenizer = HugTokenizer(path)
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None, save_vae: bool = True
+    ) -> None:
+        """Writes the prior into `folder` and, unless `save_vae` is false, its VAE into `vae/` below."""
+        # Recorded whole, so that opening it with another VAE can tell whether that fits.
+        self.config.pop("vae", None)
+        self.config.update(image_fmap_size=self.image_fmap_size, num_image_tokens=self.num_image_tokens)
+        if save_vae:
+            self.vae.save_pretrained(Path(folder) / "vae", dtype)
+        super().save_pretrained(folder, dtype)
+
+    @classmethod
+    def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+        if overrides.get("vae") is not None:
+            return {}
+        path = companion_path(folder, "vae")
+        if path is None:
+            raise CheckpointError(f"{folder} has no VAE in it or beside it (a folder named vae); give one with vae=")
+        return {"vae": PretrainedModel.from_pretrained(path)}
+
+    def train(self, mode: bool = True) -> DALLE:
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    # ----------------------------------------------------------------------------------------------
+    # Embeddings
+
+    def prepare_text(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Puts <bos> before the text and gives padding its tokens: (b, text_seq_len), 0 for padding, one token longer.
+
+        Positions where `mask` (b, text_seq_len) is false become padding.
+        """
+        if text.ndim != 2 or text.shape[1] != self.text_seq_len:
+            raise ValueError(f"text of shape (batch, {self.text_seq_len}) is wanted, not {tuple(text.shape)}")
+        if mask is not None:
+            text = text.masked_fill(~mask.bool(), 0)
+        padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
+        return F.pad(torch.where(text == 0, padding, text), (1, 0))
+
+    def check_text(self, text: Tensor) -> None:
+        """Raises `UsageError` if `text` holds tokens outside the vocabulary: another tokenizer made them."""
+        known = self.num_text_tokens - self.text_seq_len
+        if text.numel() and int(text.max()) >= known:
+            raise UsageError(
+                f"the tokenizer gives the text token {int(text.max())}, and this prior knows {known}: "
+                "it was trained with another tokenizer"
+            )
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """The stream (b, n, dim) for what `prepare_text` gives, or the first n tokens of it."""
+        if self.text_emb is None:
+            emb = F.embedding(tokens, self.to_logits.weight[: self.num_text_tokens])
+        else:
+            emb = self.text_emb(tokens)
+        return emb if self.text_pos_emb is None else emb + self.text_pos_emb.weight[: tokens.shape[1]]
+
+    def embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """The stream (b, n, dim) for image tokens (b, n), the first of which is number `start` of the grid."""
+        if self.image_emb is None:
+            emb = F.embedding(tokens, self.to_logits.weight[self.num_text_tokens :])
+        else:
+            emb = self.image_emb(tokens)
+        return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
+
+    # ----------------------------------------------------------------------------------------------
+    # Forward
+
+    def hidden(self, emb: Tensor, cache: TransformerCache | None = None) -> Tensor:
+        """Runs the transformer and the last norm over the stream (b, n, dim); with a `cache`, from where that ends."""
+        if self.stable:
+            emb = emb * 0.1 + emb.detach() * 0.9
+        out = self.transformer(emb, cache=cache)
+        if self.stable:
+            out = out / out.amax(dim=-1, keepdim=True).detach()
+        return self.norm(out)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the text tokens, (..., num_text_tokens), from (..., dim)."""
+        first = self.num_text_tokens
+        return F.linear(hidden, self.to_logits.weight[:first], self.to_logits.bias[:first])
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the image tokens, (..., num_image_tokens), from (..., dim)."""
+        first = self.num_text_tokens
+        return F.linear(hidden, self.to_logits.weight[first:], self.to_logits.bias[first:])
+
+    def forward(
+        self,
+        text: Tensor,
+        image: Tensor | None = None,
+        return_loss: bool = False,
+        null_cond_prob: float = 0.0,
+        mask: Tensor | None = None,
+        image_weights: Tensor | None = None,
+        image_noise: float = 0.0,
+    ) -> Tensor:
+        """The training loss, or the logits of what follows each token.
+
+        Args:
+            text: (b, text_seq_len) int64, 0 for padding.
+            image: pixels (b, 3, h, w) in [0, 1], or the first tokens of the grid, (b, n) int64.
+            return_loss: the mean of the text's cross-entropy and the image's, the latter with weight `loss_img_weight`.
+            null_cond_prob: the share of texts replaced by padding, for classifier-free guidance (arXiv:2207.12598).
+            mask: (b, text_seq_len) bool; text where it is false becomes padding.
+            image_weights: (b, image_seq_len) weights of the image tokens in the loss, a weighted mean over the batch.
+            image_noise: each image is shown to the model with a share of its tokens, between 0 and this, replaced by
+                those of another image of the batch; what it is to predict stays right. It then leans on the text and on
+                the whole of the picture, and a token drawn wrongly does not spoil what follows.
+
+        Returns:
+            A scalar loss; or logits (b, text_seq_len + 1 + n, total_tokens), one position less for a whole image, in
+            which the tokens that a position cannot predict have the least finite value.
+        """
+        if null_cond_prob > 0:
+            dropped = torch.rand(len(text), 1, device=text.device) < null_cond_prob
+            text = text.masked_fill(dropped, 0)
+        text = self.prepare_text(text, mask)
+        emb = self.embed_text(text)
+        if image is not None and image.numel() > 0:
+            image = self.encode_image(image)
+            if image.shape[1] > self.image_seq_len:
+                raise ValueError(f"{image.shape[1]} image tokens given; this model draws grids of {self.image_seq_len}")
+            shown = image
+            if image_noise > 0:
+                share = image_noise * torch.rand(len(image), 1, device=image.device)
+                shown = torch.where(torch.rand(image.shape, device=image.device) < share, image.roll(1, 0), image)
+            emb = torch.cat((emb, self.embed_image(shown)), dim=1)
+        # Nothing follows the last image token.
+        hidden = self.hidden(emb[:, : self.total_seq_len])
+        on_text, on_image = hidden[:, : self.text_seq_len], hidden[:, self.text_seq_len :]
+
+        if not return_loss:
+            lowest = torch.finfo(hidden.dtype).min
+            text_logits = F.pad(self.text_logits(on_text), (0, self.num_image_tokens), value=lowest)
+            image_logits = F.pad(self.image_logits(on_image), (self.num_text_tokens, 0), value=lowest)
+            return torch.cat((text_logits, image_logits), dim=1)
+
+        if image is None or image.shape[1] != self.image_seq_len:
+            raise ValueError(f"the loss wants the whole image: {self.image_seq_len} tokens, or pixels")
+        loss_text = F.cross_entropy(self.text_logits(on_text).flatten(0, 1), text[:, 1:].flatten())
+        image_logits = self.image_logits(on_image).flatten(0, 1)
+        if image_weights is None:
+            loss_image = F.cross_entropy(image_logits, image.flatten())
+        else:
+            losses = F.cross_entropy(image_logits, image.flatten(), reduction="none")
+            loss_image = (losses * image_weights.flatten()).sum() / image_weights.sum()
+        return (loss_text + self.loss_img_weight * loss_image) / (1 + self.loss_img_weight)
+
+    # ----------------------------------------------------------------------------------------------
+    # What sampling calls
+
+    @property
+    def max_length(self) -> int:
+        return self.total_seq_len
+
+    @property
+    def num_filtered_tokens(self) -> int:
+        """DALLE-pytorch's `top_k` is a fraction of text and image tokens together."""
+        return self.total_tokens
+
+    def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
+        emb = torch.cat((self.embed_text(self.prepare_text(text)), self.embed_image(image_tokens)), dim=1)
+        hidden = self.hidden(emb[:, : self.total_seq_len])
+        return self.image_logits(hidden[:, self.text_seq_len :])
+
+    def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, TransformerCache]:
+        emb = torch.cat((self.embed_text(self.prepare_text(text)), self.embed_image(image_tokens)), dim=1)
+        cache = self.transformer.make_cache(len(text), emb.shape[1], emb.device, emb.dtype)
+        return self.image_logits(self.hidden(emb, cache)[:, -1]), cache
+
+    def step(self, tokens: Tensor, position: int, cache: TransformerCache) -> Tensor:
+        return self.image_logits(self.hidden(self.embed_image(tokens[:, None], start=position), cache)[:, 0])
+
+    def unconditional_text(self, text: Tensor) -> Tensor:
+        return torch.zeros_like(text)
+
+    # ----------------------------------------------------------------------------------------------
+    # DALLE-pytorch's calls
+
+    def generate_images(
+        self,
+        text: Tensor,
+        *,
+        clip: nn.Module | None = None,
+        mask: Tensor | None = None,
+        filter_thres: float = 0.5,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        top_k_thresh: float | None = None,
+        top_p_thresh: float | None = None,
+        temperature: float = 1.0,
+        cond_scale: float = 1.0,
+        img: Tensor | None = None,
+        num_init_img_tokens: int | None = None,
+        use_cache: bool = True,
+        return_tokens: bool = False,
+        seed: int | None = None,
+        on_token: Callable[[], object] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Samples one image for each text.
+
+        Args:
+            text: (b, n) int64, 0 for padding; what exceeds `text_seq_len` is cut off.
+            clip: a trainable `CLIP`; its scores are returned too.
+            mask: (b, n) bool; text where it is false becomes padding.
+            filter_thres: the fraction of all tokens removed where neither `top_k` nor `top_p` is given.
+            top_k, top_p, temperature, cond_scale: see `SamplingSettings`; `top_k_thresh` and `top_p_thresh` are other
+                names for the first two.
+            img: images (b, 3, h, h) in [0, 1] (or one for all) to complete, of which the first `num_init_img_tokens`
+                tokens are kept, 7/16 of them unless given.
+            use_cache: False runs the whole sequence for every token; the result is the same.
+            return_tokens: returns the image tokens (b, image_seq_len) too.
+            seed: fixes the draws of text i; unless given, torch's global generator chooses one.
+            on_token: called after each token of the batch.
+
+        Returns:
+            Images (b, 3, h, w) in [0, 1]; or a tuple of them, the scores (b,) with `clip` and the tokens with
+            `return_tokens`. Raises `UsageError` for settings out of range.
+        """
+        settings = self._settings(top_k_thresh if top_k is None else top_k, top_p_thresh if top_p is None else top_p,
+                                  filter_thres, temperature, cond_scale)  # fmt: skip
+        text = text[:, : self.text_seq_len]
+        self.check_text(text)
+        if mask is not None:
+            text = text.masked_fill(~mask[:, : self.text_seq_len].bool(), 0)
+        with evaluation(self):
+            given = text.new_empty(len(text), 0)
+            if img is not None:
+                count = self.num_init_tokens(num_init_img_tokens)
+                given = self.encode_image(img)[:, :count].expand(len(text), -1)
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
+            uniforms = torch.cat([candidate_uniforms(seed, row, [i], self.image_seq_len) for i, row in enumerate(text)])
+            if use_cache:
+                # Equal prompts go through the transformer once.
+                prompts, rows = torch.cat((text, given), dim=1).unique(dim=0, return_inverse=True)
+                prompt_text, prompt_given = prompts.split((text.shape[1], given.shape[1]), dim=1)
+                prefix = prefill(self, prompt_text, prompt_given, cond_scale)
+                tokens = sample_image_tokens(self, prefix, rows, uniforms, settings, on_token)
+            else:
+                tokens = sample_image_tokens_uncached(self, text, given, uniforms, settings, on_token)
+            images = self.vae.decode_image(tokens)
+            scores = () if clip is None else (clip(text, images, return_loss=False),)
+        results = (images, *scores, *((tokens,) if return_tokens else ()))
+        return images if len(results) == 1 else results
+
+    def generate_texts(
+        self,
+        tokenizer: Tokenizer,
+        text: str | None = None,
+        *,
+        filter_thres: float = 0.5,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """Continues the words in `text`, or writes a text of its own: tokens (1, text_seq_len), and the text in a list.
+
+        `filter_thres` is the fraction of all tokens removed where neither `top_k` nor `top_p` is given.
+        """
+        settings = self._settings(top_k, top_p, filter_thres, temperature)
+        begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
+        self.check_text(begin)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len)
+
+        def next_logits(tokens: Tensor) -> Tensor:
+            return self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1])
+
+        with evaluation(self):
+            tokens = sample_text_tokens(next_logits, begin, uniforms, settings, self.num_filtered_tokens)
+        first_padding = self.num_text_tokens - self.text_seq_len
+        tokens = tokens.masked_fill(tokens >= first_padding, 0)
+        return tokens, [tokenizer.decode([token for token in row if token != 0]) for row in tokens.tolist()]
+
+    @staticmethod
+    def _settings(
+        top_k: float | None, top_p: float | None, filter_thres: float, temperature: float, cond_scale: float = 1.0
+    ) -> SamplingSettings:
+        top_k = filter_thres if top_k is None and top_p is None else top_k
+        return SamplingSettings(top_k, top_p, temperature, cond_scale)
+
+
+def from_upstream(weights: Mapping[str, Tensor]) -> State:
+    """The prior's own weights, without those of its VAE, from DALLE-pytorch's names."""
+    kept = (key for key in weights if not (key.startswith("vae.") or UPSTREAM_DROPPED.match(key)))
+    state = rename({key: weights[key] for key in kept}, UPSTREAM_NAMES)
+    for key in ("image_pos_emb.rows", "image_pos_emb.columns"):
+        if key in state:
+            state[key] = state[key].squeeze(0)
+    return state
+
+
+def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:
+    """One attention type per layer."""
+    types = [attn_types] if isinstance(attn_types, str) else list(attn_types or ("full",))
+    sparse = [sparse_attn] if isinstance(sparse_attn, bool) else list(sparse_attn or (False,))
+    return ["sparse" if s else t for t, s in islice(zip(cycle(types), cycle(sparse), strict=False), depth)]

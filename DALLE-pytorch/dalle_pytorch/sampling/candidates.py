@@ -1,0 +1,117 @@
+"""The candidates of one prompt: sample, decode, score, keep the best, one batch at a time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_pytorch.clip.base import Scorer
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.uniforms import candidate_uniforms
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One image for a prompt, on the CPU."""
+
+    index: int
+    """Its number under the seed: the same candidate whatever the batch size and the number of candidates."""
+    tokens: Tensor
+    """(image_seq_len,) int64, row by row."""
+    image: Tensor
+    """(3, h, w) in [0, 1]."""
+    score: float | None = None
+    """Cosine similarity to the prompt, if it was scored."""
+
+
+def candidate_batches(
+    prior: Prior,
+    prompt: str,
+    num_images: int,
+    *,
+    settings: SamplingSettings | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    init_image_tokens: Tensor | None = None,
+    scorer: Scorer | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Iterator[list[Candidate]]:
+    """Yields the candidates 0 to `num_images - 1` of a prompt in batches. The prompt is run once for all of them.
+
+    Args:
+        prompt: cut where it is longer than the prior's `text_seq_len`.
+        settings: the prior's own unless given.
+        seed: decides the candidates, together with the prompt and their indices.
+        init_image_tokens: (k,) image tokens that every candidate begins with.
+        scorer: gives the candidates their scores.
+        progress: called with the number of finished candidates and of tokens sampled for each of the current batch.
+
+    Raises:
+        UsageError: settings out of range, or a tokenizer that is not the prior's.
+    """
+    settings = prior.sampling if settings is None else settings
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    text = prior.tokenize(prompt)
+    given = None if init_image_tokens is None else init_image_tokens[None].to(prior.device)
+    with evaluation(prior):
+        prefix = prefill(prior, text, given, settings.cond_scale)
+
+    for start in range(0, num_images, batch_size):
+        indices = range(start, min(start + batch_size, num_images))
+        sampled = 0
+
+        def on_token(start: int = start) -> None:
+            nonlocal sampled
+            sampled += 1
+            if progress is not None:
+                progress(start, sampled)
+
+        with evaluation(prior):
+            rows = torch.zeros(len(indices), dtype=torch.long, device=prior.device)
+            uniforms = candidate_uniforms(seed, text[0], indices, prior.image_seq_len)
+            tokens = sample_image_tokens(prior, prefix, rows, uniforms, settings, on_token)
+            images = prior.vae.decode_image(tokens)
+            scores = [None] * len(indices) if scorer is None else scorer.score(prompt, images).tolist()
+        batch = zip(indices, tokens.cpu(), images.float().cpu(), scores, strict=True)
+        # Cloned, so that a candidate that is kept does not keep its whole batch in memory.
+        yield [Candidate(index, tokens.clone(), image.clone(), score) for index, tokens, image, score in batch]
+
+
+def generate_candidates(
+    prior: Prior,
+    prompt: str,
+    num_images: int,
+    *,
+    scorer: Scorer | None = None,
+    keep: int | None = None,
+    **options: Any,
+) -> list[Candidate]:
+    """The best `keep` (all unless given) of `num_images` candidates of a prompt, best first.
+
+    Without a `scorer` these are the first ones, in order. Of equal scores the earlier candidate is the better one.
+    Memory grows with `keep`, not with `num_images`. `options` are those of `candidate_batches`.
+    """
+    if keep is not None and keep < 1:
+        raise UsageError(f"keep must be at least 1, not {keep}")
+    keep = num_images if keep is None else min(keep, num_images)
+    if scorer is None:
+        num_images = keep
+    best: list[tuple[float, int, Candidate]] = []
+    for batch in candidate_batches(prior, prompt, num_images, scorer=scorer, **options):
+        for candidate in batch:
+            entry = (0.0 if candidate.score is None else candidate.score, -candidate.index, candidate)
+            if len(best) < keep:
+                heapq.heappush(best, entry)
+            else:
+                heapq.heappushpop(best, entry)
+    return [candidate for _, _, candidate in sorted(best, key=lambda entry: entry[:2], reverse=True)]

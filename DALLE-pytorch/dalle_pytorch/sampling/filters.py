@@ -1,0 +1,53 @@
+"""From logits to a token: top-k and top-p filters, and the draw."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dalle_pytorch.sampling.settings import SamplingSettings
+
+
+def filter_logits(
+    logits: Tensor, top_k: float | None = None, top_p: float | None = None, num_total: int | None = None
+) -> Tensor:
+    """Sets the logits (..., n) of removed tokens to -inf. `top_k` takes precedence over `top_p`.
+
+    Args:
+        top_k, top_p: see `SamplingSettings`. At least one token is kept.
+        num_total: the tokens that a fractional `top_k` counts over, n unless given. DALLE-pytorch counts text and image
+            tokens together.
+
+    Tokens as likely as the last one kept are kept as well, so that the order among equals does not matter.
+    """
+    SamplingSettings(top_k, top_p)
+    size = logits.shape[-1]
+    if top_k is not None:
+        kept = int(top_k) if top_k >= 1 else max(int((1 - top_k) * (num_total or size)), 1)
+        if kept >= size:
+            return logits
+        least = logits.topk(kept, dim=-1).values[..., -1:]
+    elif top_p is not None and top_p < 1:
+        ordered = logits.sort(dim=-1, descending=True).values
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        least = ordered.masked_fill(before >= top_p, math.inf).amin(dim=-1, keepdim=True)
+    else:
+        return logits
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """One token (b,) from each row of filtered logits (b, n): where its cumulative distribution passes `uniforms`.
+
+    Tokens are in the order of their ids. A temperature of 0 takes the most likely one, the first among equals.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # MPS has no float64.
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = (logits.to(dtype) / temperature).softmax(dim=-1).cumsum(dim=-1)
+    targets = uniforms.to(dtype)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]

@@ -1,0 +1,140 @@
+"""The token loop: image tokens are sampled one by one from a prior's key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.priors.base import Prior, PriorCache
+from dalle_pytorch.sampling.filters import draw, filter_logits
+from dalle_pytorch.sampling.settings import SamplingSettings
+
+OnToken = Callable[[], object]
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and autocast; restores the model's mode at the end."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        model.train(training)
+
+
+@dataclass
+class Prefix:
+    """Prompts that went through the prior once, to be continued any number of times.
+
+    Row i is a prompt. With guidance, the rows from `len(init_image_tokens)` on are the same without their text.
+    """
+
+    cache: PriorCache
+    logits: Tensor  # (rows, num_image_tokens), of the first token to sample
+    init_image_tokens: Tensor  # (prompts, k)
+    cond_scale: float
+
+
+def prefill(prior: Prior, text: Tensor, init_image_tokens: Tensor | None = None, cond_scale: float = 1.0) -> Prefix:
+    """Runs prompts through the prior.
+
+    Args:
+        text: (p, text_seq_len) int64, as `prior.tokenize` returns it.
+        init_image_tokens: (p, k) image tokens that the images begin with.
+        cond_scale: see `SamplingSettings`.
+    """
+    given = text.new_empty(len(text), 0) if init_image_tokens is None else init_image_tokens
+    if given.shape[1] >= prior.image_seq_len:
+        raise UsageError(f"{given.shape[1]} of {prior.image_seq_len} image tokens are given: none is left to sample")
+    both = given
+    if cond_scale != 1:
+        text, both = torch.cat((text, prior.unconditional_text(text))), given.repeat(2, 1)
+    logits, cache = prior.prefill(text, both)
+    return Prefix(cache, logits, given, cond_scale)
+
+
+def sample_image_tokens(
+    prior: Prior,
+    prefix: Prefix,
+    rows: Tensor,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    on_token: OnToken | None = None,
+) -> Tensor:
+    """Samples the image tokens (n, image_seq_len) of n candidates, the given ones included.
+
+    Args:
+        rows: (n,) the prompt in `prefix` of each candidate.
+        uniforms: (n, image_seq_len) in [0, 1), see `candidate_uniforms`.
+        settings: filters and temperature; the guidance is that of `prefix`.
+        on_token: called after each position.
+    """
+    guided = prefix.cond_scale != 1
+    cache_rows = torch.cat((rows, rows + len(prefix.init_image_tokens))) if guided else rows
+    cache = None
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        nonlocal cache
+        if cache is None:
+            cache = prefix.cache.gather(cache_rows, prior.max_length)
+            logits = prefix.logits[cache_rows]
+        else:
+            last = tokens[:, -1].repeat(2) if guided else tokens[:, -1]
+            logits = prior.step(last, tokens.shape[1] - 1, cache)
+        return guide(logits, prefix.cond_scale) if guided else logits
+
+    return _sample(prior, next_logits, prefix.init_image_tokens[rows], uniforms, settings, on_token)
+
+
+def sample_image_tokens_uncached(
+    prior: Prior,
+    text: Tensor,
+    init_image_tokens: Tensor,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    on_token: OnToken | None = None,
+) -> Tensor:
+    """What `sample_image_tokens` samples, by a pass over the whole sequence (n rows) for every token."""
+    guided = settings.cond_scale != 1
+    both = torch.cat((text, prior.unconditional_text(text))) if guided else text
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        logits = prior.next_token_logits(both, tokens.repeat(2, 1) if guided else tokens)[:, -1]
+        return guide(logits, settings.cond_scale) if guided else logits
+
+    return _sample(prior, next_logits, init_image_tokens, uniforms, settings, on_token)
+
+
+def guide(logits: Tensor, cond_scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) on logits (2n, tokens), the unconditional ones in the second half."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (conditional - unconditional) * cond_scale
+
+
+def _sample(
+    prior: Prior,
+    next_logits: Callable[[Tensor], Tensor],
+    init_image_tokens: Tensor,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    on_token: OnToken | None,
+) -> Tensor:
+    """The loop: `next_logits` maps the tokens so far (n, k) to the logits (n, num_image_tokens) of the next."""
+    device, first = init_image_tokens.device, init_image_tokens.shape[1]
+    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    tokens = init_image_tokens.new_zeros(len(init_image_tokens), prior.image_seq_len)
+    tokens[:, :first] = init_image_tokens
+    for position in range(first, prior.image_seq_len):
+        logits = next_logits(tokens[:, :position])
+        logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
+        tokens[:, position] = draw(logits, uniforms[:, position], settings.temperature)
+        if on_token is not None:
+            on_token()
+    return tokens

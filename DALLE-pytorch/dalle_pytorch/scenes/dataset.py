@@ -1,0 +1,54 @@
+"""The drawn world as a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from dalle_pytorch import scenes as glyphs
+
+
+class GlyphsDataset(Dataset):
+    """Scenes of the glyphs world, drawn when asked for.
+
+    `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
+    little, often nothing but what the subject is: single words are learned from these. If `wrong_captions` are wanted,
+    `other_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as well,
+    under the same keys after `twin_`, that differs in one fact and is captioned accordingly.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        count: int = 10_000_000,
+        split: str = "train",
+        terse_every: int | None = None,
+        wrong_captions: int = 0,
+        twins: bool = False,
+    ):
+        self.resolution, self.count, self.split = resolution, count, split
+        self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = glyphs.make_scene(index, self.split)
+        terse = bool(self.terse_every) and index % self.terse_every == 0
+        if self.twins:
+            scene, twin, _ = glyphs.make_twins(scene, index, terse)
+            other = self._sample(twin, self.count + index)
+            return self._sample(scene, index) | {f"twin_{key}": value for key, value in other.items()}
+        return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)
+
+    def _sample(self, scene: glyphs.Scene, index: int) -> dict[str, Any]:
+        item = {
+            "image": torch.from_numpy(glyphs.draw(scene, self.resolution)).permute(2, 0, 1),
+            "caption": scene.caption,
+            "mask": torch.from_numpy(glyphs.subject_mask(scene)),
+        }
+        if wrong := self.wrong_captions:
+            item["other_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
+        return item

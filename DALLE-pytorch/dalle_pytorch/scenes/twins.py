@@ -1,0 +1,78 @@
+"""Pairs of scenes that differ in one fact, and their captions in what is said of it.
+
+A caption with a fact made wrong teaches CLIP what a picture is not called. A picture with a fact made wrong teaches it
+what a caption does not show, where words hardly differ: a subject drawn twice, colours or places exchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from dalle_pytorch.scenes.captions import LEFT_OPEN, TERSE, names_subjects_apart, states_place, with_caption
+from dalle_pytorch.scenes.scenes import CORNERS
+from dalle_pytorch.scenes.world import BACKGROUNDS, COLOURS, SPLITS, SUBJECTS, Scene, Subject, split_of_scene
+
+# How often which fact is changed, in a scene of one subject and of two.
+ONE = {"kind": 3, "colour": 2, "background": 1, "doubled": 2}
+TWO = {"kind": 3, "colour": 2, "background": 1, "doubled": 2, "left out": 2, "colours": 2, "places": 2}
+# What the place of either of two subjects is called when it is alone.
+ALONE = {"left": ("left", "right"), "above": ("top", "bottom")}
+
+
+def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene, Scene, str]:
+    """The scene with a new caption, its twin, which is of the same split and has one fact changed that the caption
+    states, and that fact, by its name in `ONE` or `TWO`.
+
+    It is a subject's kind or colour or the background; the same subject twice; or of two subjects one alone, their
+    colours exchanged, or their places. Captions are such as training has, or terse as in `with_terse_caption`.
+    """
+    rng = np.random.default_rng([len(SPLITS) + 2, seed])
+    left_open = TERSE if terse else LEFT_OPEN
+    split = split_of_scene(scene.subjects, scene.background)
+    shares = ONE if scene.relation is None else TWO
+    facts, weights = [*shares], np.array([*shares.values()]) / sum(shares.values())
+    while True:  # A doubled subject will always do.
+        fact = str(rng.choice(facts, p=weights))
+        twin, lots = change_scene(scene, fact, rng), int(rng.integers(2**31))
+        # The same lots for both captions: the same words, but for the fact.
+        scene, twin = (with_caption(each, np.random.default_rng(lots), left_open) for each in (scene, twin))
+        if split_of_scene(twin.subjects, twin.background) == split and _told_apart(scene, twin, fact):
+            return scene, twin, fact
+
+
+def change_scene(scene: Scene, fact: str, rng: np.random.Generator) -> Scene:
+    """The scene with a fact of `ONE` or `TWO` changed, and its caption left as it was."""
+    subjects, which = [*scene.subjects], int(rng.integers(len(scene.subjects)))
+    subject = subjects[which]
+    if fact == "background":
+        return replace(scene, background=str(rng.choice([name for name in BACKGROUNDS if name != scene.background])))
+    if fact == "left out":
+        return replace(scene, subjects=(subject,), relation=None, place=ALONE[scene.relation][which])
+    if fact == "doubled":
+        return _side_by_side(scene, [subject, subject], scene.relation or str(rng.choice([*CORNERS])))
+    if fact == "places":
+        return _side_by_side(scene, subjects[::-1], scene.relation)
+    if fact == "colours":
+        first, second = subjects
+        return replace(scene, subjects=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+    values = SUBJECTS if fact == "kind" else COLOURS
+    held = {getattr(each, fact) for each in subjects}
+    subjects[which] = replace(subject, **{fact: str(rng.choice([value for value in values if value not in held]))})
+    return replace(scene, subjects=tuple(subjects))
+
+
+def _side_by_side(scene: Scene, subjects: list[Subject], relation: str) -> Scene:
+    subjects = [replace(subject, size="small", column=column, row=row)
+                for subject, (column, row) in zip(subjects, CORNERS[relation], strict=True)]  # fmt: skip
+    return replace(scene, subjects=tuple(subjects), relation=relation, place=None)
+
+
+def _told_apart(scene: Scene, twin: Scene, fact: str) -> bool:
+    """Whether the captions state the fact, so that each is wrong of the other's picture."""
+    if scene.caption == twin.caption:
+        return False
+    if fact == "places":  # "a seven and a star" may be told in either order
+        return states_place(scene)
+    return fact != "colours" or names_subjects_apart(scene)

@@ -1,0 +1,319 @@
+"""Settings as dataclasses: the one source of a command line, of its YAML file and of what a run records.
+
+    @dataclass
+    class DrawSettings(Settings):
+        '''Draws images.'''
+        num_images: int = option(16, "images to draw", low=1)
+
+    settings = DrawSettings.parse(["--num_images", "4"])
+
+Parsing runs on jsonargparse. torch is not imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser as JsonArgumentParser
+
+USER_ERROR = 2
+
+SettingsType = TypeVar("SettingsType", bound="Settings")
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    flags: Iterable[str] = (),
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    above: bool = False,
+    choices: Sequence[Any] | None = None,
+    kind: Callable[[Any], Any] | None = None,
+    nargs: str | int | None = None,
+    const: Any = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    instead_of: str | None = None,
+) -> Any:
+    """A field of a `Settings` dataclass.
+
+    Args:
+        default: MISSING makes the option required.
+        help: a phrase for `--help`, to which the default is added.
+        flags: other spellings: `--lr`, or `--bf16=bf16`, a flag without a value that stands for that value.
+        low, high, above: the range of a number; `above` excludes `low` itself.
+        choices: the values that are allowed.
+        kind: turns text, or a YAML value, into the setting; by the annotation unless given.
+        nargs, const, metavar: argparse's.
+        positional: given without a flag.
+        instead_of: the option that becomes None where this one is given, and the other way round.
+    """
+    metadata = {"help": help, "flags": tuple(flags), "bounds": (low, high, above), "choices": choices, "kind": kind,
+                "nargs": nargs, "const": const, "metavar": metavar, "positional": positional, "instead_of": instead_of,
+                "required": default is MISSING}  # fmt: skip
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=None if default is MISSING else default, metadata=metadata)
+
+
+def again(settings: type[Settings], name: str, default: Any) -> Any:
+    """The option `name` of another dataclass with another default."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    return dataclasses.field(default=default, metadata={**field.metadata, "required": False})
+
+
+# --------------------------------------------------------------------------------------------------
+# Kinds of values
+
+
+def number(kind: type, low: float = float("-inf"), high: float = float("inf"), above: bool = False) -> Callable:
+    """An `int` or finite `float` from `low` (or only `above` it) to `high`."""
+
+    def parse(text: Any) -> Any:
+        try:
+            value = kind(str(text))
+        except ValueError:
+            value = float("nan")
+        # NaN compares false, and so fails too.
+        if not ((low < value if above else low <= value) and value <= high and abs(value) != float("inf")):
+            noun = "a whole number" if kind is int else "a number"
+            lowest = "" if low == float("-inf") else f", above {low:g}" if above else f", {low:g} or more"
+            highest = "" if high == float("inf") else f", at most {high:g}"
+            raise argparse.ArgumentTypeError(f"expected {noun}{lowest}{highest}, got {str(text)!r}")
+        return value
+
+    return parse
+
+
+def boolean(text: Any) -> bool:
+    """True or False, as guided-diffusion's flags are given (`--learn_sigma True`)."""
+    if str(text).lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if str(text).lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {str(text)!r}")
+
+
+def listed(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """Values between commas, or a list of them; none is an empty list."""
+
+    def parse(text: Any) -> list[Any]:
+        parts = text if isinstance(text, (list, tuple)) else str(text).split(",")
+        return [kind(part.strip() if isinstance(part, str) else part) for part in parts if str(part).strip()]
+
+    return parse
+
+
+def name_value(text: Any) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = str(text).partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {str(text)!r}")
+    return name, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (bool, dict, list)):
+        raise argparse.ArgumentTypeError(f"expected a value, got {value!r}")
+    return str(value)
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value))
+
+
+# --------------------------------------------------------------------------------------------------
+# The parser
+
+
+class ArgumentParser(JsonArgumentParser):
+    """jsonargparse's, whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = re.sub(r"(?:Parser key|argument) [\"']?(?:--)?([\w-]+)(?:/[\w/-]+)?[\"']?:", r"--\1:", message)
+        print(f"{self.prog}: {' '.join(message.split())[:300]} (--help lists the options)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a description as it is written, and defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default in (None, False, "", [], argparse.SUPPRESS)
+        return action.help if empty or "(default" in (action.help or "") else f"{action.help} (default: %(default)s)"
+
+
+@dataclass
+class Settings:
+    """Base of all settings. Subclasses are dataclasses whose fields are `option`s; their docstring is the description.
+
+    `title` heads the options that a class declares. With `takes_config` there is a `--config FILE` of YAML.
+    """
+
+    title: ClassVar[str] = "options"
+    takes_config: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls: type[SettingsType], argv: Sequence[str] | None = None, prog: str | None = None) -> SettingsType:
+        """The settings of a command line. A mistake is printed in one line, and exits with code 2."""
+        parser, fields = cls.parser(prog), dataclasses.fields(cls)
+        argv, given = _spell_out(fields, sys.argv[1:] if argv is None else argv)
+        levels = [given]
+        if cls.takes_config:
+            finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            finder.error = parser.error
+            finder.add_argument("--config")
+            if path := finder.parse_known_args(argv)[0].config:
+                values = _read_yaml(path, fields, parser)
+                parser.set_defaults(values)
+                levels.append(list(values))
+        namespace = parser.parse_args(argv)
+        values = {field.name: namespace[field.name] for field in fields}
+        for field in fields:
+            if field.metadata["instead_of"]:
+                _decide(values, levels, field.name, field.metadata["instead_of"])
+        return cls(**values)
+
+    @classmethod
+    def parser(cls, prog: str | None = None) -> ArgumentParser:
+        """The parser of these settings."""
+        description = inspect.cleandoc(cls.__doc__ or "")
+        parser = ArgumentParser(prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        if cls.takes_config:
+            parser.add_argument("--config", metavar="FILE", help="YAML file of options, one a line (batch_size: 8)")
+        hints, groups = typing.get_type_hints(cls), {}
+        for field in dataclasses.fields(cls):
+            # The class that declares an option first heads it.
+            owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
+            title = vars(owner).get("title", cls.title)
+            groups[title] = groups.get(title) or parser.add_argument_group(title)
+            _add(groups[title], field, hints[field.name])
+        return parser
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as YAML can hold them, which `--config` reads again; those that are None are left out."""
+        return {key: _plain(value) for key, value in vars(self).items() if value is not None}
+
+
+def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
+    options = field.metadata
+    default = field.default_factory() if field.default is MISSING else field.default
+    settings: dict[str, Any] = {"type": _kind(hint, options), "default": default, "help": options["help"]}
+    settings |= {name: options[name] for name in ("nargs", "const", "metavar", "choices") if options[name] is not None}
+    if settings["type"] is boolean:
+        settings |= {"nargs": "?", "const": True, "metavar": "True|False"}
+    if options["positional"]:
+        group.add_argument(field.name, **settings)
+    else:
+        names = [f"--{field.name}", *(flag for flag in options["flags"] if "=" not in flag)]
+        group.add_argument(*names, required=options["required"], **settings)
+
+
+def _kind(hint: Any, options: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """What turns text into a value of the annotated type."""
+    if options["kind"] is not None:
+        return options["kind"]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return listed(_kind(typing.get_args(hint)[0], options))
+    if hint is bool:
+        return boolean
+    if hint in (int, float):
+        return number(hint, *options["bounds"])
+    return _path if hint is Path else _text
+
+
+def _spell_out(fields: Iterable[dataclasses.Field], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments with flags like `--bf16` as `--mixed_precision=bf16`, and the names of the options given."""
+    short = dict(pair for field in fields for pair in _shorthands(field))
+    argv = [short.get(argument, argument) for argument in argv]
+    names = _names(fields)
+    given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+    return argv, [names.get(name, name) for name in given]
+
+
+def _shorthands(field: dataclasses.Field) -> Iterable[tuple[str, str]]:
+    for flag in field.metadata["flags"]:
+        if "=" in flag:
+            name, _, value = flag.partition("=")
+            yield name, f"--{field.name}={value}"
+
+
+def _names(fields: Iterable[dataclasses.Field]) -> dict[str, str]:
+    """Every spelling of an option without its dashes, to the name of its field."""
+    spellings = {field.name: field.name for field in fields}
+    for field in fields:
+        spellings |= {flag.lstrip("-"): field.name for flag in field.metadata["flags"] if "=" not in flag}
+    return spellings
+
+
+def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
+    """The options in a YAML file, checked as those of a command line. A mistake names the file and exits."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = yaml.safe_load(file) or {}
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        parser.error(f"{path} is not YAML: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"{path} holds no settings (lines of `option: value`)")
+    names, short = _names(fields), dict(pair for field in fields for pair in _shorthands(field))
+    kinds = {action.dest: action for action in parser._actions}
+    values = {}
+    for key, value in content.items():
+        name = str(key).lstrip("-")
+        if value is True and f"--{name}" in short:
+            name, _, value = short[f"--{name}"][2:].partition("=")
+        if name not in names:
+            parser.error(f"{path}: {key}: there is no such option")
+        if value is None:
+            continue
+        action = kinds[names[name]]
+        try:
+            value = action.const if value is True and action.const is not None else _convert(action, value)
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            parser.error(f"{path}: {key}: {error}")
+        values[names[name]] = value
+    return values
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the option takes it."""
+    if action.nargs in ("+", "*"):
+        value = [action.type(item) for item in (value if isinstance(value, list) else [value])]
+    else:
+        value = action.type(value)
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return value
+
+
+def _decide(values: dict[str, Any], levels: list[list[str]], name: str, other: str) -> None:
+    """Of two options that exclude each other, the one given last on the first level that has either of them stays."""
+    for given in levels:
+        found = [option for option in given if option in (name, other)]
+        if found:
+            values[other if found[-1] == name else name] = None
+            return
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float)) else str(value)

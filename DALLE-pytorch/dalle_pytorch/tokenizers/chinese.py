@@ -1,0 +1,38 @@
+"""BERT's vocabulary of Chinese characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+
+import tokenizers
+from torch import Tensor
+
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+
+
+class ChineseTokenizer(Tokenizer):
+    """BERT's vocabulary of Chinese characters and word pieces, from a local folder or the Hugging Face hub."""
+
+    def __init__(self, path_or_name: str | os.PathLike = "bert-base-chinese"):
+        from transformers import BertTokenizerFast
+
+        try:
+            self.tokenizer = BertTokenizerFast.from_pretrained(str(path_or_name))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path_or_name} is neither a folder with a BERT vocabulary (vocab.txt) nor to be had from the hub "
+                f"({str(error).splitlines()[0]}); put its files into a folder and name that"
+            ) from None
+        self.vocab_size = self.tokenizer.vocab_size
+        self.unknown_id = self.tokenizer.unk_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
+        return self.tokenizer.decode(_kept(ids, pad_tokens))
+
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        return self.tokenizer.backend_tokenizer

@@ -1,0 +1,58 @@
+"""Hugging Face's tokenizer.json, and byte-pair encoding trained into one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import processors as post_processors
+from torch import Tensor
+
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+
+
+class HugTokenizer(Tokenizer):
+    """A `tokenizer.json` of Hugging Face's `tokenizers`, without the special tokens that it may add around a text."""
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"there is no tokenizer file {path}")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        self.tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=True)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self.unknown_id = None if unknown is None else self.tokenizer.token_to_id(unknown)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
+        return self.tokenizer.decode(_kept(ids, pad_tokens), skip_special_tokens=True)
+
+    def to_hugging_face(self) -> tokenizers.Tokenizer:
+        return self.tokenizer
+
+
+def train_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Learns byte-pair encoding (arXiv:1508.07909) of lower-cased captions; the same captions give the same result.
+
+    Id 0 is `[PAD]`, 1 `[UNK]`. Runs of white space count as one space, and punctuation is never joined with a word.
+    There are fewer than `vocab_size` tokens if the captions have no more to merge.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer

@@ -1,0 +1,123 @@
+"""CLIP's byte-pair encoding."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt"
+_CLIP_MERGES = 49152 - 256 - 2
+_CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class SimpleTokenizer(Tokenizer):
+    """CLIP's byte-pair encoding: 49,408 tokens that can spell any text, lower-cased.
+
+    `bpe_path` is the list of merges, plain or gzipped, or a tokenizer.json with them. Left out, it is taken from an
+    installed package that carries it, or downloaded.
+    """
+
+    def __init__(self, bpe_path: str | os.PathLike | None = None):
+        merges = [tuple(line.split()) for line in _clip_vocabulary(bpe_path).split("\n")[1 : _CLIP_MERGES + 1]]
+        if len(merges) < _CLIP_MERGES or any(len(pair) != 2 for pair in merges):
+            raise CheckpointError(f"{bpe_path or CLIP_VOCABULARY} is not CLIP's list of {_CLIP_MERGES} merges")
+        letters = _byte_letters()
+        tokens = [
+            *letters,
+            *(f"{letter}</w>" for letter in letters),
+            *("".join(pair) for pair in merges),
+            *_CLIP_SPECIALS,
+        ]
+        self.vocab_size = len(tokens)
+        self._ends = {tokens.index(token) for token in _CLIP_SPECIALS}
+        self.tokenizer = tokenizers.Tokenizer(
+            models.BPE({token: i for i, token in enumerate(tokens)}, merges, end_of_word_suffix="</w>")
+        )
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self.tokenizer.add_special_tokens(list(_CLIP_SPECIALS))
+        self._bytes = decoders.ByteLevel()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(_clean(text).lower(), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
+        pieces = (self.tokenizer.id_to_token(i) for i in _kept(ids, {*self._ends, *pad_tokens}))
+        return self._bytes.decode([piece for piece in pieces if piece]).replace("</w>", " ").strip()
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in the order of CLIP's vocabulary: printable bytes come first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _clean(text: str) -> str:
+    """CLIP's clean-up: mends of `ftfy` where that is installed, NFC where not; HTML entities; white space."""
+    try:
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    except ImportError:
+        text = unicodedata.normalize("NFC", text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def _clip_vocabulary(path: str | os.PathLike | None) -> str:
+    """The text of CLIP's list of merges, which begins with a line that is none."""
+    data = _packaged_vocabulary() if path is None else None
+    if data is None:
+        if path is None:
+            from dalle_pytorch.files.downloads import CLIP_BPE, default_file
+
+            path = default_file(CLIP_BPE)
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
+    try:
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        if not text.startswith("{"):
+            return text
+        merges = json.loads(text)["model"]["merges"]
+        return "\n".join(["#", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"the vocabulary {path} is damaged: it holds no list of merges") from None
+
+
+def _packaged_vocabulary() -> bytes | None:
+    """The vocabulary as an installed package carries it: CLIP and open_clip as a file, instant-clip-tokenizer as a text
+    within its library."""
+    for package in ("clip", "open_clip", "instant_clip_tokenizer"):
+        # Finding a top-level package does not import it.
+        spec = importlib.util.find_spec(package)
+        for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
+            for path in (folder / f"{CLIP_VOCABULARY}.gz", folder / CLIP_VOCABULARY):
+                if path.is_file():
+                    return path.read_bytes()
+            for library in folder.glob("instant_clip_tokenizer.*"):
+                data = library.read_bytes()
+                start = data.find(b"#version: 0.2\ni n\nt h\n")
+                if start >= 0:
+                    return b"\n".join(data[start : start + 2**20].split(b"\n", _CLIP_MERGES + 1)[: _CLIP_MERGES + 1])
+    return None

@@ -1,0 +1,64 @@
+"""The training task of CLIP: the contrastive loss, with hard negatives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.training.tasks.base import Batch, Loss, write_tokenizer
+
+
+class ClipTask(nn.Module):
+    """The contrastive loss of CLIP over the batch of all processes, with hard negatives where the data has them:
+    captions with one fact wrong, as many for each picture, and twins, pictures with a caption that differ in one fact
+    from another of the batch.
+
+    Pictures are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled pictures, and
+    guide on cutouts of half-denoised ones. `accuracy` is the share of the pictures whose caption is the likeliest of
+    all that they are told apart from.
+    """
+
+    def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06):
+        super().__init__()
+        self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
+
+    def forward(self, batch: Batch) -> Loss:
+        images, captions, others = batch["image"], batch["caption"], batch.get("other_captions", [])
+        if "twin_image" in batch:
+            images = torch.cat((images, batch["twin_image"]))
+            captions = captions + batch["twin_caption"]
+            others = others + batch.get("twin_other_captions", [])
+        images = self._augment(images.float() / 255)
+        captions = captions + [caption for row in others for caption in row]
+        text = self.clip.tokenize(captions)
+        # What is padding in all of them is work for nothing.
+        text = text[:, : int((text != 0).any(0).sum())].to(images.device)
+        text, others = text[: len(images)], text[len(images) :]
+        negatives = others.unflatten(0, (len(images), -1)) if len(others) else None
+        by_text, by_image, partner = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
+        loss = (F.cross_entropy(by_text, partner) + F.cross_entropy(by_image, partner)) / 2
+        accuracy = (by_image.argmax(1) == partner).float().mean()
+        return loss, {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {"clip": self.clip}
+
+    def write_companions(self, folder: Path) -> None:
+        write_tokenizer(self.clip.tokenizer, folder)
+
+    def _augment(self, images: Tensor) -> Tensor:
+        size = images.shape[-1]
+        side = int(size * float(torch.empty(()).uniform_(self.smallest_crop, 1)))
+        left, top = torch.randint(size - side + 1, (2,)).tolist()
+        images = images[..., top : top + side, left : left + side]
+        if torch.rand(()) < 0.5:
+            images = F.interpolate(images, (size // 2, size // 2), mode="bilinear", antialias=True)
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bilinear")
+        spread = self.noise * torch.rand(len(images), 1, 1, 1, device=images.device)
+        return (images + spread * torch.randn_like(images)).clamp(0, 1)

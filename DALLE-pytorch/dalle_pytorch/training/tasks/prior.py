@@ -1,0 +1,79 @@
+"""The training task of the prior: next-token loss over captions and image tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.training.tasks.base import Batch, Loss, write_tokenizer
+
+PREVIEWS = 4  # captions of a batch that the prior draws for a preview
+
+
+class DalleTask(nn.Module):
+    """The next-token loss of the prior over captions and the VAE's tokens of their pictures.
+
+    `null_cond_prob` of the captions are dropped, so that the prior can be guided. Where the data says what part of each
+    token's square the subject covers, tokens under the subject weigh `subject_weight` times as much: a plain mean is
+    all texture, and hears little of the shape that the caption names. `image_noise` is `DALLE.forward`'s.
+
+    A batch has the tokens (b, image_seq_len) of its pictures, or the pictures (b, 3, h, h) uint8. The trained prior is
+    the part `name`. Raises `ValueError` for a tokenizer with more tokens than the prior knows.
+    """
+
+    def __init__(
+        self,
+        dalle: DALLE,
+        tokenizer: Tokenizer,
+        null_cond_prob: float = 0.1,
+        subject_weight: float = 1.0,
+        image_noise: float = 0.0,
+        name: str = "dalle",
+    ):
+        super().__init__()
+        known = dalle.num_text_tokens - dalle.text_seq_len
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and this prior knows {known}; it wants the one that "
+                "it was trained with (--bpe_path)"
+            )
+        self.dalle, self.tokenizer = dalle, tokenizer
+        self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
+        self.image_noise = image_noise
+
+    def forward(self, batch: Batch) -> Loss:
+        image = batch["tokens"] if "tokens" in batch else batch["image"].float() / 255
+        weights = None
+        if self.subject_weight != 1 and "mask" in batch:
+            covered = F.adaptive_max_pool2d(batch["mask"][:, None], self.dalle.image_fmap_size).flatten(1) > 0
+            weights = 1 + (self.subject_weight - 1) * covered.float()
+        loss = self.dalle(
+            self._text(batch["caption"], image.device),
+            image,
+            return_loss=True,
+            null_cond_prob=self.null_cond_prob,
+            image_weights=weights,
+            image_noise=self.image_noise,
+        )
+        return loss, {}
+
+    def _text(self, captions: list[str], device: torch.device) -> Tensor:
+        return self.tokenizer.tokenize(captions, self.dalle.text_seq_len, truncate_text=True).to(device)
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {self.name: self.dalle}
+
+    def write_companions(self, folder: Path) -> None:
+        write_tokenizer(self.tokenizer, folder)
+
+    def preview(self, batch: Batch) -> dict[str, Tensor | str]:
+        """Pictures drawn for the first captions of the batch, and those captions."""
+        captions = batch["caption"][:PREVIEWS]
+        pictures = self.dalle.generate_images(self._text(captions, self.dalle.device), top_p=0.9, seed=0)
+        return {"drawn": pictures, "captions": "\n".join(captions)}

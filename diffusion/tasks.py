@@ -1,0 +1,215 @@
+"""What the diffusions are trained on: pictures under noise, and what the network is told of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_pytorch.data.loading import random_crops
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import resize
+from dalle_pytorch.pretrained import PretrainedModel
+from diffusion.decoder import DiffusionDecoder, to_unit
+from diffusion.denoiser import Denoiser
+from diffusion.published import DIFFUSION_NAME, make_denoiser
+from diffusion.super_resolution import SuperResolution
+from diffusion.unet import UNet
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+PREVIEWS = 3  # pictures of a batch in a preview, and with what it shows of each a square sheet
+PREVIEW_STEPS = 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Which steps
+
+
+class UniformSteps(nn.Module):
+    """Every diffusion step as often as any other."""
+
+    def __init__(self, num_steps: int):
+        super().__init__()
+        self.num_steps = num_steps
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Steps (count,) int64, and the weights (count,) that make up for how often each is drawn."""
+        return torch.randint(self.num_steps, (count,)), torch.ones(count, device=device)
+
+    def learn(self, steps: Tensor, losses: Tensor) -> None:
+        """Is told the losses (count,) at steps (count,)."""
+
+
+class LossSecondMomentSteps(UniformSteps):
+    """Steps as often as their losses are large: by the root of the mean square of each one's last `history` losses
+    (Improved DDPM, Nichol & Dhariwal 2021); uniform until every step has as many.
+    """
+
+    def __init__(self, num_steps: int, history: int = 10, uniform_share: float = 0.001):
+        super().__init__(num_steps)
+        self.uniform_share = uniform_share
+        self.register_buffer("losses", torch.zeros(num_steps, history))
+        self.register_buffer("seen", torch.zeros(num_steps, dtype=torch.long))
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.seen.min() < self.losses.shape[1]:
+            return super().draw(count, device)
+        probabilities = self.losses.square().mean(1).sqrt()
+        probabilities = probabilities / probabilities.sum() * (1 - self.uniform_share)
+        probabilities = (probabilities + self.uniform_share / self.num_steps).cpu()
+        steps = torch.multinomial(probabilities, count, replacement=True)
+        return steps, (1 / (self.num_steps * probabilities[steps])).to(device)
+
+    @torch.no_grad()
+    def learn(self, steps: Tensor, losses: Tensor) -> None:
+        for step, loss in zip(steps.tolist(), losses, strict=True):
+            self.losses[step, self.seen[step] % self.losses.shape[1]] = loss
+            self.seen[step] += 1
+
+
+class QuadraticSteps(UniformSteps):
+    """Steps as `quadN` visits them when a picture is drawn: most of them at little noise, where grain is decided."""
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return (self.num_steps * torch.rand(count).square()).long(), torch.ones(count, device=device)
+
+
+STEP_SAMPLERS = {"uniform": UniformSteps, "quadratic": QuadraticSteps, "loss-second-moment": LossSecondMomentSteps}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks
+
+
+class DiffusionTask(nn.Module):
+    """A batch of pictures `image` (b, 3, h, w) uint8 to the mean loss of a denoiser that is told something of them.
+
+    `crop_size` trains on squares of that many pixels, cut along the grid of `conditioning_side` cells together with
+    their part of what the network is told: a quarter of the work at half the side. The share `full_share` of the steps
+    sees a part of the batch whole instead, so that the network knows a picture's borders from a crop's.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioning_side: int,
+        crop_size: int | None = None,
+        full_share: float = 0.25,
+        step_sampler: str = "uniform",
+        use_kl: bool = False,
+    ):
+        super().__init__()
+        self.denoiser, self.conditioning_side = denoiser, conditioning_side
+        self.crop_size, self.full_share, self.use_kl = crop_size, full_share, use_kl
+        self.steps = STEP_SAMPLERS[step_sampler](denoiser.num_steps)
+
+    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is told of pictures (b, 3, h, w) in [0, 1]: maps, each a whole number of cells a side."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        pictures = batch["image"].float() / 255
+        with torch.no_grad():
+            conditioning = self.conditioning(pictures, batch)
+        maps = [pictures * 2 - 1, *conditioning.values()]
+        pictures, *maps = random_crops(maps, self.crop_size, self.conditioning_side, self.full_share)
+        denoiser = self.denoiser.conditioned(**dict(zip(conditioning, maps, strict=True)))
+        step, weights = self.steps.draw(len(pictures), pictures.device)
+        loss = denoiser.loss(pictures, step, torch.randn_like(pictures), use_kl=self.use_kl)
+        detached = loss.detach()
+        self.steps.learn(step, detached)
+        late = step >= denoiser.num_steps // 2
+        # The mean of none is no number, and is not shown.
+        return (loss * weights).mean(), {"loss_noisy": detached[late].mean(), "loss_clear": detached[~late].mean()}
+
+
+class DecoderTask(DiffusionTask):
+    """`DiffusionTask` of a decoder, which is told the tokens that its VAE finds, at the VAE's own size, in a picture.
+
+    The remaining arguments are those of `DiffusionTask`. Raises `ValueError` if the tokens do not fit the network.
+    """
+
+    def __init__(self, decoder: DiffusionDecoder, crop_size: int | None = None, full_share: float = 0.25, **settings):
+        side = decoder.vae.image_size // 2**decoder.vae.num_layers
+        if decoder.image_fmap_size != side:
+            raise ValueError(
+                f"this U-Net draws {decoder.unet.image_size} pixels from a grid of {decoder.image_fmap_size} × "
+                f"{decoder.image_fmap_size} tokens, and the VAE makes {side} × {side}; more levels (channel_mult), or "
+                "larger patches, bring the middle of the network to the grid's side"
+            )
+        super().__init__(decoder.denoiser, side, crop_size, full_share, **settings)
+        self.decoder = decoder
+        decoder.vae.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DecoderTask:
+        super().train(mode)
+        self.decoder.vae.eval()
+        return self
+
+    def tokens(self, pictures: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(b, side²) int64: those of the batch, or what the VAE finds."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        return self.decoder.vae.get_codebook_indices(resize(pictures, self.decoder.vae.image_size))
+
+    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.decoder.conditioning(self.tokens(pictures, batch))
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {"decoder": self.decoder}
+
+    def write_companions(self, folder: Path) -> None:
+        self.decoder.vae.save_pretrained(folder / "vae", dtype=torch.float16)
+
+    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of each picture three: itself, the VAE's reconstruction of it, and what the decoder draws in its place."""
+        batch = {name: batch[name][:PREVIEWS] for name in ("image", "tokens") if name in batch}
+        pictures = batch["image"].float() / 255
+        tokens = self.tokens(pictures, batch)
+        reconstructed = resize(self.decoder.vae.decode_image(tokens), pictures.shape[-1])
+        steps = f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
+        return {"decoded": _side_by_side(pictures, reconstructed, self.decoder.decode(tokens, steps))}
+
+
+class SuperResolutionTask(DiffusionTask):
+    """`DiffusionTask` of a U-Net that is told a picture of `small_size` pixels, the mean over areas of the large one.
+
+    `diffusion` are the arguments of `make_denoiser`. The remaining ones are those of `DiffusionTask`.
+    """
+
+    def __init__(self, unet: UNet, small_size: int, diffusion: Mapping[str, Any], crop_size: int | None = None,
+                 full_share: float = 0.25, **settings):  # fmt: skip
+        if unet.image_size % small_size:
+            raise ValueError(f"{unet.image_size} pixels are no multiple of the small picture's {small_size}")
+        super().__init__(make_denoiser(unet, **diffusion), small_size, crop_size, full_share, **settings)
+        self.unet, self.diffusion = unet, dict(diffusion)
+
+    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        small = F.interpolate(pictures, (self.conditioning_side, self.conditioning_side), mode="area")
+        return {"low_res": small * 2 - 1}
+
+    def native_parts(self) -> dict[str, PretrainedModel]:
+        return {"super_res": self.unet}
+
+    def write_companions(self, folder: Path) -> None:
+        """Writes how the network was trained, which its own configuration does not say."""
+        write_text(folder / DIFFUSION_NAME, json.dumps(self.diffusion, indent=2) + "\n")
+
+    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of each picture three: itself, the small one enlarged by interpolation, and by the network."""
+        pictures = batch["image"][:PREVIEWS].float() / 255
+        small = to_unit(self.conditioning(pictures, batch)["low_res"])
+        size, steps = pictures.shape[-1], f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
+        enlarged = SuperResolution(self.denoiser).enlarge(small, size, range(len(small)), steps)
+        return {"enlarged": _side_by_side(pictures, resize(small, size), enlarged)}
+
+
+def _side_by_side(*columns: Tensor) -> Tensor:
+    """Several (b, 3, h, w), picture by picture: (b · number of them, 3, h, w)."""
+    return torch.stack(columns, dim=1).flatten(0, 1)
