@@ -1,9 +1,9 @@
 """Remakes the embedded model from nothing: tokenizer, VQGAN, prior, CLIP, decoder, and the judge of the benchmark.
 
-    python models/default/make.py
+    python models/default/recipe/make.py
 
 Every stage goes on from its last checkpoint, so the command can be broken off and given again at any time. Checkpoints
-and logs go to `runs/default`; the weights are copied here when all stages are done. README.md beside this file says
+and logs go to `runs/default`; the weights are copied to `models/default` when all stages are done. Its README.md says
 how long it took and what came of it.
 """
 
@@ -22,8 +22,8 @@ from dalle_pytorch.cli import ArgumentParser, number, run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import atomic_write, write_text
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+MODEL = Path(__file__).resolve().parents[1]
+ROOT = MODEL.parents[1]
 
 
 def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
@@ -61,7 +61,7 @@ def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
 
 
 def install(runs: Path) -> None:
-    """Copies the trained parts here, each whole or not at all."""
+    """Copies the trained parts to `models/default`, each whole or not at all."""
     for source, name in (
         ("vqgan/vae", "vae"),
         ("tuned/dalle", "dalle"),
@@ -69,13 +69,13 @@ def install(runs: Path) -> None:
         ("decoder/decoder", "decoder"),
         ("judge/judge", "judge"),
     ):
-        # What a trained part carries with it to be complete lies beside it here.
-        with atomic_write(HERE / name) as temporary:
+        # What a trained part carries with it to be complete lies beside it there.
+        with atomic_write(MODEL / name) as temporary:
             shutil.copytree(runs / source, temporary, ignore=shutil.ignore_patterns("vae", "tokenizer.json"))
-    with atomic_write(HERE / "tokenizer.json") as temporary:
+    with atomic_write(MODEL / "tokenizer.json") as temporary:
         shutil.copy(runs / "tokenizer.json", temporary)
     # What it has never seen it cannot draw; generate.py warns of words that are not here.
-    write_text(HERE / "words.json", json.dumps(sorted(glyphs.words())) + "\n")
+    write_text(MODEL / "words.json", json.dumps(sorted(glyphs.words())) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     if not arguments.only:
         install(arguments.runs)
-        print(f"the models are in {HERE}")
+        print(f"the models are in {MODEL}")
 
 
 if __name__ == "__main__":
