@@ -60,11 +60,6 @@ CLIPS = {
     "ViT-L/14": _clip("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": _clip("ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-CLIP_BPE = PublicFile(
-    "bpe_simple_vocab_16e6.txt.gz",
-    "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-)
 
 
 def cache_folder() -> Path:

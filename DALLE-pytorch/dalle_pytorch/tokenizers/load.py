@@ -9,9 +9,7 @@ from dalle_pytorch.pretrained import companion_path
 from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
 from dalle_pytorch.tokenizers.hug import HugTokenizer
-from dalle_pytorch.tokenizers.simple import (
-    SimpleTokenizer,
-)
+from dalle_pytorch.tokenizers.simple import SimpleTokenizer
 from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 
 

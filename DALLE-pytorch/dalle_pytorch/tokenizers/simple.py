@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import html
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from torch import Tensor
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.tokenizers.base import Tokenizer, _kept
 
-CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt"
+#: OpenAI's file as it is in CLIP's repository, MIT
+CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 _CLIP_MERGES = 49152 - 256 - 2
 _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -29,14 +29,14 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class SimpleTokenizer(Tokenizer):
     """CLIP's byte-pair encoding: 49,408 tokens that can spell any text, lower-cased.
 
-    `bpe_path` is the list of merges, plain or gzipped, or a tokenizer.json with them. Left out, it is taken from an
-    installed package that carries it, or downloaded.
+    `bpe_path` is a list of merges, plain or gzipped, or a tokenizer.json with them; CLIP's own by default.
     """
 
     def __init__(self, bpe_path: str | os.PathLike | None = None):
-        merges = [tuple(line.split()) for line in _clip_vocabulary(bpe_path).split("\n")[1 : _CLIP_MERGES + 1]]
+        path = CLIP_VOCABULARY if bpe_path is None else bpe_path
+        merges = [tuple(line.split()) for line in _clip_vocabulary(path).split("\n")[1 : _CLIP_MERGES + 1]]
         if len(merges) < _CLIP_MERGES or any(len(pair) != 2 for pair in merges):
-            raise CheckpointError(f"{bpe_path or CLIP_VOCABULARY} is not CLIP's list of {_CLIP_MERGES} merges")
+            raise CheckpointError(f"{path} is not CLIP's list of {_CLIP_MERGES} merges")
         letters = _byte_letters()
         tokens = [
             *letters,
@@ -83,18 +83,12 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-def _clip_vocabulary(path: str | os.PathLike | None) -> str:
-    """The text of CLIP's list of merges, which begins with a line that is none."""
-    data = _packaged_vocabulary() if path is None else None
-    if data is None:
-        if path is None:
-            from dalle_pytorch.files.downloads import CLIP_BPE, default_file
-
-            path = default_file(CLIP_BPE)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
+def _clip_vocabulary(path: str | os.PathLike) -> str:
+    """The text of CLIP's list of merges, whose first line is a header."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
         if not text.startswith("{"):
@@ -103,21 +97,3 @@ def _clip_vocabulary(path: str | os.PathLike | None) -> str:
         return "\n".join(["#", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         raise CheckpointError(f"the vocabulary {path} is damaged: it holds no list of merges") from None
-
-
-def _packaged_vocabulary() -> bytes | None:
-    """The vocabulary as an installed package carries it: CLIP and open_clip as a file, instant-clip-tokenizer as a text
-    within its library."""
-    for package in ("clip", "open_clip", "instant_clip_tokenizer"):
-        # Finding a top-level package does not import it.
-        spec = importlib.util.find_spec(package)
-        for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
-            for path in (folder / f"{CLIP_VOCABULARY}.gz", folder / CLIP_VOCABULARY):
-                if path.is_file():
-                    return path.read_bytes()
-            for library in folder.glob("instant_clip_tokenizer.*"):
-                data = library.read_bytes()
-                start = data.find(b"#version: 0.2\ni n\nt h\n")
-                if start >= 0:
-                    return b"\n".join(data[start : start + 2**20].split(b"\n", _CLIP_MERGES + 1)[: _CLIP_MERGES + 1])
-    return None
