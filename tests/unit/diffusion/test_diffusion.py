@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_unet import CASES, assert_matches, read_case, small_unet
+from factories import gaussian_denoiser, small_decoder, small_unet
 
 from dalle_pytorch.data.loading import random_crops
 from dalle_pytorch.errors import CheckpointError
 from diffusion import DiffusionDecoder
 from diffusion.denoiser import Denoiser, discretized_gaussian_log_likelihood
-from diffusion.published import load_denoiser
-from diffusion.samplers import SAMPLERS, Noise, generator, sample_ancestral, sample_ddim
+from diffusion.samplers import SAMPLERS, Noise, generator, sample_ddim
 from diffusion.schedule import Schedule, named_betas, spaced_steps
 from diffusion.tasks import DecoderTask
 from diffusion.unet import UNet
@@ -20,42 +19,6 @@ from diffusion.unet import UNet
 
 def last(steps):
     return list(steps)[-1][1]
-
-
-@pytest.fixture(params=CASES)
-def case(request, parity):
-    folder = parity(f"unet/{request.param}")
-    flags, golden, conditions = read_case(folder)
-    return load_denoiser(folder / "model.pt", **flags).conditioned(**conditions), golden
-
-
-@torch.no_grad()
-def test_predictions_match_the_recorded_ones(case):
-    denoiser, golden = case
-    x, step = golden["x"], golden["t_spaced"]
-    assert denoiser.schedule.timestep_map.tolist() == golden["timestep_map"].tolist()
-    assert torch.equal(denoiser.network_timesteps(step, len(x)), golden["t_network"])
-    for prefix, clip in (("", False), ("clipped_", True)):
-        prediction = denoiser(x, step, clip=clip)
-        assert_matches(prediction.x_0, golden[f"{prefix}pred_xstart"])
-        assert_matches(prediction.log_variance.expand_as(x), golden[f"{prefix}log_variance"])
-        assert_matches(denoiser.posterior_mean(x, step, prediction.x_0), golden[f"{prefix}mean"])
-
-
-@torch.no_grad()
-def test_a_step_for_all_is_that_step_for_each(case):
-    denoiser, golden = case
-    x = golden["x"]
-    for ours, each in zip(denoiser(x, 3), denoiser(x, torch.full((len(x),), 3)), strict=True):
-        assert torch.allclose(ours.expand_as(x), each.expand_as(x), rtol=1e-5)
-
-
-@torch.no_grad()
-def test_samplers_end_at_the_recorded_pictures(case):
-    denoiser, golden = case
-    noise = iter(golden["ancestral_noise"])
-    assert_matches(last(sample_ddim(denoiser, golden["x"], lambda: next(noise))), golden["ddim_eta0_sample"])
-    assert_matches(last(sample_ancestral(denoiser, golden["x"], lambda: next(noise))), golden["ancestral_sample"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,18 +83,6 @@ def test_posterior_is_bayes_rule():
 
 # --------------------------------------------------------------------------------------------------
 # Samplers, on data whose perfect network is known: independent normal pixels
-
-
-def gaussian_denoiser(mean=0.3, deviation=0.2, steps="20", schedule="linear", **settings):
-    """E[eps | x] where pixels are normal: what a network would learn of them."""
-    schedule = Schedule.named(schedule, 1000)
-    alpha_bar = schedule.alphas_cumprod.float()
-
-    def network(x, timesteps):
-        a = alpha_bar[timesteps.long()][:, None, None, None]
-        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * deviation**2 + 1 - a)
-
-    return Denoiser(network, schedule, **settings).respaced(steps)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -290,12 +241,6 @@ def test_residuals_want_a_picture_to_differ_from(tiny_vae):
 
 # --------------------------------------------------------------------------------------------------
 # The decoder
-
-
-def small_decoder(vae, **settings):
-    unet = small_unet(image_size=128, patch_size=4, emb_condition=True, emb_input_dims=vae.codebook_dim,
-                      emb_output_dims=32, emb_stride=1, low_res_condition=True)  # fmt: skip
-    return DiffusionDecoder(unet, vae, **{"predict_xstart": True, "rescale_timesteps": True, **settings}).eval()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import clip_batch, make_clip
 from safetensors.torch import load_file
 
 from dalle_pytorch.clip.trainable import CLIP
@@ -20,21 +21,6 @@ class Letters:
         return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
 
-def make_clip(**options) -> CLIP:
-    torch.manual_seed(0)
-    sizes = {"dim_text": 24, "dim_image": 24, "dim_latent": 16, "num_text_tokens": 30, "text_seq_len": 6,
-             "text_enc_depth": 1, "text_heads": 2, "visual_enc_depth": 1, "visual_heads": 2, "visual_image_size": 16,
-             "visual_patch_size": 4, "text_dim_head": 8, "visual_dim_head": 8}  # fmt: skip
-    return CLIP(**{**sizes, **options})
-
-
-def make_batch():
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(1, 27, (3, 6), generator=generator)
-    text[:, 4:] = 0
-    return text, torch.rand(3, 3, 16, 16, generator=generator)
-
-
 def test_same_numbers_as_upstream(parity):
     folder = parity("dalle/clip_trainable")
     golden = load_file(folder / "golden.safetensors")
@@ -46,7 +32,7 @@ def test_same_numbers_as_upstream(parity):
 
 
 def test_padding_does_not_count():
-    clip, (text, image) = make_clip().eval(), make_batch()
+    clip, (text, image) = make_clip().eval(), clip_batch()
     features = clip.encode_text(text)
     torch.testing.assert_close(features, clip.encode_text(text[:, :4]))
     torch.testing.assert_close(
@@ -71,7 +57,7 @@ def test_a_small_thing_counts_more_when_patches_are_pooled_by_attention():
 
 
 def test_convolutions_in_place_of_patches(tmp_path):
-    clip, (text, image) = make_clip(visual_conv_stem=True, visual_attention_pool=True), make_batch()
+    clip, (text, image) = make_clip(visual_conv_stem=True, visual_attention_pool=True), clip_batch()
     features = clip.encode_image(image)
     assert features.shape == (3, 16)
     # Row by row, as positions are numbered: a change at the upper right is seen by the patches there alone.
@@ -95,7 +81,7 @@ def test_layer_scale_of_every_branch():
 
 
 def test_loss_with_and_without_negatives():
-    clip, (text, image) = make_clip(), make_batch()
+    clip, (text, image) = make_clip(), clip_batch()
     negatives = torch.randint(1, 27, (3, 2, 6))
     texts, images, others = (
         F.normalize(features, dim=-1)
@@ -110,14 +96,14 @@ def test_loss_with_and_without_negatives():
 
 
 def test_pictures_of_any_size():
-    clip, (_, image) = make_clip().eval(), make_batch()
+    clip, (_, image) = make_clip().eval(), clip_batch()
     torch.testing.assert_close(clip.encode_image(image.repeat_interleave(2, 2).repeat_interleave(2, 3)).shape, (3, 16))
     flat = torch.full((1, 3, 16, 16), 0.4)
     torch.testing.assert_close(clip.encode_image(F.interpolate(flat, 50)), clip.encode_image(flat))
 
 
 def test_patch_dropout_is_for_training_only():
-    clip, (_, image) = make_clip(visual_patch_dropout=0.5), make_batch()
+    clip, (_, image) = make_clip(visual_patch_dropout=0.5), clip_batch()
     lengths = []
     clip.visual_transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     clip.encode_image(image)
@@ -127,7 +113,7 @@ def test_patch_dropout_is_for_training_only():
 
 
 def test_scores_are_cosines(tmp_path):
-    clip, (_, image) = make_clip().eval(), make_batch()
+    clip, (_, image) = make_clip().eval(), clip_batch()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         clip.score("abc", image)
     clip.tokenizer = Letters()
@@ -142,7 +128,7 @@ def test_scores_are_cosines(tmp_path):
 
 
 def test_round_trip(tmp_path):
-    clip, (text, image) = make_clip().eval(), make_batch()
+    clip, (text, image) = make_clip().eval(), clip_batch()
     clip.save_pretrained(tmp_path / "clip")
     again = CLIP.from_pretrained(tmp_path / "clip")
     assert again.tokenizer is None and torch.equal(again(text, image), clip(text, image))

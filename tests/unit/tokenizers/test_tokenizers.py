@@ -10,7 +10,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.errors import CheckpointError

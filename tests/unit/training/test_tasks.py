@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_clip import make_batch, make_clip
+from factories import clip_batch, make_clip
 from torch import nn
 
 from dalle_pytorch.clip.trainable import CLIP
@@ -109,7 +109,7 @@ def contrastive_loss(clip: CLIP, text, image, negatives, all_processes):
 
 
 def two_batches():
-    text, image = make_batch()
+    text, image = clip_batch()
     text, image = torch.cat([text, text.roll(1, 1)])[:4], torch.cat([image, 1 - image])[:4]
     return text, image, text.roll(1, 0)[:, None]
 

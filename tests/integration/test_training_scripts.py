@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import generate
 import upscale
 from dalle_pytorch.errors import FileError, UsageError
 from dalle_pytorch.pretrained import PretrainedModel
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(path: str):

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_diffusion import gaussian_denoiser
-from test_unet import small_unet
+from factories import gaussian_denoiser, small_unet
 
 from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClipGuidance, make_cutouts, parse_prompts, range_loss, spherical_distance, tv_loss

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from benchmarks.scale_table import Prior, table
 from dalle_pytorch.nn.transformer import Transformer

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 from PIL import Image
 
 from dalle_pytorch.pretrained import PretrainedModel
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/training.md").read_text("utf-8")
 SCRIPTS = ("DALLE-pytorch/train_tokenizer.py", "DALLE-pytorch/train_vae.py", "DALLE-pytorch/train_vqgan.py",
            "DALLE-pytorch/train_dalle.py", "DALLE-pytorch/train_clip.py", "diffusion/train.py")  # fmt: skip

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from contrast_gradients import contrast_gradients
+from helpers import ROOT
 from torch import nn
 
 from dalle_pytorch.errors import UsageError

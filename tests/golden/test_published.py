@@ -333,7 +333,7 @@ def test_hub_name_without_a_network(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# The prior. Its numbers are those of tests/test_dalle.py
+# The prior. Its numbers are those of tests/unit/priors/test_dalle.py
 
 
 @pytest.mark.parametrize("case", PRIORS)

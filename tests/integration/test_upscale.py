@@ -8,16 +8,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from factories import small_decoder, small_unet
+from helpers import ROOT
 from PIL import Image
-from test_diffusion import small_decoder
-from test_unet import small_unet
 
 import dalle_pytorch
 import upscale
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.images import image_to_tensor, read_image
 from dalle_pytorch.files.tokens import save_tokens
+from diffusion.super_resolution import SuperResolution
 
 
 class BrightClip(torch.nn.Module):
@@ -308,3 +308,59 @@ def test_help_and_mistakes_answer_at_once():
         done = subprocess.run([sys.executable, ROOT / "upscale.py", *options], capture_output=True, text=True)
         assert done.returncode == code and "Traceback" not in done.stderr
         assert time.monotonic() - started < 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Super-resolution after the decoder
+
+
+@pytest.fixture
+def case(parity):
+    return parity("unet/adm_superres")
+
+
+def difference(a, b) -> float:
+    """The mean difference of two pictures, of 255."""
+    return float(np.abs(pixels(a) - pixels(b)).mean())
+
+
+def test_second_stage_of_upscale(model, folder, tmp_path, case, monkeypatch):
+    options = ("--input", folder / "0.npy", "--super_res_path", case / "model.pt")
+    sizes, enlarge = [], SuperResolution.enlarge
+
+    def spy(self, pictures, size, *arguments, **keywords):
+        sizes.append((tuple(pictures.shape), size))
+        return enlarge(self, pictures, size, *arguments, **keywords)
+
+    monkeypatch.setattr(SuperResolution, "enlarge", spy)
+    call(*options, "--output_size", 160, "--num_batches", 2, "--outputs_dir", tmp_path / "a")
+    assert sizes == [((1, 3, 128, 128), 160)] * 2
+    assert Image.open(tmp_path / "a/0-upscaled-1.png").size == (160, 160)
+    assert Image.open(tmp_path / "a/before_after.png").size == (3 * 164 + 4, 164 + 4)
+    assert difference(tmp_path / "a/0-upscaled.png", tmp_path / "a/0-upscaled-1.png") > 10
+    call(*options, "--output_size", 160, "--batch_size", 2, "--outputs_dir", tmp_path / "b")
+    assert difference(tmp_path / "a/0-upscaled-1.png", tmp_path / "b/0-upscaled-1.png") < 1
+    # Not merely the first stage's picture, resized.
+    call("--input", folder / "0.npy", "--output_size", 160, "--outputs_dir", tmp_path / "c")
+    assert difference(tmp_path / "a/0-upscaled.png", tmp_path / "c/0-upscaled.png") > 10
+
+
+def test_four_times_the_size_unless_told(model, folder, case, monkeypatch):
+    monkeypatch.setattr(SuperResolution, "enlarge", lambda self, pictures, size, *_, **__: torch.rand(1, 3, size, size))
+    call("--input", folder / "0.npy", "--super_res_path", case / "model.pt", "--super_res_flags", "num_heads=4")
+    assert Image.open(folder / "0-upscaled.png").size == (512, 512)
+
+
+def test_options_that_contradict(model, folder, case, parity, capsys):
+    inputs = ("--input", folder / "0.npy")
+    superres = ("--super_res_path", case / "model.pt")
+    assert "above the decoder's 128 pixels" in fails(capsys, *inputs, *superres, "--output_size", 128)
+    message = fails(capsys, *inputs, *superres, "--super_res_flags", "num_channels=64")
+    assert "num_channels=64" in message and "num_channels=32" in message
+    assert "NAME=VALUE" in fails(capsys, *inputs, *superres, "--super_res_flags", "num_channels")
+    assert "go with --super_res_path" in fails(capsys, *inputs, "--super_res_class", 3)
+    plain = parity("unet/adm_fixed_variance_4000") / "model.pt"
+    assert "not one for super-resolution" in fails(capsys, *inputs, "--super_res_path", plain)
+    assert "none.pt is missing" in fails(capsys, *inputs, "--super_res_path", "none.pt")
+    assert "--unet_flags and --model_size go with" in fails(capsys, *inputs, "--unet_flags", "num_heads=2")
+    assert not list(folder.glob("*.png"))

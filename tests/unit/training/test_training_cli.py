@@ -7,7 +7,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 from dalle_pytorch.cli import ArgumentParser, boolean, listed, run
 from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options

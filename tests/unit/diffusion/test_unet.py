@@ -1,59 +1,13 @@
 """The U-Net against recorded outputs of guided-diffusion, and what is our own in it."""
 
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from factories import small_unet
 
 from dalle_pytorch.errors import CheckpointError
 from diffusion import UNet, load_unet
 from diffusion.unet import Upsample, timestep_embedding
-
-CASES = ("adm_tokens_64_style", "adm_tokens_256_style", "adm_superres", "adm_fixed_variance_4000")
-CONDITIONS = ("image_embeds", "low_res")
-
-
-def read_case(folder):
-    """Flags, recorded tensors and those of them that condition the network."""
-    golden = load_file(folder / "golden.safetensors")
-    flags = json.loads((folder / "case.json").read_text())["flags"]
-    return flags, golden, {name: golden[name] for name in CONDITIONS if name in golden}
-
-
-def assert_matches(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
-
-
-def small_unet(**settings):
-    """Untrained, but with no zeroed layer left: what is not computed would not show otherwise."""
-    torch.manual_seed(0)
-    defaults = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 1)}
-    unet = UNet(**{**defaults, **settings}).eval()
-    for parameter in unet.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return unet
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_published_weights_give_the_recorded_output(parity, case):
-    folder = parity(f"unet/{case}")
-    flags, golden, conditions = read_case(folder)
-    with torch.no_grad():
-        output = load_unet(folder / "model.pt", **flags)(golden["x"], golden["t_network"], **conditions)
-    assert_matches(output, golden["network_output"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_the_weights_tell_need_not_be_given(parity, case):
-    folder = parity(f"unet/{case}")
-    flags, _, _ = read_case(folder)
-    untold = ("image_size", "large_size", "num_heads", "num_head_channels", "use_new_attention_order")
-    few = load_unet(folder / "model.pt", **{name: flags[name] for name in untold if name in flags})
-    assert few.config == load_unet(folder / "model.pt", **flags).config
-    as_text = {name: str(value) for name, value in flags.items()}
-    assert few.config == load_unet(folder / "model.pt", **as_text).config
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,21 @@
+"""What tests share: where things are, and recorded cases."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+UNET_CASES = ("adm_tokens_64_style", "adm_tokens_256_style", "adm_superres", "adm_fixed_variance_4000")
+CONDITIONS = ("image_embeds", "low_res")
+
+
+def read_case(folder):
+    """Flags, recorded tensors and those of them that condition the network."""
+    golden = load_file(folder / "golden.safetensors")
+    flags = json.loads((folder / "case.json").read_text())["flags"]
+    return flags, golden, {name: golden[name] for name in CONDITIONS if name in golden}
+
+
+def assert_matches(ours, reference):
+    assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
