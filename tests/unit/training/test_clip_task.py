@@ -1,0 +1,97 @@
+"""CLIP's training task: what the pictures go through, and its loss with hard negatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from factories import make_clip
+
+from dalle_pytorch.training.tasks.clip import ClipTask
+
+
+class Letters:
+    """A tokenizer of letters that pads with 0."""
+
+    def tokenize(self, texts, context_length, truncate_text=False):
+        return torch.tensor([[ord(c) - 96 for c in text.ljust(context_length, chr(96))] for text in texts])
+
+
+@pytest.fixture
+def clip():
+    clip = make_clip()
+    clip.tokenizer = Letters()
+    return clip
+
+
+def to_bytes(image):
+    return (image * 255).round().to(torch.uint8)
+
+
+def shown(clip, image, times, **settings):
+    """What CLIP is shown (times, 3, 16, 16) in place of one picture (3, 16, 16), in as many batches of one."""
+    seen, encode = [], clip.encode_image
+    clip.encode_image = lambda images: seen.append(images) or encode(images)
+    task = ClipTask(clip, **settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(times):
+            task({"image": to_bytes(image)[None], "caption": ["abc"]})
+    return torch.cat(seen)
+
+
+def test_images_are_noisy_by_up_to_the_noise(clip):
+    grey = torch.full((3, 16, 16), 0.5)
+    deviations = shown(clip, grey, 200, smallest_crop=1.0, noise=0.06).std((1, 2, 3))
+    # Uniform in [0, 0.06], up to a sample's own deviation of 3 %.
+    assert deviations.max() < 0.06 * 1.1 and deviations.min() < 0.005
+    assert deviations.mean().item() == pytest.approx(0.03, abs=0.004)
+
+
+def test_images_are_scaled_and_shifted(clip):
+    ramp = (torch.arange(16) / 15).expand(3, 16, 16)
+    rows = shown(clip, ramp, 200, smallest_crop=0.5, noise=0.0)[:, 0, 0]
+    widths = rows[:, -1] - rows[:, 0]
+    # Crops of 8 to 15 columns.
+    assert widths.min() < 0.55 and 0.8 < widths.max() < 1
+    assert rows[:, 0].min() < 0.05 and rows[:, -1].max() > 0.95
+
+
+def test_half_of_the_images_are_blurred(clip):
+    torch.manual_seed(0)
+    image = to_bytes(torch.rand(3, 16, 16)).float() / 255
+    seen = shown(clip, image, 200, smallest_crop=1.0, noise=0.0)
+    sharp = (seen == image).all((1, 2, 3))
+    assert sharp.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert seen[~sharp].std() < 0.8 * image.std()
+
+
+def test_images_are_changed_unless_told_otherwise(clip):
+    torch.manual_seed(0)
+    image = to_bytes(torch.rand(3, 16, 16)).float() / 255
+    seen = shown(clip, image, 20)
+    assert not (seen == image).all((1, 2, 3)).any()
+    assert seen.min() >= 0 and seen.max() <= 1
+
+
+def test_loss_counts_every_caption_of_the_batch_and_every_negative_once(clip):
+    colours = torch.tensor([[1.0, 0, 0], [0, 0.6, 0], [0, 0, 1]])  # which no blur or crop changes
+    images = colours[:, :, None, None].expand(3, 3, 16, 16)
+    captions, others = ["ab", "cd", "ef"], [["gh", "ij"], ["kl", "mn"], ["op", "qr"]]
+    batch = {"image": to_bytes(images), "caption": captions, "other_captions": others}
+    loss, found = ClipTask(clip, noise=0.0)(batch)
+
+    def features(texts):
+        return F.normalize(clip.encode_text(clip.tokenize(texts)), dim=-1)
+
+    seen = F.normalize(clip.encode_image(images), dim=-1)
+    texts, scale = features(captions), torch.e  # exp(1), the scale at first
+    losses, hits = [], []
+    for i in range(3):
+        of_texts = torch.cat((texts, features(others[i]))) @ seen[i] * scale  # the picture's choice of 3 + 2 texts
+        of_images = seen @ texts[i] * scale  # the text's choice of 3 pictures
+        losses += [of_texts.logsumexp(0) - of_texts[i], of_images.logsumexp(0) - of_images[i]]
+        hits.append(of_texts.argmax() == i)
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+    assert found["accuracy"] == torch.stack(hits).float().mean()
+    assert found["scale"].item() == pytest.approx(torch.e)

@@ -1,0 +1,66 @@
+"""Which parameters each optimizer has, and its constants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.training import TrainingOptions
+from dalle_pytorch.training.optimizers import make_optimizers
+from dalle_pytorch.vae.discrete import DiscreteVAE
+
+TRANSFORMER_MATRICES = ("to_qkv.weight", "to_out.weight", "proj_in.weight", "proj_out.weight")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def make_options(tmp_path, **settings):
+    return TrainingOptions(tmp_path, 10, 4, learning_rate=2e-3, weight_decay=0.3, **settings)
+
+
+def names(module, parameters):
+    known = {id(parameter): name for name, parameter in module.named_parameters()}
+    return sorted(known[id(parameter)] for parameter in parameters)
+
+
+def test_vectors_and_numbers_have_no_weight_decay(tmp_path):
+    module = Small()
+    (adamw,) = make_optimizers(module, make_options(tmp_path))
+    assert type(adamw) is torch.optim.AdamW
+    decay = {group["weight_decay"]: names(module, group["params"]) for group in adamw.param_groups}
+    assert decay == {
+        0.3: ["conv.weight", "embedding.weight", "linear.weight"],
+        0.0: ["conv.bias", "linear.bias", "norm.bias", "norm.weight", "temperature"],
+    }
+
+
+def test_constants_of_adamw(tmp_path):
+    """The second beta is 0.98, as for transformers since arXiv:1706.03762; torch's own is 0.999."""
+    (adamw,) = make_optimizers(Small(), make_options(tmp_path))
+    for group in adamw.param_groups:
+        assert group["betas"] == (0.9, 0.98) and group["lr"] == 2e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"rotary_emb": False, "qk_norm": True}])
+def test_muon_has_the_transformers_matrices_and_nothing_else(tmp_path, settings):
+    vae = DiscreteVAE(image_size=16, num_tokens=40, codebook_dim=4, num_layers=2, hidden_dim=4)
+    dalle = DALLE(vae=vae, dim=16, num_text_tokens=30, text_seq_len=4, depth=2, heads=1, dim_head=16, **settings)
+    adamw, muon = make_optimizers(dalle, make_options(tmp_path, muon=True))
+    trained = [name for name, parameter in dalle.named_parameters() if parameter.requires_grad]
+    matrices = [name for name in trained if name.startswith("transformer.") and name.endswith(TRANSFORMER_MATRICES)]
+    assert len(matrices) == 2 * 4
+    assert names(dalle, muon.param_groups[0]["params"]) == sorted(matrices)
+    assert muon.param_groups[0]["weight_decay"] == 0.3
+    rest = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    assert names(dalle, rest) == sorted(set(trained) - set(matrices))

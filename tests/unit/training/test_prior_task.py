@@ -1,0 +1,80 @@
+"""The prior's training task: which captions are dropped, which image tokens are noisy, and what is predicted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.training.tasks.prior import DalleTask
+from dalle_pytorch.vae.discrete import DiscreteVAE
+
+
+class Letters:
+    """A tokenizer of letters that pads with 0."""
+
+    vocab_size = 27
+
+    def tokenize(self, texts, context_length, truncate_text=False):
+        return torch.tensor([[ord(c) - 96 for c in text.ljust(context_length, chr(96))] for text in texts])
+
+
+@pytest.fixture
+def dalle():
+    torch.manual_seed(0)
+    vae = DiscreteVAE(image_size=16, num_tokens=40, codebook_dim=4, num_layers=2, hidden_dim=4)
+    return DALLE(vae=vae, dim=16, num_text_tokens=30, text_seq_len=4, depth=1, heads=1, dim_head=16)
+
+
+def make_batch(count):
+    tokens = torch.randint(40, (count, 16), generator=torch.Generator().manual_seed(1))
+    return {"tokens": tokens, "caption": ["abc"] * count}
+
+
+def recorded(dalle, name, monkeypatch):
+    """The first argument of every call of a method of `dalle`."""
+    seen, method = [], getattr(dalle, name)
+    monkeypatch.setattr(dalle, name, lambda first, *rest: seen.append(first) or method(first, *rest))
+    return seen
+
+
+def test_dropped_captions_are_empty_ones(dalle):
+    batch = make_batch(3)
+    loss, _ = DalleTask(dalle, Letters(), null_cond_prob=1.0)(batch)
+    empty = torch.zeros(3, 4, dtype=torch.long)
+    assert torch.equal(loss, dalle(empty, batch["tokens"], return_loss=True))
+    kept, _ = DalleTask(dalle, Letters(), null_cond_prob=0.0)(batch)
+    assert torch.equal(kept, dalle(Letters().tokenize(batch["caption"], 4), batch["tokens"], return_loss=True))
+
+
+def test_share_of_captions_is_dropped_whole(dalle, monkeypatch):
+    texts = recorded(dalle, "prepare_text", monkeypatch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        DalleTask(dalle, Letters(), null_cond_prob=0.25)(make_batch(2000))
+    empty = (texts[0] == 0).all(dim=1)
+    assert empty.float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert torch.equal(texts[0][~empty], torch.tensor([[1, 2, 3, 0]]).expand(int((~empty).sum()), -1))
+
+
+def test_image_noise_replaces_a_share_of_the_tokens_shown_and_none_of_those_predicted(dalle, monkeypatch):
+    batch, task = make_batch(1000), DalleTask(dalle, Letters(), null_cond_prob=0, image_noise=0.6)
+    tokens, shown = batch["tokens"], recorded(dalle, "embed_image", monkeypatch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss, _ = task(batch)
+        (noisy,) = shown
+        replaced = noisy != tokens
+        # The token at the same place of the image before it in the batch.
+        assert torch.equal(noisy[replaced], tokens.roll(1, 0)[replaced])
+        # A share that is uniform in [0, 0.6]: 0.3 on average, of which one in 40 is replaced by its like.
+        assert replaced.float().mean().item() == pytest.approx(0.3 * 39 / 40, abs=0.02)
+        shares = replaced.float().mean(dim=1)
+        assert (shares < 0.1).float().mean() > 0.1 and (shares > 0.5).float().mean() > 0.1
+
+        text = Letters().tokenize(batch["caption"], 4)
+        logits, words = dalle(text, noisy), dalle.num_text_tokens
+        text_loss = F.cross_entropy(logits[:, :4, :words].transpose(1, 2), dalle.prepare_text(text)[:, 1:])
+        image_loss = F.cross_entropy(logits[:, 4:, words:].transpose(1, 2), tokens)
+    torch.testing.assert_close(loss, (text_loss + 7 * image_loss) / 8)
