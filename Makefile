@@ -15,8 +15,10 @@ test: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 quality: $(VENV)/.installed-benchmark
 	$(RUN) benchmarks/quality.py
@@ -30,6 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN) -m pip install -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(RUN) -m pip install -q -e '.[lint]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.installed-benchmark: $(VENV)/.installed

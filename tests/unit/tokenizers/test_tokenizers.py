@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,12 +189,9 @@ def test_simple_as_recorded(parity, simple):
 
 
 def test_simple_against_another_implementation(simple):
-    other = pytest.importorskip("instant_clip_tokenizer").Tokenizer()
-    random.seed(0)
-    letters = "abcdefghij klmnopqrstuvwxyz  0129 .,!?'\"-_#@;<>|éüñß漢字かなж\n\tİǅKﬁ😀'S'T'LL"
-    for _ in range(2000):
-        text = "".join(random.choices(letters, k=random.randint(0, 30)))
-        assert simple.encode(text) == list(other.encode(text)), text
+    """Ids of 300 strings of odd characters by instant-clip-tokenizer 0.1.1."""
+    recorded = json.loads(Path(__file__).with_name("clip_ids.json").read_text("utf-8"))
+    assert [(text, simple.encode(text)) for text, _ in recorded] == [(text, ids) for text, ids in recorded]
 
 
 def test_clip_vocabulary_is_openais():
