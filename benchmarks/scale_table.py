@@ -11,12 +11,12 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
 from dalle_pytorch.cli import ArgumentParser, number, run
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.vae.discrete import DiscreteVAE
 
 GPU_MEMORY = 80e9
 OVERHEAD = 3e9  # CUDA, NCCL's buffers, what the allocator cannot use
@@ -51,11 +51,11 @@ class Prior:
 
     def __post_init__(self):
         side = math.isqrt(self.image_tokens)
-        vae = SimpleNamespace(num_tokens=self.codebook, image_size=8 * side, num_layers=3)
         with torch.device("meta"):
+            vae = DiscreteVAE(image_size=8 * side, num_layers=3, num_tokens=self.codebook)
             model = DALLE(dim=self.dim, depth=self.depth, heads=self.heads, dim_head=self.dim_head, vae=vae,
                           num_text_tokens=self.vocabulary, text_seq_len=self.text_tokens, qk_norm=True)  # fmt: skip
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.layer_parameters = sum(parameter.numel() for parameter in model.transformer.layers[0].parameters())
         self.tokens = self.text_tokens + self.image_tokens
         self.logits = self.text_tokens * (self.vocabulary + self.text_tokens) + self.image_tokens * self.codebook
@@ -98,7 +98,7 @@ class Prior:
 
 def table(prior: Prior, gpus: int, batch: int, mfu: float) -> list[str]:
     lines = [
-        f"| kind | computed again | states, GB | activations, GB a sequence | largest micro-batch "
+        f"| kind | recomputed | states, GB | activations, GB a sequence | largest micro-batch "
         f"| {' | '.join(f'steps a day, {name}' for name in PEAKS)} |",
         "|---|---|---:|---:|---:|" + "---:|" * len(PEAKS),
     ]
