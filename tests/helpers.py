@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,5 +18,12 @@ def read_case(folder):
     return flags, golden, {name: golden[name] for name in CONDITIONS if name in golden}
 
 
+def assert_same_weights(ours, reference):
+    ours, reference = ours.state_dict(), reference.state_dict()
+    assert ours.keys() == reference.keys()
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, reference[name])] == []
+
+
 def assert_matches(ours, reference):
+    """Within 1e-4 of the reference's largest magnitude."""
     assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import gaussian_denoiser, small_decoder, small_unet
+from helpers import assert_same_weights
 
 from dalle_pytorch.data.loading import random_crops
 from dalle_pytorch.errors import CheckpointError
@@ -245,7 +246,7 @@ def test_residuals_want_a_picture_to_differ_from(tiny_vae):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_vae, sampler):
-    decoder = small_decoder(tiny_vae)
+    decoder = small_decoder(tiny_vae).double()  # random weights magnify rounding, which differs with the batch
     tokens = torch.randint(32, (3, 256), generator=generator("tokens"))
     together = decoder.decode(tokens, steps=3, sampler=sampler, seed=5, images=[0, 1, 0])
     assert together.shape == (3, 3, 128, 128)
@@ -276,12 +277,12 @@ def test_native_folder_finds_the_vae_inside_or_beside(tiny_vae, tmp_path):
     decoder.save_pretrained(tmp_path / "bundle/decoder")
     with pytest.raises(CheckpointError, match="no VAE"):
         DiffusionDecoder.from_pretrained(tmp_path / "bundle/decoder")
-    tokens = torch.arange(256)[None] % 32
     for place in ("bundle/vae", "bundle/decoder/vae"):
         tiny_vae.save_pretrained(tmp_path / place)
         opened = DiffusionDecoder.from_pretrained(tmp_path / "bundle/decoder")
         assert opened.config == decoder.config and opened.denoiser.num_steps == 500
-        assert torch.allclose(opened.decode(tokens, steps=2), decoder.decode(tokens, steps=2), atol=1e-5)
+        assert torch.equal(opened.denoiser.schedule.betas, decoder.denoiser.schedule.betas)
+        assert_same_weights(opened, decoder)
     assert not any(name.startswith("vae") for name in decoder.own_state_dict())
 
 

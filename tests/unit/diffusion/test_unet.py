@@ -1,9 +1,9 @@
 """The U-Net against recorded outputs of guided-diffusion, and what is our own in it."""
 
-
 import pytest
 import torch
 from factories import small_unet
+from helpers import assert_matches, assert_same_weights
 
 from dalle_pytorch.errors import CheckpointError
 from diffusion import UNet, load_unet
@@ -40,7 +40,7 @@ def test_architecture_is_read_back_from_any_weights(tmp_path, updown, scale_shif
     torch.save(unet.state_dict(), tmp_path / "model.pt")
     opened = load_unet(tmp_path / "model.pt", image_size=32)
     x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([0.0, 999.0]), torch.tensor([0, 999])
-    assert torch.allclose(opened(x, t, y=y), unet(x, t, y=y), atol=1e-5)
+    assert_matches(opened(x, t, y=y), unet(x, t, y=y))
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip archive", {"a": torch.zeros(2)}, {"a": "text"}, [torch.zeros(2)]])
@@ -98,10 +98,10 @@ def test_tokens_and_a_picture_condition_the_same_network_at_any_crop():
         embeds, low_res = torch.randn(2, 5, side // 4, side // 4), torch.rand(2, 3, side // 2, side // 2)
         output = unet(x, t, embeds, low_res)
         assert output.shape == x.shape
-        assert not torch.allclose(output, unet(x, t, embeds.flip(0), low_res), atol=1e-4)
-        assert not torch.allclose(output, unet(x, t, embeds, low_res.flip(0)), atol=1e-4)
+        assert not torch.allclose(output, unet(x, t, embeds.flip(0), low_res), atol=1e-2)
+        assert not torch.allclose(output, unet(x, t, embeds, low_res.flip(0)), atol=1e-2)
         # Nothing in it looks across the batch.
-        assert torch.allclose(output[1:], unet(x[1:], t[1:], embeds[1:], low_res[1:]), atol=1e-5)
+        assert_matches(output[1:], unet(x[1:], t[1:], embeds[1:], low_res[1:]))
 
 
 def test_what_the_network_is_not_conditioned_on_is_refused():
@@ -137,6 +137,5 @@ def test_native_folder_keeps_it(tmp_path):
     unet = small_unet(patch_size=2, attention_resolutions=(8,), learn_sigma=True)
     unet.save_pretrained(tmp_path / "unet")
     again = UNet.from_pretrained(tmp_path / "unet")
-    x, t = torch.randn(1, 3, 32, 32), torch.tensor([7.0])
     assert again.config == unet.config
-    assert torch.allclose(again(x, t), unet(x, t), atol=1e-5)
+    assert_same_weights(again, unet)
