@@ -53,7 +53,7 @@ class Attention(nn.Module):
         """
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, -1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(2)
             qkv = torch.stack((self.q_norm(q), self.k_norm(k), v), dim=2)
         if rotary is not None:

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dalle_pytorch.nn.module_list import ModuleList
+
 
 class KVCache(nn.Module):
     """Preallocated keys and values, (b, heads, max_length, dim_head) each, of which the first `length` are filled."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -28,6 +33,9 @@ class KVCache(nn.Module):
 class LayerCache(nn.Module):
     """Keys and values of one layer, and the last row of image tokens for each of its token shifts."""
 
+    attn_ring: Tensor | None
+    ff_ring: Tensor | None
+
     def __init__(self, kv: KVCache, attn_ring: Tensor | None, ff_ring: Tensor | None):
         super().__init__()
         self.kv = kv
@@ -40,7 +48,7 @@ class TransformerCache(nn.Module):
 
     def __init__(self, layers: Sequence[LayerCache]):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: ModuleList[LayerCache] = ModuleList(layers)
 
     @property
     def length(self) -> int:
@@ -53,6 +61,6 @@ class TransformerCache(nn.Module):
             _, heads, _, dim_head = layer.kv.keys.shape
             kv = KVCache((len(rows), heads, max_length, dim_head), layer.kv.keys.device, layer.kv.keys.dtype)
             kv.update(layer.kv.keys[rows, :, : self.length], layer.kv.values[rows, :, : self.length])
-            rings = (None if ring is None else ring[rows] for ring in (layer.attn_ring, layer.ff_ring))
+            rings = [None if ring is None else ring[rows] for ring in (layer.attn_ring, layer.ff_ring)]
             layers.append(LayerCache(kv, *rings))
         return TransformerCache(layers)

@@ -16,6 +16,8 @@ SPARSE_LOCAL_BLOCKS = 4
 class MaskPattern(nn.Module):
     """A pattern kept as a boolean mask (n, n), true where a query (row) may look at a key (column)."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor):
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
@@ -31,6 +33,8 @@ class SparsePattern(nn.Module):
     A block sees the earlier blocks of its window of four and a few random ones, the layout of DeepSpeed's
     `VariableSparsityConfig`. The random choice is a buffer that is saved with the weights.
     """
+
+    layout: Tensor
 
     def __init__(self, text_len: int, seq_len: int, seed: int):
         super().__init__()

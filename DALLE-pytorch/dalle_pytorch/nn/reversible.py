@@ -16,22 +16,24 @@ class ReversibleSequence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x1: Tensor, x2: Tensor, layers: Sequence[nn.Module], kwargs: dict, *parameters: Tensor):
+    def forward(
+        ctx, x1: Tensor, x2: Tensor, layers: Sequence[tuple[nn.Module, nn.Module]], kwargs: dict, *parameters: Tensor
+    ):
         ctx.layers, ctx.kwargs, ctx.parameters = layers, kwargs, parameters
         ctx.devices = [x1.device] if x1.is_cuda else []
         device = x1.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.random_states = []
-        for layer in layers:
+        for attn, ff in layers:
             ctx.random_states.append(_random_state(ctx.devices))
-            x1 = x1 + layer.attn(x2, **kwargs)
+            x1 = x1 + attn(x2, **kwargs)
             ctx.random_states.append(_random_state(ctx.devices))
-            x2 = x2 + layer.ff(x1)
+            x2 = x2 + ff(x1)
         ctx.save_for_backward(x1.detach(), x2.detach())
         return x1, x2
 
     @staticmethod
-    def backward(ctx, grad1: Tensor, grad2: Tensor):
+    def backward(ctx, grad1: Tensor, grad2: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         y1, y2 = ctx.saved_tensors
         grads: dict[Tensor, Tensor] = {}
 
@@ -49,10 +51,10 @@ class ReversibleSequence(torch.autograd.Function):
             return changed - out.detach(), grad_kept
 
         for i in reversed(range(len(ctx.layers))):
-            layer = ctx.layers[i]
-            y2, grad = undo(layer.ff, y1, y2, grad2, ctx.random_states[2 * i + 1], {})
+            attn, ff = ctx.layers[i]
+            y2, grad = undo(ff, y1, y2, grad2, ctx.random_states[2 * i + 1], {})
             grad1 = grad1 + grad
-            y1, grad = undo(layer.attn, y2, y1, grad1, ctx.random_states[2 * i], ctx.kwargs)
+            y1, grad = undo(attn, y2, y1, grad1, ctx.random_states[2 * i], ctx.kwargs)
             grad2 = grad2 + grad
         return grad1, grad2, None, None, *(grads.get(parameter) for parameter in ctx.parameters)
 

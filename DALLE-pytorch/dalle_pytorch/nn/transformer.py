@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle_pytorch.nn.attention import Attention
 from dalle_pytorch.nn.cache import KVCache, LayerCache, TransformerCache
 from dalle_pytorch.nn.masks import make_pattern
+from dalle_pytorch.nn.module_list import ModuleList
 from dalle_pytorch.nn.reversible import ReversibleSequence
 from dalle_pytorch.nn.rotary import rotary_table
 from dalle_pytorch.nn.token_shift import TokenShift
@@ -32,13 +34,16 @@ class FeedForward(nn.Module):
         return self.proj_out(self.dropout(value * F.gelu(gate)))
 
 
-class Branch(nn.Module):
+Inner = TypeVar("Inner", Attention, FeedForward)
+
+
+class Branch(nn.Module, Generic[Inner]):
     """A residual branch: norm, token shift, attention or feed-forward `fn`, optional second norm, layer scale.
 
     The scale's first value falls with depth (CaiT, arXiv:2103.17239); see `Transformer.set_layer_scale`.
     """
 
-    def __init__(self, dim: int, fn: nn.Module, layer: int, sandwich_norm: bool, shift: TokenShift | None):
+    def __init__(self, dim: int, fn: Inner, layer: int, sandwich_norm: bool, shift: TokenShift | None):
         super().__init__()
         scale = 0.1 if layer < 18 else 1e-5 if layer < 24 else 1e-6
         self.norm = nn.LayerNorm(dim)
@@ -51,7 +56,7 @@ class Branch(nn.Module):
         """What is added to the stream (b, n, dim), which begins at position `start`; `ring` is the shift's memory."""
         x = self.norm(x)
         if self.shift is not None:
-            if start > 0:
+            if ring is not None and start > 0:
                 x = self.shift.step(x, ring, start)
             else:
                 if ring is not None:
@@ -69,7 +74,7 @@ class Layer(nn.Module):
 
     activation_checkpointing = False
 
-    def __init__(self, attn: Branch, ff: Branch):
+    def __init__(self, attn: Branch[Attention], ff: Branch[FeedForward]):
         super().__init__()
         self.attn = attn
         self.ff = ff
@@ -92,6 +97,8 @@ class Transformer(nn.Module):
     attention or feed-forward module, while norms and scales stay their own.
     """
 
+    rotary: Tensor | None
+
     def __init__(
         self,
         *,
@@ -100,8 +107,8 @@ class Transformer(nn.Module):
         heads: int = 8,
         dim_head: int = 64,
         causal: bool = True,
-        text_len: int | None = None,
-        image_fmap_size: int | None = None,
+        text_len: int = 0,
+        image_fmap_size: int = 0,
         reversible: bool = False,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
@@ -114,7 +121,7 @@ class Transformer(nn.Module):
         qk_norm: bool = False,
     ):
         super().__init__()
-        if image_fmap_size is None and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
+        if not image_fmap_size and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
             raise ValueError("token shift, rotary positions and attention patterns want a sequence with an image grid")
         self.reversible = reversible
         attn_types = list(islice(cycle(attn_types), depth))
@@ -137,8 +144,9 @@ class Transformer(nn.Module):
             first_type, attn = attns[attn_id]
             if first_type != attn_type:
                 raise ValueError(f"shared_attn_ids shares the attention of {first_type} and {attn_type} layers")
-            layers.append(Layer(*(Branch(dim, fn, layer, sandwich_norm, shift) for fn in (attn, ffs[ff_id]))))
-        self.layers = nn.ModuleList(layers)
+            options = layer, sandwich_norm, shift
+            layers.append(Layer(Branch(dim, attn, *options), Branch(dim, ffs[ff_id], *options)))
+        self.layers: ModuleList[Layer] = ModuleList(layers)
         table = rotary_table(dim_head, text_len, image_fmap_size) if rotary_emb else None
         self.register_buffer("rotary", table, persistent=False)
 
@@ -160,7 +168,8 @@ class Transformer(nn.Module):
         kwargs = {"rotary": rotary, "key_mask": key_mask}
         if self.reversible and cache is None and torch.is_grad_enabled():
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            x1, x2 = ReversibleSequence.apply(x, x, self.layers, kwargs, *parameters)
+            branches = [(layer.attn, layer.ff) for layer in self.layers]
+            x1, x2 = ReversibleSequence.apply(x, x, branches, kwargs, *parameters)
             return (x1 + x2) / 2
 
         x1 = x2 = x
@@ -183,9 +192,9 @@ class Transformer(nn.Module):
         for layer in self.layers:
             attn, shift = layer.attn.fn, layer.attn.shift
             dim_head = attn.to_out.in_features // attn.heads
-            rings = (None, None)
+            rings: list[Tensor | None] = [None, None]
             if shift is not None:
                 shape = (batch, shift.image_fmap_size, 2 * -(-attn.to_out.out_features // 4))
-                rings = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+                rings = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]
             layers.append(LayerCache(KVCache((batch, attn.heads, max_length, dim_head), device, dtype), *rings))
         return TransformerCache(layers)
