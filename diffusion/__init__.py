@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from dalle_pytorch.registry import MODEL_MODULES
+
+MODEL_MODULES.update(UNet="diffusion.unet", DiffusionDecoder="diffusion.decoder")
 _HOMES = {"UNet": "unet", "DiffusionDecoder": "decoder", "load_unet": "published"}
 __all__ = ["DiffusionDecoder", "UNet", "load_unet"]
 

@@ -96,12 +96,18 @@ def test_vqgan_becomes_a_native_folder(parity, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: model["params"].update(n_embed=1024), "n_embed is 1024 by .*model.yaml, and 96 by the weights"),
-        (lambda model: model["params"]["ddconfig"].update(ch_mult=[1, 2]), r"ch_mult is \[1, 2\] by"),
-        (lambda model: model["params"]["ddconfig"].update(attn_resolutions=[16]), r"attn_resolutions is \[16\] by"),
-        (lambda model: model.update(target="taming.models.vqgan.VQModel"), "quantizer is VQModel by"),
+        (
+            lambda model: model["params"].update(n_embed=1024),
+            "n_embed is 1024 according to .*model.yaml, but 96 in the weights",
+        ),
+        (lambda model: model["params"]["ddconfig"].update(ch_mult=[1, 2]), r"ch_mult is \[1, 2\] according"),
+        (
+            lambda model: model["params"]["ddconfig"].update(attn_resolutions=[16]),
+            r"attn_resolutions is \[16\] according",
+        ),
+        (lambda model: model.update(target="taming.models.vqgan.VQModel"), "quantizer is VQModel according"),
         (lambda model: model["params"].update(remap="used.npy"), "remap"),
-        (lambda model: model.pop("params"), "no configuration of a VQGAN"),
+        (lambda model: model.pop("params"), "is not a configuration of a VQGAN: missing 'params'"),
     ],
 )
 def test_vqgan_configuration_that_contradicts(parity, tmp_path, change, message):
@@ -126,12 +132,12 @@ def test_vqgan_keys_are_named(parity, tmp_path):
     state["encoder.extra"] = state.pop("decoder.mid.block_1.conv1.bias")
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     message = one_line(VQGanVAE, tmp_path / "last.ckpt")
-    assert "lacks decoder.mid.block_1.conv1.bias" in message and "unknown encoder.extra" in message
+    assert "lacks decoder.mid.block_1.conv1.bias" in message and "has unknown encoder.extra" in message
     torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "last.ckpt")
-    assert "is no VQGAN of taming-transformers: it lacks 'encoder.conv_in.weight'" in one_line(
+    assert "is not a VQGAN of taming-transformers: missing 'encoder.conv_in.weight'" in one_line(
         VQGanVAE, tmp_path / "last.ckpt"
     )
-    assert "without the VQGAN's weights" in one_line(VQGanVAE, None, tmp_path / "model.yaml")
+    assert "needs the weights of its VQGAN" in one_line(VQGanVAE, None, tmp_path / "model.yaml")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def test_dvae_halves_that_do_not_belong_together(dvae_folder, tmp_path):
     message = one_line(OpenAIDiscreteVAE, dvae_folder / "encoder.pkl", tmp_path / "decoder.pkl")
     assert "encoder has 128 codes, the decoder 100" in message
     message = one_line(OpenAIDiscreteVAE, dvae_folder / "decoder.pkl", dvae_folder / "encoder.pkl")
-    assert "the encoder has" in message or "they lack" in message
+    assert "the encoder has" in message or "missing" in message
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,9 +222,9 @@ def test_clip_that_is_none(clip_folder, tmp_path):
     del state["visual.proj"]
     torch.save({**state, "more": torch.ones(1)}, tmp_path / "clip.pt")
     message = one_line(load_clip, tmp_path / "clip.pt")
-    assert "lacks model.visual_projection.weight" in message and "unknown model.more" in message
+    assert "lacks model.visual_projection.weight" in message and "has unknown model.more" in message
     torch.save({"a": torch.ones(1)}, tmp_path / "clip.pt")
-    assert "is no CLIP of OpenAI's: it lacks 'token_embedding.weight'" in one_line(load_clip, tmp_path / "clip.pt")
+    assert "is not a CLIP of OpenAI's: missing 'token_embedding.weight'" in one_line(load_clip, tmp_path / "clip.pt")
     assert "is missing" in one_line(load_clip, tmp_path / "none.pt")
 
 
@@ -298,7 +304,7 @@ def test_hugging_face_weights_in_other_files(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same_weights(whole, load_clip(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "a model of type bert, and a clip is wanted" in one_line(load_clip, tmp_path)
+    assert "expected a model of type clip, got bert" in one_line(load_clip, tmp_path)
 
 
 def test_vocabulary_goes_with_the_model(tmp_path, clip_folder):
@@ -327,7 +333,7 @@ def test_hub_name_without_a_network(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert "owner/name is neither a local folder nor to be had from the hub (no route)" in one_line(
+    assert "owner/name is not a local folder and cannot be downloaded from the hub (no route)" in one_line(
         load_clip, "owner/name"
     )
 
@@ -357,21 +363,21 @@ def test_another_vae(prior, tmp_path):
     vae = DiscreteVAE(image_size=32, num_tokens=64, codebook_dim=8, hidden_dim=8)
     assert load_dalle(prior, vae).vae is vae
     vae = DiscreteVAE(image_size=32, num_tokens=65, codebook_dim=8, hidden_dim=8)
-    assert one_line(load_dalle, prior, vae) == f"{prior}: 64 image tokens wanted, this VAE has 65"
+    assert one_line(load_dalle, prior, vae) == f"{prior}: expected a VAE of 64 image tokens, got 65"
     load_dalle(prior).save_pretrained(tmp_path)
-    assert "64 image tokens wanted, this VAE has 65" in one_line(load_dalle, tmp_path, vae=vae)
+    assert "expected a VAE of 64 image tokens, got 65" in one_line(load_dalle, tmp_path, vae=vae)
 
 
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"dim": 64}, "dim is 64 by its hparams, and 48 by the weights"),
-        ({"depth": 4}, "depth is 4 by its hparams, and 3 by the weights"),
-        ({"num_text_tokens": 100}, "num_text_tokens is 100 by its hparams, and 120 by the weights"),
-        ({"heads": 4}, "4 heads of 16 are recorded, and the weights' add up to 48"),
-        ({"shift_tokens": False}, "shift_tokens is False by its hparams, and True by the weights"),
+        ({"dim": 64}, "dim is 64 according to its hparams, but 48 in the weights"),
+        ({"depth": 4}, "depth is 4 according to its hparams, but 3 in the weights"),
+        ({"num_text_tokens": 100}, "num_text_tokens is 100 according to its hparams, but 120 in the weights"),
+        ({"heads": 4}, "hparams have 4 heads of 16, the weights 48 channels in all"),
+        ({"shift_tokens": False}, "shift_tokens is False according to its hparams, but True in the weights"),
         ({"attn_types": ("full", "mlp")}, r"gMLP layers \(attn_types mlp\), which are not supported"),
-        ({"hidden": 3}, "settings that DALLE does not know: hidden"),
+        ({"hidden": 3}, "settings unknown to DALLE: hidden"),
         ({"attn_types": ("fully",)}, "'fully' is unknown"),
     ],
 )
@@ -386,7 +392,7 @@ def test_prior_keys_are_named(prior, tmp_path):
         content["weights"]["more"] = content["weights"].pop("to_logits.0.bias")
 
     message = one_line(load_dalle, changed(prior, tmp_path / "dalle.pt", change))
-    assert "lacks norm.bias" in message and "has the unknown more" in message
+    assert "lacks norm.bias" in message and "has unknown more" in message
 
 
 @torch.no_grad()
@@ -407,7 +413,8 @@ def test_ignored_and_sparse_attention(prior, tmp_path):
 
 def test_other_rotary_positions_are_refused(prior, tmp_path):
     path = changed(prior, tmp_path / "dalle.pt", lambda content: content["weights"]["transformer.pos_emb"].mul_(2))
-    assert "rotary positions of a kind that is not supported" in one_line(load_dalle, path)
+    message = one_line(load_dalle, path)
+    assert "rotary positions of an unsupported kind" in message and path in message
 
 
 def test_training_state_is_not_read(prior, tmp_path, monkeypatch):
@@ -475,7 +482,7 @@ def test_vae_that_is_not_there(prior, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "dalle.pt"
     with_vae(prior, path, "VQGanVAE", 64, {})
-    assert "a VQGanVAE of 64 tokens, which is not in it" in one_line(load_dalle, path)
+    assert "does not include its VAE, a VQGanVAE of 64 tokens" in one_line(load_dalle, path)
     for name, tokens, url in (
         ("OpenAIDiscreteVAE", 64, "https://cdn.openai.com/dall-e/encoder.pkl"),
         (None, 64, "https://cdn.openai.com/dall-e/encoder.pkl"),
@@ -547,11 +554,11 @@ def test_what_a_file_is(parity, tmp_path):
         model = open_published(parity(name))
         assert type(model).__name__ == getattr(kind, "__name__", kind) and not model.training
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
-    with pytest.raises(UnknownFormatError, match="no prior, VAE or CLIP") as error:
+    with pytest.raises(UnknownFormatError, match="not a prior, VAE or CLIP") as error:
         open_published(tmp_path / "a.pt")
     assert list(error.value.entries) == ["a"]
     torch.save(torch.nn.Linear(1, 1), tmp_path / "a.pt")
-    assert "is no CLIP of OpenAI's" in one_line(open_published, tmp_path / "a.pt")
+    assert "is not a CLIP of OpenAI's" in one_line(open_published, tmp_path / "a.pt")
     load_discrete_vae(parity("dalle/dvae_gumbel") / "vae.pt").save_pretrained(tmp_path / "vae")
     assert isinstance(open_published(tmp_path / "vae"), DiscreteVAE)
 

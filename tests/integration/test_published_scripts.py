@@ -104,7 +104,7 @@ def test_a_vqgan_that_does_not_fit_and_a_tokenizer_that_does_not(parity, tmp_pat
     path = prior(parity, tmp_path / "dalle.pt")
     vqgan = ("--vqgan_model_path", parity("vqgan/vq_f16") / "last.ckpt")
     message = refused(capsys, generate.main, *options, "--dalle_path", path, *vqgan)
-    assert "64 image tokens wanted, this VAE has 80" in message
+    assert "expected a VAE of 64 image tokens, got 80" in message
     message = refused(capsys, generate.main, *options, "--dalle_path", path, "--vqgan_config_path", "model.yaml")
     assert "goes with --vqgan_model_path" in message
     assert not (tmp_path / "out").exists()
@@ -136,7 +136,7 @@ def test_taming_for_a_prior_that_none_fits(parity, tmp_path, capsys, bpe):
     path = prior(parity, tmp_path / "dalle.pt")
     options = ("--text", "an armchair", "--bpe_path", bpe, "--outputs_dir", tmp_path / "out", "--taming")
     message = refused(capsys, generate.main, *options, "--dalle_path", path)
-    assert "64 image tokens wanted, taming's published VQGANs have 1024, 8192, 16384" in message
+    assert "64 image tokens, taming's published VQGANs have 1024, 8192, 16384" in message
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, is_upstream, rename
-from dalle_pytorch.pretrained import companion_path, records_config
+from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.tokenizers.base import Tokenizer
-from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.tokenizers.hug import companion_tokenizer
 from dalle_pytorch.tokenizers.simple import SimpleTokenizer
 
 OPENAI_VOCABULARY = 49408  # text tokens of `SimpleTokenizer`
@@ -151,10 +151,7 @@ class CLIP(CLIPModel):
         return super().load_state_dict(state_dict, strict, assign)
 
     def opened(self, folder: Path) -> None:
-        """Takes a `tokenizer.json` inside the folder or beside it as `tokenizer`."""
-        path = companion_path(folder, "tokenizer.json")
-        if path is not None:
-            self.tokenizer = HugTokenizer(path)
+        self.tokenizer = companion_tokenizer(folder)
 
     # ----------------------------------------------------------------------------------------------
     # Features

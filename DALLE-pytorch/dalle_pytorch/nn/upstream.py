@@ -1,4 +1,4 @@
-"""DALLE-pytorch's parameter names, in terms of ours."""
+"""DALLE-pytorch's parameter names, mapped to ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Names = Sequence[tuple[str, str]]  # regular expressions and replacements, appli
 
 # The transformer of the prior and of CLIP.
 TRANSFORMER_NAMES: Names = (
-    # A wrapper per option (layer scale, norm, cache, token shift): how many depends on release and options.
+    # One `fn` per wrapper (layer scale, norm, cache, token shift): how many depends on release and options.
     (r"transformer\.layers\.layers\.(\d+)\.0\.", r"transformer.layers.\1.attn."),
     (r"transformer\.layers\.layers\.(\d+)\.1\.", r"transformer.layers.\1.ff."),
     (r"transformer\.layers\.blocks\.(\d+)\.f\.net\.", r"transformer.layers.\1.attn."),
@@ -35,8 +35,8 @@ def rename(state: Mapping[str, Tensor], names: Names) -> State:
     return renamed
 
 
-def below(state: Mapping[str, Tensor], prefix: str) -> State:
-    """What is under a prefix, without it."""
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The tensors whose names begin with `prefix`, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from dalle_pytorch.files.images import resize
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.tokenizers.hug import companion_tokenizer
 from dalle_pytorch.vae.base import ImageTokenizer
 
 Cache = TypeVar("Cache", bound="PriorCache")
@@ -87,6 +89,9 @@ class Prior(PretrainedModel, ABC):
 
     # ----------------------------------------------------------------------------------------------
     # What all of them share
+
+    def opened(self, folder: Path) -> None:
+        self.tokenizer = companion_tokenizer(folder)
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Text tokens (b, text_seq_len) of prompts, cut where they are longer. Raises `UsageError` without a

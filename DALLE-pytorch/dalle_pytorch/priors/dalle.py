@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.nn.cache import TransformerCache
 from dalle_pytorch.nn.transformer import Transformer
-from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, below, is_upstream, rename
+from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
 from dalle_pytorch.pretrained import PretrainedModel, companion_path, records_config
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
@@ -24,7 +24,6 @@ from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.text import sample_text_tokens
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.tokenizers.base import Tokenizer
-from dalle_pytorch.tokenizers.hug import HugTokenizer
 from dalle_pytorch.vae.base import ImageTokenizer
 
 # DALLE-pytorch's parameter names, of releases 0.11 to 1.6 and of the DALL-3 fork.
@@ -110,7 +109,7 @@ class DALLE(Prior):
     ):
         super().__init__()
         if num_image_tokens not in (None, vae.num_tokens):
-            raise ValueError(f"{num_image_tokens} image tokens wanted, this VAE has {vae.num_tokens}")
+            raise UsageError(f"expected a VAE of {num_image_tokens} image tokens, got {vae.num_tokens}")
         self.image_fmap_size = image_fmap_size or vae.image_fmap_size
         self.text_seq_len = text_seq_len
         self.total_seq_len = text_seq_len + self.image_seq_len
@@ -152,24 +151,36 @@ class DALLE(Prior):
     # ----------------------------------------------------------------------------------------------
     # Checkpoints
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's. DALLE-pytorch's names are taken too, as in `torch.load("dalle.pt")["weights"]`.
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Also takes DALLE-pytorch's names, as in `torch.load("dalle.pt")["weights"]`.
 
-        Upstream does not save the random blocks of `sparse` layers: these stay as they are.
+        Without weights of a VAE in these, the VAE stays as it is.
         """
         if is_upstream(state_dict):
-            own = self.state_dict()
-            layouts = {key: tensor for key, tensor in own.items() if key.endswith("pattern.layout")}
-            vae = {f"vae.{key}": tensor for key, tensor in self.vae.rename_upstream(below(state_dict, "vae.")).items()}
-            vae = vae or {key: tensor for key, tensor in own.items() if key.startswith("vae.")}
-            state_dict = layouts | from_upstream(state_dict) | vae
+            vae = self.vae.rename_upstream(strip_prefix(state_dict, "vae.")) or self.vae.state_dict()
+            state_dict = self.from_upstream(state_dict) | {f"vae.{key}": tensor for key, tensor in vae.items()}
         return super().load_state_dict(state_dict, strict, assign)
 
-    def opened(self, folder: Path) -> None:
-        """Takes a `tokenizer.json` inside the folder or beside it as `tokenizer`."""
-        path = companion_path(folder, "tokenizer.json")
-        if path is not None:
-            self.tokenizer = HugTokenizer(path)
+    def from_upstream(self, weights: Mapping[str, Tensor]) -> State:
+        """The prior's own weights, without those of its VAE, from DALLE-pytorch's names.
+
+        Upstream does not save the random blocks of `sparse` layers: these stay as they are. Raises `ValueError` for
+        rotary positions other than those of release 1.x.
+        """
+        kept = (key for key in weights if not (key.startswith("vae.") or UPSTREAM_DROPPED.match(key)))
+        state = rename({key: weights[key] for key in kept}, UPSTREAM_NAMES)
+        for key in ("image_pos_emb.rows", "image_pos_emb.columns"):
+            if key in state:
+                state[key] = state[key].squeeze(0)
+        if self.transformer.rotary is not None and "transformer.pos_emb" in weights:
+            # Each angle is there twice, for the two channels that it rotates.
+            angles = weights["transformer.pos_emb"].float().flatten(0, -2)[:, ::2]
+            recorded = torch.stack((angles.cos(), angles.sin()), dim=-1)
+            computed = self.transformer.rotary[: len(angles), : angles.shape[1]].to(recorded)
+            if recorded.shape != computed.shape or (recorded - computed).abs().max() > 0.01:
+                raise ValueError("rotary positions of an unsupported kind")
+        layouts = {key: tensor for key, tensor in self.state_dict().items() if key.endswith("pattern.layout")}
+        return layouts | state
 
     def own_state_dict(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
@@ -458,16 +469,6 @@ class DALLE(Prior):
     ) -> SamplingSettings:
         top_k = filter_thres if top_k is None and top_p is None else top_k
         return SamplingSettings(top_k, top_p, temperature, cond_scale)
-
-
-def from_upstream(weights: Mapping[str, Tensor]) -> State:
-    """The prior's own weights, without those of its VAE, from DALLE-pytorch's names."""
-    kept = (key for key in weights if not (key.startswith("vae.") or UPSTREAM_DROPPED.match(key)))
-    state = rename({key: weights[key] for key in kept}, UPSTREAM_NAMES)
-    for key in ("image_pos_emb.rows", "image_pos_emb.columns"):
-        if key in state:
-            state[key] = state[key].squeeze(0)
-    return state
 
 
 def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dalle_pytorch.clip.published import PublishedCLIP, find_vocabulary
 from dalle_pytorch.clip.trainable import CLIP, UPSTREAM_NAMES
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.downloads import CLIPS, default_file
 from dalle_pytorch.nn.upstream import State, rename
-from dalle_pytorch.pretrained import read_config, read_tensors, resolve_folder
-from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, is_file
+from dalle_pytorch.pretrained import first_line, read_config, read_tensors, resolve_folder
+from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, is_file, parsing
 from dalle_pytorch.published.unpickler import read_torch, tensor_dict
-
-if TYPE_CHECKING:
-    from dalle_pytorch.clip.published import PublishedCLIP
 
 _OPENAI_CLIP_NAMES = (
     (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
@@ -64,10 +62,8 @@ _VISION_SETTINGS = [
 
 
 def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | PublishedCLIP:
-    """Opens a CLIP, in evaluation mode on the CPU.
-
-    It may be a native folder; OpenAI's file (TorchScript or state dict) or its name for one ("ViT-B/32", which None
-    means too); a Hugging Face folder or hub name; or the trainable CLIP's weights with their `hparams`.
+    """Opens a CLIP: a native folder; OpenAI's file (TorchScript or state dict), or its name for one ("ViT-B/32", which
+    is the default); a Hugging Face folder or hub name; or the trainable CLIP's weights with their `hparams`.
     """
     path = "ViT-B/32" if path_or_name is None else path_or_name
     if str(path) in CLIPS:
@@ -78,8 +74,6 @@ def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | Published
     config = read_config(folder)
     if config.get("class") == "CLIP":
         return CLIP.from_pretrained(folder)
-    from dalle_pytorch.clip.published import PublishedCLIP
-
     if "class" in config:
         return PublishedCLIP.from_pretrained(folder)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -88,27 +82,25 @@ def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | Published
 
 
 def load_trainable_clip(path: str | os.PathLike) -> CLIP:
-    """Opens a trainable CLIP, in evaluation mode on the CPU: a native folder or weights with their `hparams`."""
+    """Opens a trainable CLIP: a native folder or weights with their `hparams`."""
     if not is_file(path):
         return CLIP.from_pretrained(path)
     return open_trainable_clip(path, as_checkpoint(path, read_torch(path, TRAINING_STATE)))
 
 
 def open_trainable_clip(path: str | os.PathLike, checkpoint: dict[str, Any]) -> CLIP:
-    """`load_trainable_clip` of a checkpoint that has been read."""
+    """`load_trainable_clip` of the content of a file."""
     return build(path, CLIP, checkpoint["hparams"], rename(checkpoint["weights"], UPSTREAM_NAMES))
 
 
 def open_clip(path: str | os.PathLike, content: Any) -> CLIP | PublishedCLIP:
-    """`load_clip` of what is in a file."""
+    """`load_clip` of the content of a file."""
     if isinstance(content, dict) and "hparams" in content:
         return open_trainable_clip(path, as_checkpoint(path, content))
     return _open_openai_clip(path, as_state(path, content))
 
 
 def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
-    from dalle_pytorch.clip.published import PublishedCLIP
-
     def layers(prefix: str) -> int:
         return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
@@ -122,17 +114,16 @@ def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
         }
 
     if "visual.layer1.0.conv1.weight" in state:
-        raise CheckpointError(
-            f"{path} is a CLIP with a ResNet, and those with a vision transformer (ViT) are supported"
-        )
-    try:
+        raise CheckpointError(f"{path} is a CLIP with a ResNet; only those with a vision transformer are supported")
+    own: State = {}
+    with parsing(path, "a CLIP of OpenAI's"):
         vocab_size, text_width = state["token_embedding.weight"].shape
         width, channels, patch_size, _ = state["visual.conv1.weight"].shape
         text = tower("transformer.resblocks.", text_width) | {
             "vocab_size": vocab_size,
             "max_position_embeddings": len(state["positional_embedding"]),
             "bos_token_id": vocab_size - 2,
-            # transformers' sign for: read the features at the largest token id.
+            # With this value transformers reads the features at the largest token id.
             "eos_token_id": 2,
         }
         vision = tower("visual.transformer.resblocks.", width) | {
@@ -141,43 +132,37 @@ def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
             "patch_size": patch_size,
         }
         projection_dim = state["text_projection"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is no CLIP of OpenAI's: it lacks {error}") from None
-    own = {}
-    for key, tensor in state.items():
-        if key in ("input_resolution", "context_length", "vocab_size"):  # said again by the shapes
-            continue
-        if key.endswith(("attn.in_proj_weight", "attn.in_proj_bias")):
-            layer, _, kind = key.rpartition("in_proj_")
-            own |= {f"{layer}{part}_proj.{kind}": chunk for part, chunk in zip("qkv", tensor.chunk(3), strict=True)}
-        else:
-            own[key] = tensor.T if key in ("visual.proj", "text_projection") else tensor
+        for key, tensor in state.items():
+            if key in ("input_resolution", "context_length", "vocab_size"):  # known from the shapes
+                continue
+            if key.endswith(("attn.in_proj_weight", "attn.in_proj_bias")):
+                layer, _, kind = key.rpartition("in_proj_")
+                own |= {f"{layer}{part}_proj.{kind}": chunk for part, chunk in zip("qkv", tensor.chunk(3), strict=True)}
+            else:
+                own[key] = tensor.T if key in ("visual.proj", "text_projection") else tensor
     own = {f"model.{key}": tensor for key, tensor in rename(own, _OPENAI_CLIP_NAMES).items()}
     return build(path, PublishedCLIP, {"text": text, "vision": vision, "projection_dim": projection_dim}, own)
 
 
 def _open_hugging_face_clip(folder: Path, config: dict[str, Any]) -> PublishedCLIP:
-    from transformers import CLIPConfig
-
-    from dalle_pytorch.clip.published import PublishedCLIP, find_vocabulary
+    from transformers import CLIPConfig  # takes seconds to import
 
     if config.get("model_type") != "clip":
-        raise CheckpointError(f"{folder} holds a model of type {config.get('model_type')}, and a clip is wanted")
+        raise CheckpointError(f"{folder}: expected a model of type clip, got {config.get('model_type')}")
     try:
-        config = CLIPConfig(**config)
-    except Exception as error:  # of transformers' validation there are many kinds
-        raise CheckpointError(
-            f"{folder / 'config.json'} does not describe a CLIP: {' '.join(str(error).split())}"
-        ) from None
+        # Fills in transformers' defaults.
+        settings = CLIPConfig(**config).to_dict()
+    except Exception as error:  # transformers' validation raises many kinds
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a CLIP: {first_line(error)}") from None
     arguments = {
-        "text": {name: getattr(config.text_config, name) for name in _TEXT_SETTINGS},
-        "vision": {name: getattr(config.vision_config, name) for name in _VISION_SETTINGS},
-        "projection_dim": config.projection_dim,
+        "text": {name: settings["text_config"][name] for name in _TEXT_SETTINGS},
+        "vision": {name: settings["vision_config"][name] for name in _VISION_SETTINGS},
+        "projection_dim": settings["projection_dim"],
     }
     if (folder / "preprocessor_config.json").is_file():
         pixels = read_config(folder, "preprocessor_config.json")
         arguments |= {name: pixels[name] for name in ("image_mean", "image_std") if name in pixels}
-    # Tables of positions, which older versions of transformers saved.
+    # Older versions of transformers saved tables of positions.
     state = {
         f"model.{key}": tensor
         for key, tensor in _read_hugging_face_weights(folder).items()
@@ -195,7 +180,8 @@ def _read_hugging_face_weights(folder: Path) -> State:
         if (folder / name).is_file():
             return tensor_dict(read(folder / name), folder / name)
         if index.is_file():
-            parts = sorted(set(read_config(folder, index.name)["weight_map"].values()))
-            # A name with a path in it could mean any file.
+            with parsing(index, "an index of weights"):
+                parts = sorted(set(read_config(folder, index.name)["weight_map"].values()))
+            # The name alone: a path could mean any file.
             return {key: tensor for part in parts for key, tensor in read(folder / Path(part).name).items()}
     raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")

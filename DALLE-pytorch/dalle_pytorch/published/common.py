@@ -1,24 +1,19 @@
-"""What all published formats share: renaming, making a model of settings and weights, saying what does not fit."""
+"""What all published formats share: building a model, and errors for files that do not fit."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import init_empty_weights
-from torch import nn
-
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, UserError
 from dalle_pytorch.nn.upstream import State
-from dalle_pytorch.pretrained import load_state
+from dalle_pytorch.pretrained import Model, construct, first_line, load_state
 from dalle_pytorch.published.unpickler import ForeignObject, module_state, tensor_dict
 
-Model = TypeVar("Model", bound=nn.Module)
-
-# What checkpoints hold besides settings and weights, often twice as large as these.
+# What checkpoints hold besides settings and weights, often twice their size.
 TRAINING_STATE = (
     "opt_state",
     "scheduler_state",
@@ -30,32 +25,33 @@ TRAINING_STATE = (
 )
 
 
-def build(
-    source: object, model_class: type[Model], arguments: Mapping[str, Any], state: State, computed: str | None = None
-) -> Model:
-    """The model of these settings and weights, in evaluation mode.
-
-    Tensors whose names end in `computed` are its own where the weights have none.
-    """
-    known = inspect.signature(model_class.__init__).parameters
-    if unknown := sorted(set(arguments) - set(known)):
-        raise CheckpointError(f"{source} has settings that {model_class.__name__} does not know: {', '.join(unknown)}")
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = model_class(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source} does not describe a {model_class.__name__}: {error}") from error
-    own = model.state_dict() if computed else {}
-    load_state(model, {key: tensor for key, tensor in own.items() if key.endswith(computed)} | state, source)
+def build(source: object, model_class: type[Model], settings: Mapping[str, Any], state: State) -> Model:
+    """The model of these settings and weights of a file, in evaluation mode."""
+    model = construct(source, model_class, settings)
+    load_state(model, state, source)
     return model.eval()
 
 
-def agree(source: object, said: Mapping[str, Any], told: Mapping[str, Any], said_by: object = "its hparams") -> None:
-    """Refuses settings that contradict what the weights tell."""
-    for name, value in told.items():
-        if name in said and said[name] != value:
+@contextmanager
+def parsing(source: object, kind: str) -> Iterator[None]:
+    """Raises `CheckpointError` for keys that are missing, and shapes and values that are not those of `kind`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"missing {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"{source} is not {kind}: {reason}") from error
+
+
+def check_agreement(
+    source: object, settings: Mapping[str, Any], inferred: Mapping[str, Any], settings_from: object = "its hparams"
+) -> None:
+    """Refuses settings that contradict those inferred from the weights."""
+    for name, value in inferred.items():
+        if name in settings and settings[name] != value:
             raise CheckpointError(
-                f"{source} does not go together: {name} is {said[name]} by {said_by}, and {value} by the weights"
+                f"{source}: {name} is {settings[name]} according to {settings_from}, but {value} in the weights"
             )
 
 
@@ -66,9 +62,9 @@ def is_file(path: str | os.PathLike) -> bool:
 
 def as_checkpoint(path: str | os.PathLike, content: Any) -> dict[str, Any]:
     """`content` as a checkpoint of DALLE-pytorch, which has the dictionaries `hparams` and `weights`."""
-    wanted = ("hparams", "weights")
-    if not isinstance(content, dict) or any(not isinstance(content.get(name), dict) for name in wanted):
-        raise CheckpointError(f"{path} is no checkpoint of DALLE-pytorch: it lacks {' or '.join(wanted)}")
+    names = ("hparams", "weights")
+    if not isinstance(content, dict) or any(not isinstance(content.get(name), dict) for name in names):
+        raise CheckpointError(f"{path} is not a checkpoint of DALLE-pytorch: missing {' or '.join(names)}")
     return {**content, "weights": tensor_dict(content["weights"], path) if content["weights"] else {}}
 
 

@@ -12,11 +12,12 @@ from tokenizers import processors as post_processors
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import companion_path
 from dalle_pytorch.tokenizers.base import Tokenizer, _kept
 
 
 class HugTokenizer(Tokenizer):
-    """A `tokenizer.json` of Hugging Face's `tokenizers`, without the special tokens that it may add around a text."""
+    """A `tokenizer.json` of Hugging Face's `tokenizers`, without the special tokens it may add around a text."""
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
@@ -28,8 +29,9 @@ class HugTokenizer(Tokenizer):
             raise CheckpointError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
         self.tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=True)
         self.vocab_size = self.tokenizer.get_vocab_size()
-        unknown = getattr(self.tokenizer.model, "unk_token", None)
-        self.unknown_id = None if unknown is None else self.tokenizer.token_to_id(unknown)
+        model = self.tokenizer.model
+        if isinstance(model, (models.BPE, models.WordLevel, models.WordPiece)) and model.unk_token is not None:
+            self.unknown_id = self.tokenizer.token_to_id(model.unk_token)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -41,11 +43,17 @@ class HugTokenizer(Tokenizer):
         return self.tokenizer
 
 
-def train_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Learns byte-pair encoding (arXiv:1508.07909) of lower-cased captions; the same captions give the same result.
+def companion_tokenizer(folder: Path) -> HugTokenizer | None:
+    """The `tokenizer.json` in a model's folder or beside it, or None."""
+    path = companion_path(folder, "tokenizer.json")
+    return None if path is None else HugTokenizer(path)
 
-    Id 0 is `[PAD]`, 1 `[UNK]`. Runs of white space count as one space, and punctuation is never joined with a word.
-    There are fewer than `vocab_size` tokens if the captions have no more to merge.
+
+def train_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Trains byte-pair encoding (arXiv:1508.07909) on lower-cased captions, deterministically.
+
+    Id 0 is `[PAD]`, 1 `[UNK]`. Runs of white space count as one space, and punctuation is never merged with a word.
+    There are fewer than `vocab_size` tokens if the captions have no more pairs to merge.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dalle_pytorch.pretrained import companion_path
 from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
-from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer, companion_tokenizer
 from dalle_pytorch.tokenizers.simple import SimpleTokenizer
 from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 
@@ -22,8 +21,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that DALLE-pytorch's `--bpe_path`, `--hug` and `--chinese` name.
 
-    Without a path it is the `tokenizer.json` in or beside the native folder `beside`, or CLIP's, which is what
-    DALLE-pytorch trains with when told nothing.
+    Without a path it is the `tokenizer.json` in or beside the native folder `beside`, else CLIP's, as in DALLE-pytorch.
     """
     if chinese:
         return ChineseTokenizer() if path is None else ChineseTokenizer(path)
@@ -31,5 +29,5 @@ def load_tokenizer(
         if hug or Path(path).suffix == ".json":
             return HugTokenizer(path)
         return SimpleTokenizer(path) if Path(path).suffix in (".txt", ".gz") else YttmTokenizer(path)
-    found = companion_path(Path(beside), "tokenizer.json") if beside is not None and Path(beside).is_dir() else None
-    return SimpleTokenizer() if found is None else HugTokenizer(found)
+    found = companion_tokenizer(Path(beside)) if beside is not None and Path(beside).is_dir() else None
+    return found or SimpleTokenizer()

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_pytorch.pretrained import PretrainedModel
 
+#: for `_OpensFiles`, set by `dalle_pytorch.published.vaes`, which knows the formats
+PUBLISHED_LOADERS: dict[type, Callable[..., ImageTokenizer]] = {}
 
-class ImageTokenizer(PretrainedModel, ABC):
+
+class _OpensFiles(ABCMeta):
+    """Lets `Class(path)` open a published file, as the classes of DALLE-pytorch do.
+
+    A call whose arguments fit the signature of the class's loader calls that; any other makes a new model.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        loader = PUBLISHED_LOADERS.get(cls)
+        if loader is not None:
+            try:
+                inspect.signature(loader).bind(*args, **kwargs)
+            except TypeError:
+                pass
+            else:
+                return loader(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class ImageTokenizer(PretrainedModel, metaclass=_OpensFiles):
     """A discrete autoencoder. Priors, decoders and the pipeline know image tokenizers by this class alone.
 
     Attributes:
@@ -43,24 +67,35 @@ class ImageTokenizer(PretrainedModel, ABC):
         """The codebook, (num_tokens, codebook_dim)."""
 
     @abstractmethod
-    def get_codebook_indices(self, image: Tensor) -> Tensor:
-        """The most likely codes (b, h·w / 4^num_layers) int64, row by row, of images (b, channels, h, w) in [0, 1]."""
-
-    @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images of tokens (b, side²), in the range in which the upstream class returns them."""
+    def encode_logits(self, image: Tensor) -> Tensor:
+        """Logits of the codes, (b, num_tokens, h / f, w / f), of images (b, channels, h, w) in [0, 1]."""
 
     @abstractmethod
     def decode_image(self, tokens: Tensor) -> Tensor:
         """Images (b, channels, side·f, side·f) in [0, 1] of tokens (b, side²)."""
 
-    def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of this tokenizer from the names that they have inside a prior of DALLE-pytorch."""
-        return dict(state)
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images of tokens (b, side²), in the range in which the upstream class returns them."""
+        return self.decode_image(tokens)
+
+    @torch.no_grad()
+    def get_codebook_indices(self, image: Tensor) -> Tensor:
+        """The most likely codes (b, h·w / f²) int64, row by row, of images (b, channels, h, w) in [0, 1].
+
+        Raises `ValueError` for sides that are not multiples of f.
+        """
+        f = 2**self.num_layers
+        if image.shape[-2] % f or image.shape[-1] % f:
+            raise ValueError(f"image sides must be multiples of {f} pixels, got {tuple(image.shape[-2:])}")
+        return self.encode_logits(image).argmax(dim=1).flatten(1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²). Raises `ValueError` for another number."""
+        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
         side = math.isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not make a square grid")
+            raise ValueError(f"expected the tokens of a square grid, got {tokens.shape[1]}")
         return F.embedding(tokens, self.codebook_weight).transpose(1, 2).unflatten(2, (side, side))
+
+    def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of this tokenizer, from the names they have in a checkpoint of DALLE-pytorch's DALLE."""
+        return dict(state)

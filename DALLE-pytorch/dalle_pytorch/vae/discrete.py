@@ -1,4 +1,4 @@
-"""DiscreteVAE: the convolutional VAE of DALLE-pytorch, its codes drawn with Gumbel-softmax in training."""
+"""DiscreteVAE: the convolutional VAE of DALLE-pytorch, trained with Gumbel-softmax."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.vae.base import ImageTokenizer
 
 
 class ResBlock(nn.Module):
-    """Two 3 × 3 convolutions and a 1 × 1 one beside the identity."""
+    """Two 3 × 3 convolutions and a 1 × 1 one, with a skip connection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -31,24 +32,26 @@ class ResBlock(nn.Module):
 
 
 class DiscreteVAE(ImageTokenizer):
-    """A grid of codebook entries per picture (the dVAE of arXiv:2102.12092), with DALLE-pytorch's options and defaults.
+    """The dVAE of arXiv:2102.12092 with DALLE-pytorch's options and defaults.
 
     `DiscreteVAE(vae_path)` opens a `vae.pt` of DALLE-pytorch.
 
     Args:
-        image_size: side in pixels of the pictures it is made for; it takes any that `2^num_layers` divides.
+        image_size: side in pixels of the images it is made for; it takes any multiple of 2^num_layers.
         num_tokens, codebook_dim: the codebook's shape.
         num_layers: halvings of the resolution; f = 2^num_layers.
         num_resnet_blocks, hidden_dim, channels: the sizes of the convolutions.
-        smooth_l1_loss: the reconstruction's loss, instead of the mean square.
+        smooth_l1_loss: smooth L1 instead of mean squared error as reconstruction loss.
         temperature: of the Gumbel-softmax (arXiv:1611.01144).
-        straight_through: one code forward, the soft mixture's gradient backward.
+        straight_through: one-hot codes in the forward pass, the gradient of the soft ones in the backward pass.
         reinmax: second-order accurate gradient for `straight_through` (arXiv:2304.08612).
-        kl_div_loss_weight: weight of the divergence from a uniform use of the codes.
-        normalization: means and standard deviations per channel that pictures are normalised by, or None.
+        kl_div_loss_weight: weight of the KL divergence of the codes' distribution from the uniform one.
+        normalization: mean and standard deviation of each channel for normalising images, or None.
     """
 
-    @opens_published
+    mean: Tensor
+    std: Tensor
+
     @records_config
     def __init__(
         self,
@@ -69,7 +72,7 @@ class DiscreteVAE(ImageTokenizer):
     ):
         super().__init__()
         if num_layers < 1 or image_size % 2**num_layers:
-            raise ValueError(f"image_size {image_size} is no multiple of 2^num_layers = {2**num_layers}")
+            raise UsageError(f"image_size must be a multiple of 2^num_layers = {2**num_layers}, got {image_size}")
         self.image_size = image_size
         self.num_tokens = num_tokens
         self.num_layers = num_layers
@@ -81,8 +84,8 @@ class DiscreteVAE(ImageTokenizer):
         self.kl_div_loss_weight = kl_div_loss_weight
 
         mean, std = ((0.0,) * channels, (1.0,) * channels) if normalization is None else normalization
-        self.register_buffer("mean", torch.tensor(mean[:channels]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std[:channels]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean[:channels]).view(channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std[:channels]).view(channels, 1, 1), persistent=False)
 
         down = [channels] + [hidden_dim] * num_layers
         up = [hidden_dim if num_resnet_blocks else codebook_dim] + [hidden_dim] * num_layers
@@ -99,31 +102,18 @@ class DiscreteVAE(ImageTokenizer):
         )
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
 
-    # ----------------------------------------------------------------------------------------------
-    # What every VAE offers
-
-    @torch.no_grad()
-    def get_codebook_indices(self, image: Tensor) -> Tensor:
-        """The likeliest codes (b, h·w / 4^num_layers) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
-        return self.encode_logits(image).argmax(dim=1).flatten(1)
-
     @property
     def codebook_weight(self) -> Tensor:
         return self.codebook.weight
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures (b, channels, h, w) in the normalised space, [-1, 1] by default, of tokens (b, side²)."""
+        """Images (b, channels, h, w) in the normalised space, [-1, 1] by default, of tokens (b, side²)."""
         return self.decoder(self.embed(tokens))
 
     def decode_image(self, tokens: Tensor) -> Tensor:
-        """Pictures (b, channels, h, w) in [0, 1] of tokens (b, side²)."""
         return (self.decode(tokens) * self.std + self.mean).clamp(0, 1)
 
-    # ----------------------------------------------------------------------------------------------
-    # Training
-
     def encode_logits(self, image: Tensor) -> Tensor:
-        """Logits of the codes, (b, num_tokens, h / 2^num_layers, w / 2^num_layers), of pictures in [0, 1]."""
         return self.encoder((image - self.mean) / self.std)
 
     def forward(
@@ -135,31 +125,31 @@ class DiscreteVAE(ImageTokenizer):
         return_recon_loss: bool = False,
         temp: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Reconstructs pictures (b, channels, h, w) in [0, 1] through drawn codes.
+        """Reconstructs images (b, channels, h, w) in [0, 1] through sampled codes.
 
         Returns the reconstruction in the normalised space; with `return_logits` the encoder's logits; with
-        `return_loss` the training loss (and with `return_recons` the reconstruction after it); with
-        `return_recon_loss`, as in older releases, the reconstruction's loss alone. `temp` overrides the temperature.
+        `return_loss` the training loss (with `return_recons` a tuple of it and the reconstruction); with
+        `return_recon_loss`, as in older releases, the reconstruction loss alone. `temp` overrides the temperature.
         """
         target = (image - self.mean) / self.std
         logits = self.encoder(target)
         if return_logits:
             return logits
-        codes = self._draw_codes(logits, self.temperature if temp is None else temp)
+        codes = self._sample_codes(logits, self.temperature if temp is None else temp)
         out = self.decoder(torch.einsum("bnhw,nd->bdhw", codes, self.codebook.weight))
         if not (return_loss or return_recon_loss):
             return out
         loss = F.smooth_l1_loss(target, out) if self.smooth_l1_loss else F.mse_loss(target, out)
         if return_recon_loss:
             return loss
-        # Summed over pictures and places, as upstream's weights expect.
+        # Upstream sums over images and positions.
         log_probabilities = logits.log_softmax(dim=1)
         divergence = (log_probabilities.exp() * (log_probabilities + math.log(self.num_tokens))).sum()
         loss = loss + self.kl_div_loss_weight * divergence
         return (loss, out) if return_recons else loss
 
-    def _draw_codes(self, logits: Tensor, temperature: float) -> Tensor:
-        """Weights of the codes at each place, (b, num_tokens, h, w): a mixture, or one code with `straight_through`."""
+    def _sample_codes(self, logits: Tensor, temperature: float) -> Tensor:
+        """Gumbel-softmax weights of the codes, (b, num_tokens, h, w), one-hot with `straight_through`."""
         codes = F.gumbel_softmax(logits, tau=temperature, dim=1, hard=self.straight_through)
         if not (self.straight_through and self.reinmax):
             return codes

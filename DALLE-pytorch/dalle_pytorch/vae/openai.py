@@ -10,19 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.nn.upstream import State, below, rename
-from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.upstream import State, rename, strip_prefix
+from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.vae.base import ImageTokenizer
 
-# The logit-Laplace distribution needs pixels inside (0, 1): they are squeezed by this much at either end.
+# The logit-Laplace distribution needs pixels in the open interval (0, 1): they are mapped to [0.1, 0.9].
 PIXEL_MARGIN = 0.1
 
-
-# The published names; those of groups, blocks and convolutions are counted from 1.
+# The published names. Groups, blocks and convolutions, counted from 1 there, follow in `rename_halves`.
 _UPSTREAM_NAMES = (
     (r"\.w$", ".weight"),
     (r"\.b$", ".bias"),
@@ -72,7 +71,7 @@ class Stack(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        """From what `conv_in` gives to what `conv_out` gives."""
+        """Maps the output of `conv_in` to that of `conv_out`."""
         for i, group in enumerate(self.groups):
             x = group(x if i == 0 else self.resample(x))
         return self.conv_out(F.relu(x))
@@ -93,15 +92,14 @@ class OpenAIDiscreteVAE(ImageTokenizer):
     that OpenAI publishes; with the sizes below by name, a new one is made.
 
     Args:
-        image_size: side in pixels of the pictures it is made for; it takes any multiple of 8.
+        image_size: side in pixels of the images it is made for; it takes any multiple of 8.
         num_tokens: size of the codebook.
         codebook_dim: width of the codebook's rows.
         encoder_dim, decoder_dim: width of the convolutions at full resolution; 2, 4 and 8 times that below.
         encoder_blocks, decoder_blocks: blocks at each of the four resolutions.
-        channels: of the pictures.
+        channels: channels of the images.
     """
 
-    @opens_published
     @records_config
     def __init__(
         self,
@@ -116,6 +114,8 @@ class OpenAIDiscreteVAE(ImageTokenizer):
         channels: int = 3,
     ):
         super().__init__()
+        if image_size % 8:
+            raise UsageError(f"image_size must be a multiple of 8, got {image_size}")
         self.image_size = image_size
         self.num_tokens = num_tokens
         self.num_layers = 3
@@ -128,7 +128,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
             num_tokens,
             _halve,
         )
-        # Twice the channels: the second half are the scales of the Laplace distributions, which only training needs.
+        # The second half of the output channels are the scales of the Laplace distributions, for training only.
         self.decoder = Stack(
             nn.Conv2d(num_tokens, codebook_dim, 1),
             _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
@@ -138,32 +138,21 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
     @property
     def codebook_weight(self) -> Tensor:
-        """(num_tokens, codebook_dim): what the decoder makes of each one-hot token."""
+        """(num_tokens, codebook_dim): the decoder's first convolution of each one-hot token."""
         return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return halves_from_upstream(below(state, "enc."), below(state, "dec."))
+        return rename_halves(strip_prefix(state, "enc."), strip_prefix(state, "dec."))
 
     def encode_logits(self, image: Tensor) -> Tensor:
-        """Logits of the codes, (b, num_tokens, h / 8, w / 8), of pictures (b, channels, h, w) in [0, 1]."""
-        if image.shape[-2] % 8 or image.shape[-1] % 8:
-            raise ValueError(f"image sides are multiples of 8 pixels, and {tuple(image.shape[-2:])} are not")
         return self.encoder(self.encoder.conv_in((1 - 2 * PIXEL_MARGIN) * image + PIXEL_MARGIN))
 
-    @torch.no_grad()
-    def get_codebook_indices(self, image: Tensor) -> Tensor:
-        """The likeliest codes (b, h·w / 64) int64, row by row, of pictures (b, channels, h, w) in [0, 1]."""
-        return self.encode_logits(image).argmax(dim=1).flatten(1)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures (b, channels, 8·side, 8·side) in [0, 1] of tokens (b, side²)."""
+    def decode_image(self, tokens: Tensor) -> Tensor:
         pixels = self.decoder(self.embed(tokens))[:, : self.channels].sigmoid()
         return ((pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
 
-    decode_image = decode
 
-
-def halves_from_upstream(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> State:
+def rename_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> State:
     """The weights of `OpenAIDiscreteVAE` from those of the published encoder and decoder."""
 
     def groups_from_zero(match: re.Match) -> str:

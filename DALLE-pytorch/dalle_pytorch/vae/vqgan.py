@@ -5,8 +5,8 @@
 
 Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ), which scores every code with a
 1×1 convolution. The layout and the parameter names are those of the published checkpoints. Two additions are our own:
-`patch_size` lets the network work on folded pixels, which is some ten times cheaper for the same picture, and
-`local_encoder` makes every token a function of its own square of pixels, which is easier for a prior to learn.
+`patch_size` folds pixels into channels first, which makes the network some ten times cheaper, and `local_encoder`
+makes every token a function of its own square of pixels, which is easier for a prior to learn.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle_pytorch.nn.upstream import below
-from dalle_pytorch.pretrained import opens_published, records_config
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.upstream import strip_prefix
+from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.vae.base import ImageTokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published models pad on the right and below only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published models pad right and bottom only
 
 
 class Upsample(nn.Module):
@@ -83,7 +84,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, each followed by attention where asked, then a change of resolution."""
+    """The blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
 
     def __init__(self, widths: Sequence[int], dropout: float, attention: bool, resample: nn.Module | None):
         super().__init__()
@@ -150,9 +151,9 @@ class Encoder(nn.Module):
 class LocalEncoder(nn.Module):
     """Pixels (b, in_channels, h, w) in [-1, 1] → (b, z_channels, h / f, w / f), each from its own f × f square alone.
 
-    The published encoder sees the neighbours of a square, and through its normalisation the whole picture, so that one
-    square has many tokens. Here equal squares have equal tokens wherever they stand and whatever is beside them: a
-    prior then learns a shape once, not once for every background.
+    The published encoder sees the neighbours of a square, and through its normalisation the whole image, so that one
+    square has many tokens. Here equal squares have equal tokens whatever their position and surroundings: a prior
+    learns a shape once, not once per background.
     """
 
     def __init__(self, *, in_channels: int, z_channels: int, width: int, downsampling: int, blocks: int = 2):
@@ -201,7 +202,7 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Quantizers: each gives logits over the codes, the likeliest being the token, and the codebook
+# Quantizers: logits over the codes, of which the largest is the token, and the codebook
 
 
 class VectorQuantizer(nn.Module):
@@ -239,8 +240,8 @@ class GumbelQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor) -> None:
-        """Sets the codebook (num_tokens, embed_dim) and the logits that go with it: minus squared distances, up to a
-        term that all codes share, which is what a 1×1 convolution can compute."""
+        """Sets the codebook (num_tokens, embed_dim), and the projection so that logits are minus squared distances up
+        to a term common to all codes."""
         self.embed.weight.copy_(codes)
         self.proj.weight.copy_(2 * codes[..., None, None])
         self.proj.bias.copy_(-codes.square().sum(1))
@@ -251,16 +252,17 @@ class GumbelQuantizer(nn.Module):
 
 
 class VQGanVAE(ImageTokenizer):
-    """A VQGAN as the image side of a prior: pictures to tokens and back.
+    """The VQGAN of arXiv:2012.09841.
 
     `VQGanVAE(vqgan_model_path, vqgan_config_path)` opens taming's checkpoint with its model.yaml, `VQGanVAE()` the
-    published one of 1024 codes at f = 16; with the sizes below by name, a new one is made.
+    published one of 1024 codes at f = 16; with sizes by name, a new one is made.
 
-    `image_size` is the side in pixels it was trained at; any multiple of f = `patch_size` · 2^(len(ch_mult) − 1) works.
-    `attn_resolutions` name the sides, counted from `image_size` / `patch_size` down, at which the blocks attend.
+    Args:
+        image_size: side in pixels it is trained at; it takes any multiple of f = patch_size · 2^(len(ch_mult) − 1).
+        attn_resolutions: sides of the feature maps, from image_size / patch_size down, at which the blocks attend.
+        patch_size, mid_attention, local_encoder: see the top of this module. The rest goes by taming's names.
     """
 
-    @opens_published
     @records_config
     def __init__(
         self,
@@ -284,7 +286,9 @@ class VQGanVAE(ImageTokenizer):
     ):
         super().__init__()
         if gumbel and embed_dim != z_channels:
-            raise ValueError(f"a Gumbel quantizer has embed_dim equal to z_channels, not {embed_dim} and {z_channels}")
+            raise UsageError(f"a Gumbel quantizer needs embed_dim = z_channels, got {embed_dim} and {z_channels}")
+        if odd := [width for width in (ch * mult for mult in (1, *ch_mult)) if width > 32 and width % 32]:
+            raise UsageError(f"ch · ch_mult above 32 must be multiples of 32, got {odd[0]}")
         shared = {
             "z_channels": z_channels,
             "ch": ch,
@@ -297,6 +301,8 @@ class VQGanVAE(ImageTokenizer):
             "dropout": dropout,
         }
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+        if image_size % self.downsampling:
+            raise UsageError(f"image_size must be a multiple of {self.downsampling}, got {image_size}")
         if local_encoder:
             self.encoder = LocalEncoder(in_channels=in_channels, z_channels=z_channels * (2 if double_z else 1),
                                         width=ch * ch_mult[-1], downsampling=self.downsampling)  # fmt: skip
@@ -317,31 +323,19 @@ class VQGanVAE(ImageTokenizer):
         return self.quantize.codebook
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # The networks of the training losses are not needed.
-        return {key: tensor for key, tensor in below(state, "model.").items() if not key.startswith("loss.")}
-
-    # Pictures to tokens
+        # The weights of the training losses' networks are not needed.
+        return {key: tensor for key, tensor in strip_prefix(state, "model.").items() if not key.startswith("loss.")}
 
     def encode(self, image: Tensor) -> Tensor:
-        """(b, 3, h, w) in [0, 1] → the continuous bottleneck (b, embed_dim, h / f, w / f)."""
-        f = self.downsampling
-        if image.shape[-2] % f or image.shape[-1] % f:
-            raise ValueError(f"image sides are multiples of {f} pixels, and {tuple(image.shape[-2:])} are not")
+        """The continuous bottleneck (b, embed_dim, h / f, w / f) of images (b, 3, h, w) in [0, 1]."""
         return self.quant_conv(self.encoder(image * 2 - 1))
 
-    @torch.no_grad()
-    def get_codebook_indices(self, image: Tensor) -> Tensor:
-        """(b, 3, h, w) in [0, 1] → (b, h·w / f²) int64: the likeliest codes, row-major. The same every time."""
-        return self.quantize.logits(self.encode(image)).argmax(1).flatten(1)
-
-    # Tokens to pictures
+    def encode_logits(self, image: Tensor) -> Tensor:
+        return self.quantize.logits(self.encode(image))
 
     def decode_embeddings(self, rows: Tensor) -> Tensor:
-        """Codebook rows (b, embed_dim, h, w) → images about [0, 1], not clipped."""
+        """Images, about [0, 1] and not clipped, of codebook rows (b, embed_dim, h, w)."""
         return (self.decoder(self.post_quant_conv(rows)) + 1) / 2
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """(b, side²) int64 → images (b, 3, side·f, side·f) in [0, 1]."""
+    def decode_image(self, tokens: Tensor) -> Tensor:
         return self.decode_embeddings(self.embed(tokens)).clamp(0, 1)
-
-    decode_image = decode
