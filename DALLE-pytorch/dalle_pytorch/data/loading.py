@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,11 +69,31 @@ def describe_skipped(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
 
 
+class MapData(Protocol):
+    """Data of known length, read by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class SampleStream(IterableDataset):
+    """Data read in order, by one or more readers."""
+
+    @abstractmethod
+    def raw_samples(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[Any]:
+        """What `reader` of `readers` reads in an epoch, not decoded."""
+
+    @abstractmethod
+    def decode(self, raw: Any, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """The item of a raw sample. Raises `BrokenSample`."""
+
+
 class BatchLoader:
     """The batches of one process, as dicts of stacked tensors and of lists.
 
     Args:
-        dataset: map-style, or a stream (a `ShardStream`).
+        dataset: map-style, or a stream.
         batch_size: samples in a batch of all processes together; this one gets every `world_size`-th of them.
         first_step, last_step: the batches wanted. Without a last step they go on for ever. Map-style data skips the
             batches before the first without reading; a stream goes by `positions`.
@@ -95,7 +116,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: MapData | SampleStream,
         batch_size: int,
         *,
         first_step: int = 0,
@@ -110,11 +131,15 @@ class BatchLoader:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
-        self.is_stream = isinstance(dataset, IterableDataset)
         self.steps = range(first_step, sys.maxsize if last_step is None else last_step)
-        self.steps_per_epoch = None if self.is_stream else max(1, len(dataset) // batch_size)
-        self.positions = self._start(positions) if self.is_stream else None
-        self.epoch = self._slowest() if self.is_stream else first_step * batch_size // len(dataset)
+        self.steps_per_epoch: int | None = None
+        self.positions: dict[str, Any] | None = None
+        if isinstance(dataset, SampleStream):
+            self.positions = self._start(positions)
+            self.epoch = _slowest(self.positions["places"])
+        else:
+            self.steps_per_epoch = max(1, len(dataset) // batch_size)
+            self.epoch = first_step * batch_size // len(dataset)
         self._skipped = Skipped()
         self._left_out: Counter[str] = Counter()
 
@@ -127,37 +152,40 @@ class BatchLoader:
         return self._skipped.examples
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._stream() if self.is_stream else self._map()
+        data = self.dataset
+        yield from self._stream(data) if isinstance(data, SampleStream) else self._map(data)
 
     def _loader(self, source: Dataset, **settings: Any) -> DataLoader:
         # A generator of its own: to start it, as a resumed run does, draws nothing from the one that the task uses.
         return DataLoader(source, batch_size=None, num_workers=self.num_workers, collate_fn=as_it_is,
                           generator=torch.Generator(), worker_init_fn=_ignore_signals, **settings)  # fmt: skip
 
-    def _map(self) -> Iterator[Batch]:
-        length = len(self.dataset)
+    def _map(self, data: MapData) -> Iterator[Batch]:
+        length = len(data)
         order = StepBatches(length, self.batch_size, self.steps.start, self.steps.stop, self.seed, self.rank,
                             self.world_size)  # fmt: skip
-        loader = self._loader(_MapBatches(self.dataset, self.seed), sampler=order)
+        loader = self._loader(_MapBatches(data, self.seed), sampler=order)
         for step, (batch, skipped) in zip(self.steps, loader, strict=True):
             # A batch that TRIES samples for each place could not fill says enough.
             self._count(skipped, 1 if batch is None else min(TRIES, length))
+            assert batch is not None
             self._finish_epochs((step + 1) * self.batch_size // length)
             yield batch
 
-    def _stream(self) -> Iterator[Batch]:
+    def _stream(self, stream: SampleStream) -> Iterator[Batch]:
         if not self.steps:
             return
         size = len(range(self.rank, self.batch_size, self.world_size))
-        readers, places = self.positions["readers"], self.positions["places"]
-        loader = self._loader(_StreamBatches(self.dataset, self.seed, size, readers, places))
+        positions = self._start(self.positions)
+        readers, places = positions["readers"], positions["places"]
+        loader = self._loader(_StreamBatches(stream, self.seed, size, readers, places))
         missing = len(self.steps)
         for batch, skipped, place in loader:
             # In the order in which the workers are asked, so that the first is the next one.
             places = [other for other in places if other[0] != place[0]] + [place]
             self.positions = {"readers": readers, "places": places}
             self._count(skipped, TRIES)
-            self._finish_epochs(self._slowest())
+            self._finish_epochs(_slowest(places))
             if batch is None:
                 continue
             yield batch
@@ -175,9 +203,6 @@ class BatchLoader:
                 self._left_out[reason] += count * (epoch - self.epoch)
         self.epoch = epoch
 
-    def _slowest(self) -> int:
-        return min(epoch for _, epoch, _ in self.positions["places"])
-
     def _start(self, positions: dict[str, Any] | None) -> dict[str, Any]:
         """Places of this process's readers: those given, if as many share the stream; else the start of an epoch."""
         workers = max(1, self.num_workers)
@@ -188,6 +213,10 @@ class BatchLoader:
             return positions
         epoch = min((epoch for _, epoch, _ in places), default=0)
         return {"readers": readers, "places": [[reader, epoch, 0] for reader in mine]}
+
+
+def _slowest(places: list[list[int]]) -> int:
+    return min(epoch for _, epoch, _ in places)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
@@ -206,7 +235,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, ordered = None, -1
+        order, ordered = np.empty(0, int), -1
         for step in self.steps:
             batch = []
             for place in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world_size):
@@ -220,13 +249,14 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 class _MapBatches(Dataset):
     """Batches of a map-style data set by their (epoch, index) pairs; any good sample takes a broken one's place."""
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: MapData, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> tuple[Batch | None, Skipped]:
         skipped = Skipped()
         items = [self._read(epoch, index, skipped) for epoch, index in keys]
-        return (None if any(item is None for item in items) else collate(items)), skipped
+        complete = [item for item in items if item is not None]
+        return (collate(complete) if len(complete) == len(keys) else None), skipped
 
     def _read(self, epoch: int, index: int, skipped: Skipped) -> dict[str, Any] | None:
         generator = np.random.default_rng([self.seed, epoch, index])
@@ -255,7 +285,7 @@ class _StreamBatches(IterableDataset):
     without a whole batch, None is handed out for one, so that they are counted in time.
     """
 
-    def __init__(self, stream: Any, seed: int, size: int, readers: int, places: Sequence[list[int]]):
+    def __init__(self, stream: SampleStream, seed: int, size: int, readers: int, places: Sequence[list[int]]):
         self.stream, self.seed, self.size, self.readers, self.places = stream, seed, size, readers, places
 
     def __iter__(self) -> Iterator[tuple[Batch | None, Skipped, list[int]]]:

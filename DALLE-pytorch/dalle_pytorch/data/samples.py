@@ -121,7 +121,8 @@ def pick_caption(
     """
     if problem is not None:
         reasons = [problem(caption) for caption in captions]
-        if all(reasons):
-            raise BrokenSample(reasons[0], name, captions[0])
-        captions = [caption for caption, reason in zip(captions, reasons, strict=True) if not reason]
+        usable = [caption for caption, reason in zip(captions, reasons, strict=True) if reason is None]
+        if not usable:
+            raise BrokenSample(reasons[0] or "", name, captions[0])
+        captions = usable
     return captions[0 if generator is None else int(generator.integers(len(captions)))]

@@ -18,9 +18,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from dalle_pytorch.data.loading import BrokenSample
+from dalle_pytorch.data.loading import BrokenSample, SampleStream
 from dalle_pytorch.data.samples import CaptionProblem, pick_caption, read_captions, read_picture, usable_captions
 from dalle_pytorch.errors import FileError
 
@@ -30,7 +29,7 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 RawSample = dict[str, Any] | BrokenSample
 
 
-class ShardStream(IterableDataset):
+class ShardStream(SampleStream):
     """Samples of WebDataset shards, for ever: each epoch the shards in another order, their samples in another.
 
     Items are dicts of `image` (3, resolution, resolution) uint8 and `caption`. A `BatchLoader` reads it with several
@@ -125,8 +124,10 @@ class ShardStream(IterableDataset):
         yield from (*self.image_suffixes, "", *self.caption_suffixes, "")
         for url in self.urls:
             path = local_path(url)
-            here = path is not None and os.path.exists(path)
-            yield f"{os.path.basename(path)} {os.path.getsize(path)}" if here else url
+            if path is not None and os.path.exists(path):
+                yield f"{os.path.basename(path)} {os.path.getsize(path)}"
+            else:
+                yield url
 
 
 def list_shards(urls: str | os.PathLike) -> list[str]:
@@ -173,8 +174,8 @@ def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> b
     return True
 
 
-def _name(raw: dict[str, Any]) -> str:
-    return f"{raw['__url__']}: {raw['__key__']}"
+def _name(raw: RawSample) -> str:
+    return str(raw) if isinstance(raw, BrokenSample) else f"{raw['__url__']}: {raw['__key__']}"
 
 
 def _member(raw: RawSample, suffixes: list[str]) -> tuple[str, bytes]:

@@ -23,7 +23,7 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 
 def _hash01(*integers: np.ndarray | int) -> np.ndarray:
     """A fixed pseudo-random number in [0, 1) for every tuple of integers."""
-    state = np.uint32(2166136261)
+    state: np.ndarray = np.array(2166136261, np.uint32)
     for value in integers:
         state = (state ^ np.asarray(value).astype(np.int64).astype(np.uint32)) * np.uint32(16777619)
         state ^= state >> np.uint32(15)
@@ -46,7 +46,7 @@ def _brick(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     tone = np.floor(_hash01(row, column, variant // 2) * 3) / 2
     colour = _mix((140, 72, 58), (172, 98, 78), tone)
     colour *= (1.06 - 0.05 * (y % 2))[..., None]
-    return np.where(mortar[..., None], np.float32((198, 190, 180)), colour)
+    return np.where(mortar[..., None], np.array((198, 190, 180), np.float32), colour)
 
 
 def _wood(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def _wood(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     tone = ((plank + board + variant // 2) % 2) * 0.6
     bands = 0.5 + 0.5 * np.sin(2 * np.pi * (y % 4 + 0.25 * np.sin(2 * np.pi * along / 8)) / 1.0)
     colour = _mix((186, 138, 88), (150, 104, 62), np.clip(tone + 0.35 * bands, 0, 1))
-    return np.where(seam[..., None], np.float32((92, 60, 36)), colour)
+    return np.where(seam[..., None], np.array((92, 60, 36), np.float32), colour)
 
 
 def _water(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def _lego(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     stud = np.clip((0.62 - radius) / 0.08 + 0.5, 0, 1)
     shade = np.clip((0.66 - np.hypot(u - 0.12, v - 0.14)) / 0.16 + 0.5, 0, 1) * (1 - stud)
     light = 1 - 0.28 * shade + stud * (0.08 - 0.1 * (u + v))
-    return np.float32((168, 172, 176)) * light[..., None]
+    return np.array((168, 172, 176), np.float32) * light[..., None]
 
 
 def _checks(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def _tiles(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     u, v = (x + 2 * (variant % 2)) % 4 - 2, (y + 2 * (variant // 2)) % 4 - 2
     grout = (np.maximum(np.abs(u), np.abs(v)) > 1.86)[..., None]
     colour = _mix((238, 240, 240), (52, 104, 168), (np.abs(u) + np.abs(v) < 1.2).astype(np.float32))
-    return np.where(grout, np.float32((170, 176, 180)), colour)
+    return np.where(grout, np.array((170, 176, 180), np.float32), colour)
 
 
 def _grass(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -122,7 +122,7 @@ def _plaid(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     colour = _mix((176, 40, 48), (60, 26, 46), (down.astype(np.float32) + across) / 2)
     thread = ((x + variant % 2) % 4 > 2.87) & ((x + variant % 2) % 4 < 3.13)
     thread |= ((y + variant // 2) % 4 > 2.87) & ((y + variant // 2) % 4 < 3.13)
-    return np.where(thread[..., None], np.float32((236, 206, 120)), colour)
+    return np.where(thread[..., None], np.array((236, 206, 120), np.float32), colour)
 
 
 def _zigzags(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:

@@ -31,7 +31,8 @@ LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2, "relatio
 TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "relation": 0.25, "frame": 1.0,
          "article": 0.2}  # fmt: skip
 
-ON_BACKGROUND = {
+# The tables are indexed with a Scene's background, place and relation, which may be None.
+ON_BACKGROUND: dict[str | None, tuple[str, ...]] = {
     "white": ("on white", "on a white background"),
     "black": ("on black", "on a black background"),
     "brick": ("on brick", "on a brick wall"),
@@ -49,7 +50,7 @@ ON_BACKGROUND = {
     "zigzags": ("on zigzags", "on a zigzag pattern"),
     "night": ("on a night sky", "on a starry sky"),
 }
-AT_PLACE = {
+AT_PLACE: dict[str | None, tuple[str, ...]] = {
     "middle": ("in the middle", "in the center"),
     "left": ("on the left", "at the left"),
     "right": ("on the right", "at the right"),
@@ -58,9 +59,10 @@ AT_PLACE = {
     **{corner: (f"in the {corner} corner",) for corner in PLACES if " " in corner},
 }
 SIZE_NAMES = {"big": ("big", "large"), "small": ("small", "little")}
-RELATED = {"left": ("to the left of", "left of"), "above": ("above", "over")}
-REVERSED = {"left": ("to the right of", "right of"), "above": ("below", "under")}
-TOGETHER = {"left": ("and", "next to", "beside"), "above": ("and",)}  # which is where is left open
+RELATED: dict[str | None, tuple[str, ...]] = {"left": ("to the left of", "left of"), "above": ("above", "over")}
+REVERSED: dict[str | None, tuple[str, ...]] = {"left": ("to the right of", "right of"), "above": ("below", "under")}
+# Which is where is left open.
+TOGETHER: dict[str | None, tuple[str, ...]] = {"left": ("and", "next to", "beside"), "above": ("and",)}
 NAMES = {kind: (kind,) for kind in SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(DIGITS)}
 NAMES |= {kind: (kind, kind[-1]) for kind in LETTERS if kind != "letter a"}  # "a" alone is the article
 # For a caption that names no kind.

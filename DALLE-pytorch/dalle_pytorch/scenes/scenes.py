@@ -24,7 +24,10 @@ from dalle_pytorch.scenes.world import (
 )
 
 # Where two subjects stand: the upper left corners of the left or upper one and of the other.
-CORNERS = {"left": ((1, 5), (9, 5)), "above": ((5, 1), (5, 9))}
+CORNERS: dict[str | None, tuple[tuple[int, int], tuple[int, int]]] = {
+    "left": ((1, 5), (9, 5)),
+    "above": ((5, 1), (5, 9)),
+}
 
 
 def make_scene(index: int, split: str = "train", num_subjects: int | None = None) -> Scene:

@@ -12,13 +12,13 @@ import numpy as np
 
 from dalle_pytorch.scenes.captions import LEFT_OPEN, TERSE, names_subjects_apart, states_place, with_caption
 from dalle_pytorch.scenes.scenes import CORNERS
-from dalle_pytorch.scenes.world import BACKGROUNDS, COLOURS, SPLITS, SUBJECTS, Scene, Subject, split_of_scene
+from dalle_pytorch.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SPLITS, SUBJECTS, Scene, Subject, split_of_scene
 
 # How often which fact is changed, in a scene of one subject and of two.
 ONE = {"kind": 3, "colour": 2, "background": 1, "doubled": 2}
 TWO = {"kind": 3, "colour": 2, "background": 1, "doubled": 2, "left out": 2, "colours": 2, "places": 2}
 # What the place of either of two subjects is called when it is alone.
-ALONE = {"left": ("left", "right"), "above": ("top", "bottom")}
+ALONE: dict[str | None, tuple[str, str]] = {"left": ("left", "right"), "above": ("top", "bottom")}
 
 
 def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene, Scene, str]:
@@ -51,7 +51,7 @@ def change_scene(scene: Scene, fact: str, rng: np.random.Generator) -> Scene:
     if fact == "left out":
         return replace(scene, subjects=(subject,), relation=None, place=ALONE[scene.relation][which])
     if fact == "doubled":
-        return _side_by_side(scene, [subject, subject], scene.relation or str(rng.choice([*CORNERS])))
+        return _side_by_side(scene, [subject, subject], scene.relation or str(rng.choice(RELATIONS)))
     if fact == "places":
         return _side_by_side(scene, subjects[::-1], scene.relation)
     if fact == "colours":
@@ -63,7 +63,7 @@ def change_scene(scene: Scene, fact: str, rng: np.random.Generator) -> Scene:
     return replace(scene, subjects=tuple(subjects))
 
 
-def _side_by_side(scene: Scene, subjects: list[Subject], relation: str) -> Scene:
+def _side_by_side(scene: Scene, subjects: list[Subject], relation: str | None) -> Scene:
     subjects = [replace(subject, size="small", column=column, row=row)
                 for subject, (column, row) in zip(subjects, CORNERS[relation], strict=True)]  # fmt: skip
     return replace(scene, subjects=tuple(subjects), relation=relation, place=None)

@@ -16,7 +16,7 @@ class ChineseTokenizer(Tokenizer):
     """BERT's vocabulary of Chinese characters and word pieces, from a local folder or the Hugging Face hub."""
 
     def __init__(self, path_or_name: str | os.PathLike = "bert-base-chinese"):
-        from transformers import BertTokenizerFast
+        from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
         try:
             self.tokenizer = BertTokenizerFast.from_pretrained(str(path_or_name))

@@ -34,8 +34,9 @@ class SimpleTokenizer(Tokenizer):
 
     def __init__(self, bpe_path: str | os.PathLike | None = None):
         path = CLIP_VOCABULARY if bpe_path is None else bpe_path
-        merges = [tuple(line.split()) for line in _clip_vocabulary(path).split("\n")[1 : _CLIP_MERGES + 1]]
-        if len(merges) < _CLIP_MERGES or any(len(pair) != 2 for pair in merges):
+        lines = [line.split() for line in _clip_vocabulary(path).split("\n")[1 : _CLIP_MERGES + 1]]
+        merges = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
+        if len(merges) < _CLIP_MERGES:
             raise CheckpointError(f"{path} is not CLIP's list of {_CLIP_MERGES} merges")
         letters = _byte_letters()
         tokens = [
@@ -75,7 +76,7 @@ def _byte_letters() -> list[str]:
 def _clean(text: str) -> str:
     """CLIP's clean-up: mends of `ftfy` where that is installed, NFC where not; HTML entities; white space."""
     try:
-        import ftfy
+        import ftfy  # pyright: ignore[reportMissingImports]
 
         text = ftfy.fix_text(text)
     except ImportError:

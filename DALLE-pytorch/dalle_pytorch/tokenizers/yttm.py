@@ -44,7 +44,8 @@ class YttmTokenizer(Tokenizer):
                 # Two merges may spell the same piece and still be two tokens, so pieces cannot stand for ids.
                 self._merges[left, right] = (rank, result)
                 pieces[result] = pieces[left] + pieces[right]
-            self.unknown_id, *_ = special_ids = specials[:4]
+            self._unknown, *_ = special_ids = specials[:4]
+            self.unknown_id = self._unknown
             names = dict(zip(special_ids, ("<UNK>", "<PAD>", "<BOS>", "<EOS>"), strict=True))
             if min(num_characters, num_merges) < 0 or len(self._merges) != num_merges:
                 raise ValueError
@@ -69,9 +70,9 @@ class YttmTokenizer(Tokenizer):
         """The ids of one word: the earliest rule is applied first, from the left, until none applies."""
         ids = [self._space_id]
         for character in word:
-            i = self._ids.get(character, self.unknown_id)
+            i = self._ids.get(character, self._unknown)
             # A run of unknown characters is one token.
-            if i != self.unknown_id or ids[-1] != i:
+            if i != self._unknown or ids[-1] != i:
                 ids.append(i)
         while True:
             rules = [(*self._merges[pair], at) for at, pair in enumerate(pairwise(ids)) if pair in self._merges]
