@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from dalle_pytorch.clip import published as clip_published
 from dalle_pytorch.clip.published import PublishedCLIP
+from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.pretrained import PretrainedModel, load_state
+from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.published.clip import load_clip, load_trainable_clip
 from dalle_pytorch.published.dalle import load_dalle
 from dalle_pytorch.published.load import UnknownFormatError, open_published
@@ -465,14 +467,18 @@ def test_vqgan_within_a_checkpoint(prior, parity, tmp_path):
     assert isinstance(vae, VQGanVAE) and same_weights(vae, VQGanVAE(folder / "last.ckpt"))
 
 
-def test_dvae_within_a_checkpoint(prior, dvae_folder, tmp_path):
+def dvae_state(folder) -> dict[str, torch.Tensor]:
+    """The weights of OpenAI's dVAE as DALLE-pytorch's wrapper has them."""
     halves = {"enc": "encoder.pkl", "dec": "decoder.pkl"}
-    state = {
+    return {
         f"{half}.{key}": value
         for half, name in halves.items()
-        for key, value in module_state(read_torch(dvae_folder / name)).items()
+        for key, value in module_state(read_torch(folder / name)).items()
     }
-    with_vae(prior, tmp_path / "dalle.pt", "OpenAIDiscreteVAE", 128, state)
+
+
+def test_dvae_within_a_checkpoint(prior, dvae_folder, tmp_path):
+    with_vae(prior, tmp_path / "dalle.pt", "OpenAIDiscreteVAE", 128, dvae_state(dvae_folder))
     vae = load_dalle(tmp_path / "dalle.pt").vae
     assert isinstance(vae, OpenAIDiscreteVAE) and same_weights(vae, open_published(dvae_folder))
 
@@ -533,6 +539,102 @@ def test_deepspeed(prior, tmp_path, kind):
         torch.save({"module": weights}, folder / "pytorch_model.bin")
         opened = [open_published(folder / "pytorch_model.bin")]
     assert all(same_weights(dalle, load_dalle(prior)) for dalle in opened)
+
+
+# --------------------------------------------------------------------------------------------------
+# DALLE-pytorch's weights into a model made from its settings, by `load_state_dict`
+
+
+def same_outputs(dalle: DALLE, path) -> None:
+    """Asserts that a prior and its VAE compute what `load_dalle` computes."""
+    reference = load_dalle(path)
+    text = torch.randint(1, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(reference.num_image_tokens, (2, reference.image_seq_len))
+    with torch.no_grad():
+        assert_close(dalle.eval()(text, tokens), reference(text, tokens))
+        assert_close(dalle.vae.decode(tokens), reference.vae.decode(tokens))
+
+
+@pytest.mark.parametrize("case", PRIORS)
+def test_upstream_weights_into_a_new_prior(parity, case):
+    path = parity(f"dalle/{case}") / "dalle.pt"
+    content = torch.load(path, weights_only=True)
+    settings = {"shift_tokens": True, "rotary_emb": True, **content["hparams"]}
+    if case == "dall3_default":  # 16 × 16 tokens, whatever the size of the VAE's images
+        settings["image_fmap_size"] = 16
+    dalle = DALLE(vae=DiscreteVAE(**content["vae_params"]), **settings)
+    result = dalle.load_state_dict(content["weights"])
+    assert not result.missing_keys and not result.unexpected_keys
+    same_outputs(dalle, path)
+
+
+@pytest.mark.parametrize("kind", ["VQGanVAE", "OpenAIDiscreteVAE"])
+def test_upstream_weights_with_another_vae(prior, parity, dvae_folder, tmp_path, kind):
+    path = tmp_path / "dalle.pt"
+    if kind == "VQGanVAE":
+        folder = parity("vqgan/gumbel_f8")
+        vae = VQGanVAE(**VQGanVAE(folder / "last.ckpt", folder / "model.yaml").config)
+        state = {f"model.{key}": value for key, value in read_torch(folder / "last.ckpt")["state_dict"].items()}
+    else:
+        vae = OpenAIDiscreteVAE(**OpenAIDiscreteVAE(dvae_folder / "encoder.pkl").config)
+        state = dvae_state(dvae_folder)
+    with_vae(prior, path, kind, vae.num_tokens, state)
+    content = torch.load(path, weights_only=True)
+    dalle = DALLE(vae=vae, image_fmap_size=4, **content["hparams"])
+    assert not any(dalle.load_state_dict(content["weights"]))
+    same_outputs(dalle, path)
+
+
+def test_upstream_weights_of_a_prior_alone(prior):
+    content = torch.load(prior, weights_only=True)
+    weights = {key: value for key, value in content["weights"].items() if not key.startswith("vae.")}
+    dalle = DALLE(vae=load_dalle(prior).vae, **content["hparams"])
+    dalle.load_state_dict(weights)
+    same_outputs(dalle, prior)
+
+
+def test_random_blocks_stay_under_upstream_weights(prior):
+    content = torch.load(prior, weights_only=True)
+    settings = {**content["hparams"], "attn_types": ("full", "sparse")}
+    dalle = DALLE(vae=DiscreteVAE(**content["vae_params"]), **settings)
+    layout = dalle.transformer.layers[1].attn.fn.pattern.layout.clone()
+    assert not any(dalle.load_state_dict(content["weights"]))
+    assert torch.equal(dalle.transformer.layers[1].attn.fn.pattern.layout, layout)
+    assert torch.equal(dalle.norm.bias, load_dalle(prior).norm.bias)
+
+
+def test_own_names_and_mismatches_in_load_state_dict(prior, parity):
+    content = torch.load(prior, weights_only=True)
+    dalle = DALLE(vae=DiscreteVAE(**content["vae_params"]), **content["hparams"])
+    dalle.load_state_dict(load_dalle(prior).state_dict())
+    same_outputs(dalle, prior)
+    weights = content["weights"]
+    more = weights.pop("to_logits.0.bias")
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "norm\.bias"'):
+        dalle.load_state_dict(weights)
+    assert dalle.load_state_dict(weights, strict=False).missing_keys == ["norm.bias"]
+    weights |= {"to_logits.0.bias": more, "more": more}
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+        dalle.load_state_dict(weights)
+    other = DALLE(vae=dalle.vae, **{**content["hparams"], "dim": 64})
+    with pytest.raises(RuntimeError, match=r"size mismatch for norm\.weight"):
+        other.load_state_dict(weights, strict=False)
+    weights["transformer.pos_emb"] *= 2
+    with pytest.raises(ValueError, match="rotary positions of an unsupported kind"):
+        dalle.load_state_dict(weights)
+
+
+@torch.no_grad()
+def test_upstream_weights_into_a_new_clip(parity):
+    path = parity("dalle/clip_trainable") / "clip.pt"
+    golden = load_file(path.with_name("golden.safetensors"))
+    content = torch.load(path, weights_only=True)
+    for weights in (content["weights"], load_clip(path).state_dict()):
+        clip = CLIP(**content["hparams"])
+        assert not any(clip.load_state_dict(weights))
+        assert_close(clip(golden["text"], golden["image"], golden["text_mask"].bool()), golden["scores"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CLIP(**{**content["hparams"], "dim_latent": 8}).load_state_dict(content["weights"])
 
 
 # --------------------------------------------------------------------------------------------------
