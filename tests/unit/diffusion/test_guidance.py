@@ -113,6 +113,22 @@ def test_gradient_of_a_picture_does_not_depend_on_the_batch():
     assert not torch.allclose(other[0], together[0], atol=1e-3 * together.abs().max())
 
 
+def test_cutouts_are_new_at_every_step_and_an_images_own():
+    denoiser, x = small_denoiser(), torch.randn(2, 3, 32, 32)
+    guidance, seeds = ClipGuidance(ColourClip(), [("red", 1.0)], cutn=4), []
+
+    def clip_loss(images, generators):
+        seeds.append([generator.initial_seed() for generator in generators])
+        return images.mean((1, 2, 3))
+
+    guidance.clip_loss = clip_loss
+    guide = guidance.guide([(0, "a"), (0, "b")])
+    for step in (5, 4, 5):
+        guide(denoiser, x, step)
+    assert seeds[0] == seeds[2]
+    assert len({*seeds[0], *seeds[1]}) == 4
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_pictures_turn_to_the_prompt(sampler):
     denoiser = gaussian_denoiser(mean=0.0, steps="25")

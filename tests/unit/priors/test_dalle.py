@@ -159,6 +159,27 @@ def test_no_position_sees_what_follows(options):
     assert not torch.allclose(logits[:, 16], other[:, 16])
 
 
+def test_padding_at_each_position_is_a_token():
+    dalle = make_dalle()
+    text = torch.tensor([[5, 0, 7, 0, 0, 0]])
+    # <bos>, and after the 30 words of the vocabulary a token for the padding at each of 6 positions.
+    assert dalle.prepare_text(text).tolist() == [[0, 5, 31, 7, 33, 34, 35]]
+
+
+def test_stable_scales_the_gradient_and_the_output():
+    """A tenth of the embeddings' gradient, and an output divided by its largest channel (arXiv:2105.13290)."""
+    dalle = make_dalle(stable=True)
+    dalle.transformer = torch.nn.Module()
+    dalle.transformer.forward = lambda x, cache=None: x
+    emb = torch.rand(2, 5, 32, requires_grad=True)
+    hidden = dalle.hidden(emb)
+    expected = dalle.norm(emb / emb.detach().amax(-1, keepdim=True))
+    torch.testing.assert_close(hidden, expected)
+    weight = torch.randn_like(emb)
+    (gradient,), (plain,) = (torch.autograd.grad((out * weight).sum(), emb) for out in (hidden, expected))
+    torch.testing.assert_close(gradient, plain / 10)
+
+
 def test_mask_makes_padding():
     dalle, (text, tokens) = make_dalle().eval(), make_batch()
     mask = torch.arange(6) < 2

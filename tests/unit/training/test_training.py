@@ -179,6 +179,41 @@ def test_too_many_bad_steps_end_the_run(tmp_path, in_gradient):
         train(Flawed({2, *range(1, 99)}), Numbers(), options(tmp_path, max_bad_steps=3))
 
 
+def gradients_of_steps(monkeypatch):
+    """The length of the whole gradient in every step that an optimizer makes."""
+    lengths, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        lengths.append(float(torch.cat(gradients).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return lengths
+
+
+def test_long_gradients_are_clipped(tmp_path, monkeypatch):
+    lengths = gradients_of_steps(monkeypatch)
+    train(Task(), Numbers(), options(tmp_path, 6, clip_grad_norm=1.2))
+    before = [row["grad_norm"] for row in rows(tmp_path)]
+    assert lengths == pytest.approx([min(length, 1.2) for length in before], rel=1e-4)
+    assert min(before) < 1.2 < max(before)
+
+
+def test_each_step_has_the_schedules_learning_rate(tmp_path):
+    """Adam's first step moves every weight by its learning rate, here half of the full one."""
+
+    class Watched(Task):
+        def forward(self, batch):
+            seen.append(weights(self).clone())
+            return super().forward(batch)
+
+    seen = []
+    train(Watched(), Numbers(), options(tmp_path, 2, learning_rate=0.01, weight_decay=0.0, warmup_steps=2))
+    assert (seen[1] - seen[0]).abs().max().item() == pytest.approx(0.005, rel=1e-3)
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.005, 0.01])
+
+
 # Schedules
 
 

@@ -1,0 +1,440 @@
+"""Breaks the code in a copy of the checkout, one small fault at a time, and reports which faults no test notices.
+
+    python tests/breakages.py                 # all, some ten minutes; `make breakages` does the same
+    python tests/breakages.py --only ema      # those with "ema" in their name
+    python tests/breakages.py --list
+
+A breakage replaces a text, which must occur exactly once in its file, and names the tests that should fail then, as
+`file::test`. The working tree is never changed. First all of these tests run on the unbroken copy and must pass. The
+exit code is 1 if a breakage survives, or is stale: its text or one of its tests is gone.
+
+When code or tests move, mend the entries that are reported as stale. When a fault slips through that a test should
+have noticed, add it here together with the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Imported once: every breakage is tried out in a fork of this process.
+import accelerate  # noqa: F401
+import diffusers  # noqa: F401
+import pytest
+import torch  # noqa: F401
+import transformers  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
+TIMEOUT = 300  # seconds for the tests of a breakage; one that makes them hang is noticed, too
+
+
+class Breakage(NamedTuple):
+    name: str
+    file: str  # from the root, or from DALLE-pytorch/
+    old: str
+    new: str
+    tests: str  # file::test, between blanks
+
+
+CLIP, DALLE = "dalle_pytorch/clip/trainable.py", "dalle_pytorch/priors/dalle.py"
+MASKS, SHIFT, ROTARY = (f"dalle_pytorch/nn/{name}.py" for name in ("masks", "token_shift", "rotary"))
+FILTERS, LOOP = "dalle_pytorch/sampling/filters.py", "dalle_pytorch/sampling/loop.py"
+DISCRETE, VQGAN_TASK = "dalle_pytorch/vae/discrete.py", "dalle_pytorch/training/tasks/vqgan.py"
+CLIP_TASK, PRIOR_TASK = "dalle_pytorch/training/tasks/clip.py", "dalle_pytorch/training/tasks/prior.py"
+OPTIMIZERS, TRAINING = "dalle_pytorch/training/optimizers.py", "dalle_pytorch/training/loop.py"
+LOADING, SAMPLES = "dalle_pytorch/data/loading.py", "dalle_pytorch/data/samples.py"
+DENOISER, SAMPLERS, SCHEDULE = "diffusion/denoiser.py", "diffusion/samplers.py", "diffusion/schedule.py"
+CACHED = "test_sampling::test_cached_logits_equal_the_plain_forward"
+
+BREAKAGES = [
+    # Sampling
+    Breakage("top-p stops a token early", FILTERS, "probabilities.cumsum(dim=-1) - probabilities",
+             "probabilities.cumsum(dim=-1)", "test_sampling::test_top_p_keeps_the_fewest_that_reach_it"),
+    Breakage("top-k does not count over all tokens", FILTERS, "(num_total or size)", "size",
+             "test_sampling::test_top_k_counts_over_all_tokens"),
+    Breakage("temperature without effect", FILTERS, "logits.to(dtype) / temperature", "logits.to(dtype)",
+             "test_sampling::test_draws_follow_the_filtered_distribution"),
+    Breakage("a uniform of 0 draws a removed token", FILTERS, "right=True", "right=False",
+             "test_sampling::test_draws_at_the_ends_of_the_interval"),
+    Breakage("uniforms do not depend on the prompt", "dalle_pytorch/sampling/uniforms.py",
+             'f"{seed}:".encode() + tokens.tobytes()', 'f"{seed}:".encode()',
+             "test_sampling::test_uniforms_belong_to_seed_prompt_candidate_and_place"),
+    Breakage("uniforms of neighbouring candidates overlap", "dalle_pytorch/sampling/uniforms.py",
+             "int(candidate) << 64", "int(candidate)",
+             "test_sampling::test_uniforms_belong_to_seed_prompt_candidate_and_place"),
+    Breakage("classifier-free guidance starts from the condition", LOOP, "return unconditional + (",
+             "return conditional + (", "test_sampling::test_guidance_is_null_plus_scaled_difference"),
+    Breakage("guided by the same text", DALLE, "return torch.zeros_like(text)", "return text",
+             "test_sampling::test_guidance_is_null_plus_scaled_difference"),
+    Breakage("cached steps are a position late", LOOP, "tokens.shape[1] - 1, cache", "tokens.shape[1], cache",
+             "test_sampling::test_cached_sampler_draws_what_the_plain_one_draws"),
+    Breakage("the key-value cache is written at its start", "dalle_pytorch/nn/cache.py",
+             "self.keys[:, :, start : self.length] = keys", "self.keys[:, :, : keys.shape[2]] = keys", CACHED),
+    Breakage("of equal scores the later candidate is kept", "dalle_pytorch/sampling/candidates.py",
+             "-candidate.index, candidate)", "candidate.index, candidate)",
+             "test_generation::test_best_first_and_earlier_of_equals_first"),
+    # The transformer
+    Breakage("attention is not causal", "dalle_pytorch/nn/attention.py", "is_causal = self.causal and",
+             "is_causal = False and", "test_dalle::test_no_position_sees_what_follows"),
+    Breakage("no norm of queries and keys", "dalle_pytorch/nn/attention.py",
+             "self.q_norm(q), self.k_norm(k), v", "q, k, v", "test_layers::test_attention"),
+    Breakage("axial_row without its row", MASKS, "visible = rows_above == 0", "visible = columns_left == 0",
+             "test_dalle::test_patterns"),
+    Breakage("axial_col sees the column before", MASKS, "visible = columns_left == 0", "visible = columns_left == 1",
+             "test_dalle::test_patterns"),
+    Breakage("conv_like of 6 columns", MASKS, "(distance < CONV_KERNEL_SIZE)", "(distance <= CONV_KERNEL_SIZE)",
+             "test_dalle::test_patterns"),
+    Breakage("sparse attention does not see the text", MASKS, " | (key < self.text_len)", "",
+             "test_dalle::test_sparse_pattern"),
+    Breakage("sparse attention without random blocks", MASKS, "[:num_random]] = True", "[:num_random]] = False",
+             "test_dalle::test_sparse_pattern"),
+    Breakage("rotary rows and columns exchanged", ROTARY, "place.repeat_interleave(side)", "place.repeat(side)",
+             "test_layers::test_rotary_angles"),
+    Breakage("rotary angles of image tokens in the text", ROTARY, "8192.0", "0.0", "test_layers::test_rotary_angles"),
+    Breakage("values are not rotated", "dalle_pytorch/nn/attention.py",
+             "qkv = apply_rotary(qkv.flatten(2, 3), rotary).view_as(qkv)",
+             "qkv = torch.cat((apply_rotary(qkv[:, :, :2].flatten(2, 3), rotary).view_as(qkv[:, :, :2]), "
+             "qkv[:, :, 2:]), 2)", "test_layers::test_attention"),
+    Breakage("token shift at the first column", SHIFT, "left = left.masked_fill(first_column[:, None], 0)", "pass",
+             "test_layers::test_token_shift"),
+    Breakage("token shift takes the token before for that above", SHIFT, "(0, 0, side, 0)", "(0, 0, 1, 0)",
+             "test_layers::test_token_shift"),
+    Breakage("token shift of the text", SHIFT, "F.pad(before, (0, 0, 1, -1))", "before",
+             "test_layers::test_token_shift"),
+    Breakage("reversible: the input is not recovered", "dalle_pytorch/nn/reversible.py",
+             "return changed - out.detach(), grad_kept", "return changed, grad_kept",
+             "test_dalle::test_reversible_gradients_equal_the_plain_ones"),
+    Breakage("reversible: a gradient is dropped", "dalle_pytorch/nn/reversible.py", "grad1 = grad1 + grad",
+             "grad1 = grad", "test_dalle::test_reversible_gradients_equal_the_plain_ones"),
+    Breakage("reversible: dropout is drawn anew", "dalle_pytorch/nn/reversible.py",
+             "_set_random_state(ctx.devices, random_state)", "pass",
+             "test_dalle::test_reversible_dropout_is_drawn_once"),
+    Breakage("layer scale does not fall with depth", "dalle_pytorch/nn/transformer.py", "else 1e-5 if layer < 24",
+             "else 0.1 if layer < 24", "test_dalle::test_layer_scale_falls_with_depth"),
+    # The prior
+    Breakage("the image weighs like the text", DALLE, "(loss_text + self.loss_img_weight * loss_image)",
+             "(loss_text + loss_image)", "test_dalle::test_loss_is_that_of_the_masked_logits"),
+    Breakage("all padding is one token", DALLE, "torch.where(text == 0, padding, text)",
+             "torch.where(text == 0, padding[:1], text)", "test_dalle::test_padding_at_each_position_is_a_token"),
+    Breakage("stable leaves the gradient as it is", DALLE, "emb * 0.1 + emb.detach() * 0.9", "emb",
+             "test_dalle::test_stable_scales_the_gradient_and_the_output"),
+    Breakage("the prior ignores null_cond_prob", DALLE, "if null_cond_prob > 0:", "if False:",
+             "test_prior_task::test_dropped_captions_are_empty_ones"),
+    Breakage("training ignores null_cond_prob", PRIOR_TASK, "null_cond_prob=self.null_cond_prob", "null_cond_prob=0",
+             "test_prior_task::test_dropped_captions_are_empty_ones"),
+    Breakage("all captions are dropped or none", DALLE, "torch.rand(len(text), 1, device=text.device) < null",
+             "torch.rand(1, 1, device=text.device) < null", "test_prior_task::test_share_of_captions_is_dropped_whole"),
+    Breakage("training ignores image_noise", PRIOR_TASK, "image_noise=self.image_noise", "image_noise=0",
+             "test_prior_task::test_image_noise_replaces_a_share_of_the_tokens_shown_and_none_of_those_predicted"),
+    Breakage("image_noise is the whole share", DALLE, "image_noise * torch.rand(len(image), 1, device=image.device)",
+             "image_noise",
+             "test_prior_task::test_image_noise_replaces_a_share_of_the_tokens_shown_and_none_of_those_predicted"),
+    Breakage("the subject weighs like the rest", PRIOR_TASK, "weights = 1 + (", "weights = 1 + 0 * (",
+             "test_tasks::test_subject_weighs_more"),
+    # DiscreteVAE
+    Breakage("dVAE: the sign of the divergence", DISCRETE, "loss + self.kl_div_loss_weight * divergence",
+             "loss - self.kl_div_loss_weight * divergence", "test_dalle::test_discrete_vae_losses"),
+    Breakage("dVAE: straight-through is soft", DISCRETE, "hard=self.straight_through", "hard=False",
+             "test_discrete::test_straight_through_decodes_one_code_and_has_the_gradient_of_the_mixture"),
+    Breakage("dVAE: no ReinMax", DISCRETE, "2 * middle - plain / 2", "plain",
+             "test_discrete::test_reinmax_gradient_is_exact_for_a_quadratic_function"),
+    Breakage("dVAE: decoded without its normalization", DISCRETE, "(self.decode(tokens) * self.std + self.mean)",
+             "self.decode(tokens)", "test_discrete::test_decoded_images_are_in_0_1"),
+    Breakage("dVAE: temperature stays", "dalle_pytorch/training/tasks/discrete.py", "math.exp(-exponent)", "1.0",
+             "test_vae_training::test_temperature_falls_as_upstream"),
+    # VQGAN
+    Breakage("VQGAN: no gradient straight through", VQGAN_TASK, "z + (codes - z).detach()", "codes",
+             "test_vqgan_task::test_gradient_goes_straight_through_the_codes"),
+    Breakage("VQGAN: codes do not follow the encodings", VQGAN_TASK, "self.sums.lerp_(sums, 1 - self.codebook_decay)",
+             "pass",
+             "test_vqgan_task::test_codebook_is_the_running_mean_of_the_encodings_that_chose_each_code"),
+    Breakage("VQGAN: dead codes are not revived", VQGAN_TASK, "if dead.any() and", "if False and",
+             "test_vqgan_task::test_code_that_nobody_chooses_is_moved_to_an_encoding_every_20_steps"),
+    Breakage("VQGAN: no commitment", VQGAN_TASK, "self.commitment_weight * commitment", "0 * commitment",
+             "test_vqgan_task::test_loss_is_the_reconstruction_and_the_commitment_by_their_weights"),
+    Breakage("VQGAN: no gradient loss", VQGAN_TASK, "self.gradient_weight * _gradient_error", "0 * _gradient_error",
+             "test_vqgan_task::test_warm_up_trains_a_plain_autoencoder"),
+    Breakage("VQGAN: temperature stays", VQGAN_TASK, "self.starting_temp * (1 - min(1.0, done))", "self.starting_temp",
+             "test_vqgan_task::test_temperature_falls_to_zero_over_70_percent_of_the_steps"),
+    Breakage("VQGAN: the adversary deceives itself", "dalle_pytorch/training/losses.py", "F.relu(1 + drawn)",
+             "F.relu(1 - drawn)", "test_vae_training::test_adversary_trains_both_sides_in_one_pass"),
+    Breakage("VQGAN: nearest code by the dot product", "dalle_pytorch/vae/vqgan.py",
+             "self.proj.bias.copy_(-codes.square().sum(1))", "self.proj.bias.zero_()",
+             "test_vqgan::test_gumbel_projection_tied_to_codebook_finds_the_nearest_code"),
+    # CLIP
+    Breakage("CLIP: the scale is no exponential", CLIP, "scale = self.temperature.exp()", "scale = self.temperature",
+             "test_clip::test_loss_with_and_without_negatives"),
+    Breakage("CLIP: the loss is of texts alone", CLIP,
+             "(F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2",
+             "F.cross_entropy(by_text, labels)", "test_clip::test_loss_with_and_without_negatives"),
+    Breakage("CLIP: negatives are left out", CLIP, "by_image = torch.cat((by_image, others), dim=1)", "pass",
+             "test_clip::test_loss_with_and_without_negatives"),
+    Breakage("CLIP: negatives count fourfold", CLIP_TASK, "others.unflatten(0, (len(images), -1)) if",
+             "others.unflatten(0, (len(images), -1)).repeat(1, 4, 1) if",
+             "test_clip_task::test_loss_counts_every_caption_of_the_batch_and_every_negative_once"),
+    Breakage("CLIP: training's loss is of pictures alone", CLIP_TASK,
+             "(F.cross_entropy(by_text, partner) + F.cross_entropy(by_image, partner)) / 2",
+             "F.cross_entropy(by_image, partner)",
+             "test_clip_task::test_loss_counts_every_caption_of_the_batch_and_every_negative_once"),
+    Breakage("CLIP: no augmentation", CLIP_TASK, "images = self._augment(images.float() / 255)",
+             "images = images.float() / 255", "test_clip_task::test_images_are_changed_unless_told_otherwise"),
+    Breakage("CLIP: no noise", CLIP_TASK, "spread = self.noise *", "spread = 0 *",
+             "test_clip_task::test_images_are_noisy_by_up_to_the_noise"),
+    Breakage("CLIP: no crops", CLIP_TASK, "uniform_(self.smallest_crop, 1)", "fill_(1.0)",
+             "test_clip_task::test_images_are_scaled_and_shifted"),
+    Breakage("CLIP: no blur", CLIP_TASK, "torch.rand(()) < 0.5", "torch.rand(()) < 0",
+             "test_clip_task::test_half_of_the_images_are_blurred"),
+    Breakage("CLIP: patches are not dropped", CLIP, "if self.training and self.patch_dropout > 0", "if False",
+             "test_clip::test_patch_dropout_is_for_training_only"),
+    Breakage("CLIP: patches are dropped when it scores", CLIP, "if self.training and self.patch", "if self.patch",
+             "test_clip::test_patch_dropout_is_for_training_only"),
+    Breakage("CLIP: AttentionPool without its norm", CLIP, "self.to_kv(self.norm(x))", "self.to_kv(x)",
+             "test_attention_pool::test_pool_is_the_attention_of_a_query_over_normalised_tokens"),
+    Breakage("CLIP: padding counts", CLIP, "(out * kept).sum(dim=1) / kept.sum(dim=1)", "out.mean(dim=1)",
+             "test_clip::test_padding_does_not_count"),
+    Breakage("CLIP: processes do not share gradients", CLIP, "torch.distributed.all_reduce(gradient)", "pass",
+             "test_tasks::test_clip_sees_the_batch_of_all_processes"),
+    # Diffusion
+    Breakage("posterior variance of step 0 is zero", SCHEDULE,
+             "torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()",
+             "self.posterior_variance.clamp(min=1e-20).log()", "test_diffusion::test_posterior_is_bayes_rule"),
+    Breakage("respacing keeps the betas", SCHEDULE, "Schedule(1 - visited / before,", "Schedule(self.betas[steps],",
+             "test_diffusion::test_respacing_keeps_the_noise_at_the_steps_it_visits"),
+    Breakage("respaced steps are told by their new number", SCHEDULE, "self.timestep_map[steps]",
+             "torch.arange(len(steps))", "test_denoiser_losses::test_timesteps_are_told_in_thousandths_where_asked"),
+    Breakage("timesteps are not rescaled", DENOISER, "1000 / self.schedule.num_training_steps", "1",
+             "test_denoiser_losses::test_timesteps_are_told_in_thousandths_where_asked"),
+    Breakage("x_0 from eps", DENOISER, "at((1 / alpha_bar - 1).sqrt(), step, x) * eps",
+             "at((1 - alpha_bar).sqrt(), step, x) * eps", "test_diffusion::test_eps_and_x_0_networks_mean_the_same"),
+    Breakage("x_0 is not clipped", DENOISER, "prediction.x_0.clamp(-1, 1)", "prediction.x_0",
+             "test_guidance::test_gradient_is_that_of_the_loss_through_the_network"),
+    Breakage("posterior mean", DENOISER, "of_x_0 = s.betas * s.alphas_cumprod_prev.sqrt()", "of_x_0 = s.betas",
+             "test_diffusion::test_posterior_is_bayes_rule"),
+    Breakage("the residual's guess is too large", DENOISER, "(std / total) ** 2", "std / total",
+             "test_diffusion::test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned"),
+    Breakage("the residual's loss has another scale", DENOISER, "self._residual_spread(x, step).flatten() ** 2",
+             "self._residual_spread(x, step).flatten()",
+             "test_denoiser_losses::test_loss_of_residuals_is_in_units_of_their_spread"),
+    Breakage("the gate is open", DENOISER, "residual.low_res + gate * residual.guess",
+             "residual.low_res + residual.guess",
+             "test_diffusion::test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned"),
+    Breakage("hybrid loss: the scale of the bound", DENOISER, "(self.num_steps / 1000)", "self.num_steps",
+             "test_denoiser_losses::test_hybrid_loss_is_the_error_and_the_bound_over_all_steps_by_a_thousandth"),
+    Breakage("hybrid loss: the bound moves the mean", DENOISER, "fixed = output.detach()", "fixed = output",
+             "test_diffusion::test_variance_is_learned_by_the_bound_and_not_by_way_of_the_mean"),
+    Breakage("the bound is that of one step", DENOISER, "mean, log_variance) * self.num_steps", "mean, log_variance)",
+             "test_denoiser_losses::test_bound_alone_is_that_over_all_steps"),
+    Breakage("timestep weights are left out", "diffusion/tasks.py", "(loss * weights).mean()", "loss.mean()",
+             "test_diffusion_task::test_loss_is_the_mean_weighted_by_how_seldom_each_step_is_drawn"),
+    Breakage("importance weights are 1", "diffusion/tasks.py", "1 / (self.num_steps * probabilities[steps])",
+             "probabilities[steps] * 0 + 1",
+             "test_diffusion_task::test_importance_weights_are_inverse_to_the_probabilities"),
+    Breakage("DDIM: eta counts by its root", SAMPLERS, "variance = eta**2 *", "variance = eta *",
+             "test_samplers::test_ddim_adds_eta_times_the_posteriors_deviation"),
+    Breakage("DDIM: eps keeps its share under noise", SAMPLERS, "(1 - alpha_bar_prev - variance).sqrt()",
+             "(1 - alpha_bar_prev).sqrt()", "test_samplers::test_ddim_adds_eta_times_the_posteriors_deviation"),
+    Breakage("ancestral sampling ends with noise", SAMPLERS, "        if step > 0:\n", "        if True:\n",
+             "test_samplers::test_last_step_has_no_noise"),
+    Breakage("guidance leads away", SAMPLERS, "eps = prediction.eps - at(", "eps = prediction.eps + at(",
+             "test_diffusion::test_guidance_moves_samples_where_the_gradient_points"),
+    Breakage("guidance leads away in ancestral sampling", SAMPLERS, "x + prediction.log_variance.exp() * gradient",
+             "x - prediction.log_variance.exp() * gradient",
+             "test_diffusion::test_guidance_moves_samples_where_the_gradient_points"),
+    Breakage("pure noise is guided", SAMPLERS, "< PURE_NOISE", "< 0", "test_guidance::test_pure_noise_is_not_guided"),
+    Breakage("cutouts ignore the step", "diffusion/guidance.py", '"cutouts", step)', '"cutouts")',
+             "test_guidance::test_cutouts_are_new_at_every_step_and_an_images_own"),
+    Breakage("cutouts ignore the image", "diffusion/guidance.py", 'generator(*identity, "cutouts", step)',
+             'generator("cutouts", step)', "test_guidance::test_gradient_of_a_picture_does_not_depend_on_the_batch"),
+    Breakage("images of a batch share their noise", "diffusion/decoder.py", "[generator(*identity) for",
+             "[generator(seed) for", "test_diffusion::test_a_picture_does_not_depend_on_the_others_of_its_batch"),
+    # Training
+    Breakage("EMA: another decay", "dalle_pytorch/training/ema.py", "get_ema_multi_avg_fn(decay)",
+             "get_ema_multi_avg_fn(0.9)", "test_training::test_average_is_the_exponential_one"),
+    Breakage("EMA: starts from the weights before training", "dalle_pytorch/training/ema.py",
+             "if self.updates == 0:", "if False:", "test_training::test_average_is_the_exponential_one"),
+    Breakage("EMA: not in the native folder", TRAINING, "        average.apply()\n", "        pass\n",
+             "test_training::test_average_is_the_exponential_one"),
+    Breakage("learning rate: warm-up starts at 0", OPTIMIZERS, "(step + 1) / options.warmup_steps",
+             "step / options.warmup_steps", "test_training::test_cosine"),
+    Breakage("learning rate: the cosine ends at 0", OPTIMIZERS, "(0.01 + 0.99 * 0.5 *", "(0.5 *",
+             "test_training::test_cosine"),
+    Breakage("learning rate: exponential every step", OPTIMIZERS, "(since // 100)", "since",
+             "test_training::test_constant_and_exponential"),
+    Breakage("learning rate: the plateau falls to a tenth", OPTIMIZERS, "factor=0.5", "factor=0.1",
+             "test_training::test_plateau_halves_when_the_loss_no_longer_falls"),
+    Breakage("learning rate: constant falls", OPTIMIZERS,
+             "return options.learning_rate * self.factor.param_groups[0][\"lr\"]",
+             "return options.learning_rate / (1 + since)", "test_training::test_constant_and_exponential"),
+    Breakage("learning rate: not set", TRAINING, "_set_learning_rate(optimizers, lr)", "pass",
+             "test_training::test_each_step_has_the_schedules_learning_rate"),
+    Breakage("gradients are not clipped", TRAINING, "accelerator.clip_grad_norm_(model.parameters(), limit)",
+             "accelerator.clip_grad_norm_(model.parameters(), 1e9)", "test_training::test_long_gradients_are_clipped"),
+    Breakage("bad steps are made", TRAINING, "applied = norm is None or math.isfinite(norm)", "applied = True",
+             "test_training::test_bad_step_changes_nothing"),
+    Breakage("bad steps are averaged", TRAINING, "if applied and average is not None", "if average is not None",
+             "test_training::test_average_leaves_bad_steps_out"),
+    Breakage("weight decay on vectors", OPTIMIZERS, '"params": plain, "weight_decay": 0.0',
+             '"params": plain, "weight_decay": options.weight_decay',
+             "test_optimizers::test_vectors_and_numbers_have_no_weight_decay"),
+    Breakage("AdamW's betas", OPTIMIZERS, ", betas=(0.9, 0.98)", "", "test_optimizers::test_constants_of_adamw"),
+    Breakage("Muon on embeddings", OPTIMIZERS, "not in embeddings | heads", "not in heads",
+             "test_optimizers::test_muon_has_the_transformers_matrices_and_nothing_else"),
+    Breakage("Muon on the output layer", OPTIMIZERS, "not in embeddings | heads", "not in embeddings",
+             "test_optimizers::test_muon_has_the_transformers_matrices_and_nothing_else"),
+    Breakage("a resumed run starts the data anew", TRAINING, "first_step=first_batch", "first_step=0",
+             "test_resume::test_another_batch_size_goes_on_with_the_samples_that_are_left"),
+    Breakage("a resumed run has new random numbers", "dalle_pytorch/training/state.py",
+             'set_random_state(own["random"], accelerator.device)', "pass",
+             "test_resume::test_random_numbers_of_every_kind_go_on"),
+    # Data
+    Breakage("every epoch has the same order", LOADING, "default_rng([self.seed, epoch]).permutation",
+             "default_rng([self.seed]).permutation", "test_data::test_every_epoch_is_a_permutation_and_differs"),
+    Breakage("processes read the same samples", LOADING, "range(step * self.batch_size + self.rank,",
+             "range(step * self.batch_size,", "test_data::test_samples_of_a_step_do_not_depend_on_how_it_is_shared"),
+    Breakage("always the first caption", SAMPLES, "else int(generator.integers(len(captions)))", "else 0",
+             "test_data::test_caption_of_several_is_drawn_by_epoch"),
+    Breakage("crops are of the centre", SAMPLES, "left, top = left + across, top + down",
+             "left, top = left + (whole - side) // 2, top + (whole - side) // 2",
+             "test_data::test_random_crop_is_drawn_by_epoch_and_keeps_its_share"),
+    Breakage("crops keep a smaller share", SAMPLES, "math.sqrt(generator.uniform(crop_ratio, 1))",
+             "generator.uniform(crop_ratio, 1)", "test_data::test_random_crop_is_drawn_by_epoch_and_keeps_its_share"),
+    Breakage("training crops of tokens and pictures differ", LOADING, "slice(x * cell, (x + cells) * cell)",
+             "slice(0, cells * cell)", "test_diffusion::test_training_crops_cut_pictures_and_conditions_alike"),
+    # Files
+    Breakage("written without fsync", "dalle_pytorch/files/atomic.py", "os.fsync(file.fileno())", "pass",
+             "test_files::test_failed_write_leaves_the_old_file"),
+    Breakage("written in place", "dalle_pytorch/files/atomic.py", "    temporary.unlink()\n    try:",
+             "    temporary.unlink()\n    temporary = path\n    try:",
+             "test_files::test_failed_write_leaves_the_old_file"),
+    Breakage("the unpickler opens any class", "dalle_pytorch/published/unpickler.py", "raise _Refusal(full[:200])",
+             "return super().find_class(module, name)", "test_foreign::test_nothing_is_run"),
+    Breakage("the unpickler reaches into classes", "dalle_pytorch/published/unpickler.py",
+             'if "." not in name and _INERT', "if _INERT", "test_foreign::test_nothing_is_run"),
+    Breakage("tokens beyond the codebook", "dalle_pytorch/files/tokens.py", "array.max() >= num_tokens:",
+             "array.max() > num_tokens:", "test_files::test_bad_tokens_are_refused"),
+    Breakage("the score is not in the file name", "generate.py", 'f"-{candidate.score:.4f}"', '"-0.0000"',
+             "test_generate::test_scores_are_the_cosine_of_clip"),
+    Breakage("sampling.json is ignored", "generate.py", "if arguments.dalle_path is None and beside.exists()",
+             "if False", "test_generate::test_sampling_settings_of_the_model_are_the_defaults"),
+]  # fmt: skip
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies what git tracks, and what is new and not ignored, as it is now."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, check=True, text=True).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def node_ids(root: Path, breakage: Breakage) -> list[str]:
+    """pytest's names of the breakage's tests. Raises `LookupError` for a file that is not there."""
+    ids = []
+    for test in breakage.tests.split():
+        stem, name = test.split("::")
+        found = list(root.glob(f"tests/**/{stem}.py"))
+        if len(found) != 1 or f"def {name}(" not in found[0].read_text("utf-8"):
+            raise LookupError(f"no test {test}")
+        ids.append(f"{found[0].relative_to(root)}::{name}")
+    return ids
+
+
+def run_tests(root: Path, ids: list[str], timeout: float | None = None) -> int:
+    """pytest's exit code, 1 also if it takes longer than `timeout` seconds. Its output goes to `root`/pytest.log."""
+    process = FORK.Process(target=_run_in_child, args=(root, ids))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return 1
+    return process.exitcode
+
+
+def _run_in_child(root: Path, ids: list[str]) -> None:
+    log = os.open(root / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # The copy's packages in place of those of this checkout, here and in what the tests start.
+    sys.path[:1] = paths = [str(root / "DALLE-pytorch"), str(root)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # Compiled files are told apart by whole seconds and sizes, which a breakage may leave as they were.
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+    os.chdir(root)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *ids])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def broken(root: Path, breakage: Breakage) -> tuple[Path, str, str]:
+    """The file, its text and its text with the breakage. Raises `LookupError` if the old text is not there once."""
+    path = next((root / prefix / breakage.file for prefix in ("", "DALLE-pytorch")
+                 if (root / prefix / breakage.file).is_file()), None)  # fmt: skip
+    if path is None:
+        raise LookupError(f"no file {breakage.file}")
+    text = path.read_text("utf-8")
+    if text.count(breakage.old) != 1:
+        raise LookupError(f"old text found {text.count(breakage.old)} times in {breakage.file}")
+    return path, text, text.replace(breakage.old, breakage.new)
+
+
+def try_out(root: Path, breakage: Breakage) -> str:
+    """`killed`, `survived` or `stale: why`."""
+    try:
+        path, text, changed = broken(root, breakage)
+        ids = node_ids(root, breakage)
+    except LookupError as error:
+        return f"stale: {error}"
+    path.write_text(changed, "utf-8")
+    try:
+        code = run_tests(root, ids, TIMEOUT)
+    finally:
+        path.write_text(text, "utf-8")
+    # Anything but failed tests, such as a file that cannot be imported, says nothing about the tests.
+    return {0: "survived", 1: "killed"}.get(code, f"stale: pytest ended with exit code {code}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="the breakages with this in their name")
+    parser.add_argument("--list", action="store_true", help="name the breakages and run nothing")
+    arguments = parser.parse_args()
+    chosen = [breakage for breakage in BREAKAGES if arguments.only is None or arguments.only in breakage.name]
+    if arguments.list:
+        print("\n".join(f"{breakage.name:<60} {breakage.file}" for breakage in chosen))
+        return 0
+
+    verdicts = []
+    with tempfile.TemporaryDirectory(prefix="breakages-") as name:
+        root = Path(name)
+        copy_checkout(root)
+        ids = set()
+        for breakage in chosen:
+            with contextlib.suppress(LookupError):  # reported below
+                ids.update(node_ids(root, breakage))
+        if run_tests(root, sorted(ids)):
+            print((root / "pytest.log").read_text(), "these tests fail on the code as it is", file=sys.stderr)
+            return 1
+        for breakage in chosen:
+            started = time.monotonic()
+            verdicts.append(try_out(root, breakage))
+            print(f"{breakage.name:<60} {verdicts[-1]:<10} {time.monotonic() - started:5.1f} s", flush=True)
+    count, killed, survived = len(verdicts), verdicts.count("killed"), verdicts.count("survived")
+    print(f"{killed} of {count} breakages killed, {survived} survived, {count - killed - survived} stale")
+    return 0 if killed == count else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
