@@ -1,12 +1,12 @@
-# `make demo` shows the system at work, `make test` runs the tests, `make quality` measures how well the embedded model
-# draws. All set up .venv first, once.
+# `make demo` shows the system at work, `make test` runs the tests, `make breakages` looks for faults that they do not
+# notice, `make quality` measures how well the embedded model draws. All set up .venv first, once.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PROMPT ?= a red seven to the left of a blue star on brick
 
-.PHONY: demo test lint quality clean
+.PHONY: demo test breakages lint quality clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
+
+breakages: $(VENV)/.installed-test
+	$(RUN) tests/breakages.py
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .

@@ -324,8 +324,6 @@ BREAKAGES = [
              "array.max() > num_tokens:", "test_files::test_bad_tokens_are_refused"),
     Breakage("the score is not in the file name", "generate.py", 'f"-{candidate.score:.4f}"', '"-0.0000"',
              "test_generate::test_scores_are_the_cosine_of_clip"),
-    Breakage("sampling.json is ignored", "generate.py", "if arguments.dalle_path is None and beside.exists()",
-             "if False", "test_generate::test_sampling_settings_of_the_model_are_the_defaults"),
 ]  # fmt: skip
 
 
