@@ -18,6 +18,7 @@ _HOME = {
     "VQGanVAE": "published.vaes",
     "OpenAIDiscreteVAE": "published.vaes",
     "load_dalle": "published.dalle",
+    "load_prior": "published.load",
     "load_clip": "published.clip",
     "SimpleTokenizer": "tokenizers.simple",
     "YttmTokenizer": "tokenizers.yttm",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dalle_pytorch.priors.dalle import DALLE
     from dalle_pytorch.published.clip import load_clip
     from dalle_pytorch.published.dalle import load_dalle
+    from dalle_pytorch.published.load import load_prior
     from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
     from dalle_pytorch.tokenizers.hug import HugTokenizer
     from dalle_pytorch.tokenizers.simple import SimpleTokenizer

@@ -118,6 +118,8 @@ def listed(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 def name_value(text: Any) -> tuple[str, str]:
     """NAME=VALUE."""
+    if isinstance(text, tuple):  # parsed before
+        return text
     name, equals, value = str(text).partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {str(text)!r}")

@@ -6,12 +6,13 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.downloads import VQGANS, default_file
 from dalle_pytorch.nn.upstream import State, strip_prefix
 from dalle_pytorch.pretrained import construct, load_state, read_config, resolve_folder
+from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, build, check_agreement, is_file, parsing
 from dalle_pytorch.published.unpickler import read_torch
@@ -19,6 +20,8 @@ from dalle_pytorch.published.vaes import build_openai_dvae, build_vqgan, load_op
 from dalle_pytorch.vae.base import ImageTokenizer
 from dalle_pytorch.vae.discrete import DiscreteVAE
 from dalle_pytorch.vae.vqgan import VQGanVAE
+
+PriorType = TypeVar("PriorType", bound=Prior)
 
 AUXILIARY_NAME = "auxiliary.pt"  # DALLE-pytorch's settings beside DeepSpeed's weights
 CONSOLIDATED_NAME = "pytorch_model.bin"  # output of DeepSpeed's zero_to_fp32.py
@@ -33,11 +36,23 @@ def load_dalle(path: str | os.PathLike, vae: ImageTokenizer | None = None, tamin
 
     `vae` overrides the one that the checkpoint names; `taming` does so with the published VQGAN of as many codes.
     """
-    if not is_file(path) and not (Path(path) / AUXILIARY_NAME).is_file():
-        if vae is None and taming:
-            vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
-        return DALLE.from_pretrained(path, **({} if vae is None else {"vae": vae}))
+    if not is_published_dalle(path):
+        return open_native_prior(DALLE, path, vae, taming)
     return open_dalle(path, _prior_checkpoint(Path(path)), vae, taming)
+
+
+def is_published_dalle(path: str | os.PathLike) -> bool:
+    """Whether this means a file of DALLE-pytorch, or a folder that DeepSpeed wrote for it."""
+    return is_file(path) or (Path(path) / AUXILIARY_NAME).is_file()
+
+
+def open_native_prior(
+    kind: type[PriorType], path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False
+) -> PriorType:
+    """A prior of this class in a native folder or under a hub name; `vae` and `taming` as in `load_dalle`."""
+    if vae is None and taming:
+        vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
+    return kind.from_pretrained(path, **({} if vae is None else {"vae": vae}))
 
 
 def _prior_checkpoint(path: Path) -> dict[str, Any]:

@@ -10,9 +10,17 @@ from typing import Any
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
+from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.published.clip import load_clip, open_clip, open_trainable_clip
 from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, is_file
-from dalle_pytorch.published.dalle import AUXILIARY_NAME, find_auxiliary, load_dalle, open_dalle
+from dalle_pytorch.published.dalle import (
+    AUXILIARY_NAME,
+    find_auxiliary,
+    is_published_dalle,
+    load_dalle,
+    open_dalle,
+    open_native_prior,
+)
 from dalle_pytorch.published.unpickler import ForeignObject, read_torch
 from dalle_pytorch.published.vaes import load_openai_dvae, load_vqgan, open_discrete_vae, open_vqgan
 from dalle_pytorch.vae.base import ImageTokenizer
@@ -73,6 +81,16 @@ def open_published(
     raise UnknownFormatError(f"{path} is not a prior, VAE or CLIP of a known format", keys)
 
 
+def load_prior(path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False) -> Prior:
+    """Opens a prior of any kind, in evaluation mode on the CPU: a native folder, a hub name, or DALLE-pytorch's files.
+
+    `vae` overrides the image tokenizer that it names; `taming` does so with the published VQGAN of as many codes.
+    """
+    if is_published_dalle(path):
+        return load_dalle(path, vae, taming)
+    return open_native_prior(Prior, path, vae, taming)
+
+
 def load_vae(
     path: str | os.PathLike | None = None,
     *,
@@ -86,7 +104,7 @@ def load_vae(
     is a published one: taming's VQGAN with `taming`, else OpenAI's dVAE.
     """
     if path is not None:
-        vae = open_published(path)
+        vae = open_published(path, vqgan_config_path)
         if not isinstance(vae, ImageTokenizer):
             raise CheckpointError(f"{path}: expected a VAE, got a {type(vae).__name__}")
         return vae

@@ -1,0 +1,1 @@
+"""The commands: arguments in, one call of the pipeline, files out. `python -m text_to_image` lists them."""

@@ -1,0 +1,117 @@
+"""The command `generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.settings import Settings, option
+from text_to_image.inputs import read_prompts
+
+
+@dataclass
+class _Prompts(Settings):
+    title: ClassVar[str] = "what to draw"
+    text: str | None = option(None, "the prompt; | separates several")
+    prompts: Path | None = option(None, "a file of prompts, one a line", metavar="FILE")
+
+
+@dataclass
+class _Sampling(Settings):
+    title: ClassVar[str] = "sampling (without these, the model's own settings)"
+    num_images: int = option(16, "candidates per prompt", low=1)
+    batch_size: int = option(32, "candidates sampled at once", low=1)
+    top_k: float | None = option(None, "below 1: the fraction of tokens cut away; a whole number: the tokens kept. "
+                                       "Wins over --top_p", low=0)  # fmt: skip
+    top_p: float | None = option(None, "sample from the most likely tokens of this share", low=0, high=1, above=True)
+    temperature: float | None = option(None, "0 takes the most likely token", low=0)
+    cond_scale: float | None = option(None, "guidance by the prompt; 1 is none", low=0)
+    seed: int = option(0, "candidate i is the same under a seed, however many are sampled")
+    gentxt: bool = option(False, "let the model complete the prompt first")
+    image: Path | None = option(None, "complete this image, of which the top rows are kept", metavar="FILE")
+    num_init_img_tokens: int | None = option(None, "tokens kept of --image (default: 7 rows of 16)", low=0)
+
+
+@dataclass
+class _Output(Settings):
+    title: ClassVar[str] = "output"
+    outputs_dir: Path = option(Path("outputs"), "a folder per prompt is made here")
+    clip_sort: bool = option(False, "rank with CLIP, best first; the score is in the file name")
+    keep: int | None = option(None, "write only the best K", low=1, metavar="K")
+    output_npy: bool = option(False, "write each image's tokens beside it, for upscale.py")
+
+
+@dataclass
+class _Models(Settings):
+    title: ClassVar[str] = "models (without these, the default model)"
+    dalle_path: str | None = option(None, "a native folder or a dalle.pt")
+    vqgan_model_path: str | None = option(None, "a VQGAN in place of the one that the prior names")
+    vqgan_config_path: str | None = option(None, "its model.yaml")
+    taming: bool = option(False, "the published VQGAN in place of the one that the prior names")
+    bpe_path: str | None = option(None, "tokenizer: a .model of YouTokenToMe, or with --hug a tokenizer.json")
+    hug: bool = option(False, "--bpe_path is a tokenizer.json")
+    chinese: bool = option(False, "the BERT Chinese tokenizer")
+    clip_path: str | None = option(None, "the CLIP that ranks: a native folder, an OpenAI file, a hub name")
+    device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+@dataclass
+class GenerateSettings(_Models, _Output, _Sampling, _Prompts):
+    """Stage 1: a prompt becomes ranked candidate images and, with --output_npy, the tokens that upscale.py redraws.
+
+    python generate.py --text 'a red seven on brick|a blue star on wood' --num_images 64 --clip_sort --output_npy
+    """
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.prompts is None):
+            raise UsageError("expected one of --text and --prompts")
+        if self.num_init_img_tokens is not None and self.image is None:
+            raise UsageError("--num_init_img_tokens goes with --image")
+        if self.vqgan_config_path and not self.vqgan_model_path:
+            raise UsageError("--vqgan_config_path goes with --vqgan_model_path")
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Runs the command line; returns the folders written, one a prompt."""
+    settings = GenerateSettings.parse(argv)
+    prompts = read_prompts(settings.text, settings.prompts)
+
+    from text_to_image.commands.progress import ProgressBar
+    from text_to_image.pipeline import TextToImage
+    from text_to_image.results import claim_folder
+
+    pipe = TextToImage.from_pretrained(
+        device=settings.device, prior=settings.dalle_path, vae=settings.vqgan_model_path,
+        vqgan_config_path=settings.vqgan_config_path, taming=settings.taming, tokenizer=settings.bpe_path,
+        hug=settings.hug, chinese=settings.chinese, scorer=settings.clip_path,
+    )  # fmt: skip
+    pipe.model.open("prior", *(["scorer"] if settings.clip_sort else []))
+    sampling = {name: vars(settings)[name] for name in ("top_k", "top_p", "temperature", "cond_scale")}
+    init_image = settings.image and pipe.encode_init_image(settings.image, settings.num_init_img_tokens)
+
+    folders = []
+    for prompt in prompts:
+        if settings.gentxt:
+            prompt = pipe.complete_prompt(prompt, seed=settings.seed, **sampling)
+            print(f"the prompt goes on: {prompt}")
+        if unknown := pipe.model.unknown_words(prompt):
+            words = ", ".join(word[:40] for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
+            print(f"warning: this model has never seen: {words}", file=sys.stderr)
+        folder = claim_folder(settings.outputs_dir, prompt)
+        started = time.monotonic()
+        with ProgressBar(prompt[:40], "token") as bar:
+            result = pipe.generate(
+                prompt, settings.num_images, keep=settings.keep, rank=settings.clip_sort, seed=settings.seed,
+                batch_size=settings.batch_size, init_image=init_image, progress=bar, **sampling,
+            )  # fmt: skip
+        result.write(folder, tokens=settings.output_npy)
+        seconds = time.monotonic() - started
+        best = "" if result[0].score is None else f", best score {result[0].score:.4f}"
+        print(f"{folder}: kept {len(result)} of {settings.num_images} candidates in {seconds:.1f} s{best}")
+        folders.append(folder)
+    return folders

@@ -1,0 +1,158 @@
+"""The command `upscale`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.settings import Settings, name_value, option
+from text_to_image.inputs import find_inputs, read_caption
+
+if TYPE_CHECKING:
+    from diffusion.guidance import ClipGuidance
+    from text_to_image.pipeline import TextToImage
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
+
+
+@dataclass
+class _Input(Settings):
+    title: ClassVar[str] = "what to redraw"
+    input: Path = option(help="a .npy of tokens, a folder of them (0.npy, the best, first), or an image")
+    keep: int | None = option(None, "of a folder, only the first K", low=1, metavar="K")
+
+
+@dataclass
+class _Sampling(Settings):
+    title: ClassVar[str] = "sampling"
+    num_batches: int = option(1, "batches per input", low=1)
+    batch_size: int = option(1, "images per batch: each input is redrawn num_batches × batch_size times", low=1)
+    inputs_per_batch: int = option(4, "inputs whose batches are diffused together, which does not change the images", low=1)
+    steps: str = option("quad25", "diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as "
+                                  "guided-diffusion's, 10,10,5 of three equal parts")  # fmt: skip
+    sampler: str = option("ddim", "one of " + ", ".join(SAMPLERS), choices=SAMPLERS)
+    seed: int = option(0, "an image is the same under a seed, whatever else is drawn")
+    stop_at: int | None = option(None, "end after N steps: early images are smooth", low=1, metavar="N")
+    output_size: int | None = option(None, "final side in pixels (default: the model's, and four times that with "
+                                           "--super_res_path)", low=16, high=8192)  # fmt: skip
+
+
+@dataclass
+class _Guidance(Settings):
+    title: ClassVar[str] = "guidance by CLIP"
+    clip_guidance: bool = option(False, "guide the images towards the prompts")
+    text: str | None = option(None, "prompts, separated by |, each with a weight if wanted, prompt:weight (default: the "
+                                    "folder's caption.txt)")  # fmt: skip
+    image_prompts: str | None = option(None, "images as prompts, likewise")
+    clip_guidance_scale: float | None = option(None, "(default: the default model's own, or 1000 with another)", low=0)
+    tv_scale: float = option(0.0, "smoothness", low=0)
+    range_scale: float = option(0.0, "holds colours in range", low=0)
+    cutn: int = option(16, "cutouts that CLIP sees a step", low=1)
+
+
+@dataclass
+class _Output(Settings):
+    title: ClassVar[str] = "output"
+    outputs_dir: Path | None = option(None, "where the images go (default: beside the input)")
+    save_every: int | None = option(None, "write a preview every N steps", low=1, metavar="N")
+
+
+@dataclass
+class _Models(Settings):
+    title: ClassVar[str] = "models (without these, the default model)"
+    model_path: str | None = option(None, "a native folder, or a .pt of guided-diffusion's")
+    model_size: int | None = option(None, "which published settings a .pt has", choices=(64, 128, 256))
+    unet_flags: list = option([], "guided-diffusion's flags for a .pt, such as num_head_channels=64", kind=name_value,
+                              nargs="+", metavar="NAME=VALUE")  # fmt: skip
+    super_res_path: str | None = option(None, "a super-resolution U-Net that draws the images at --output_size: a .pt "
+                                              "of guided-diffusion's, or a native folder")  # fmt: skip
+    super_res_flags: list = option([], "its flags, likewise", kind=name_value, nargs="+", metavar="NAME=VALUE")
+    super_res_class: int | None = option(None, "the ImageNet class that it is conditioned on, if it is one of those",
+                                         low=0, high=999, metavar="N")  # fmt: skip
+    vae_path: str | None = option(None, "the VAE of the tokens: a native folder, or a VQGAN's .ckpt")
+    vqgan_config_path: str | None = option(None, "its model.yaml")
+    dvae_mode: bool = option(False, "--vae_path is a DiscreteVAE, a vae.pt (which is found out without this too)")
+    clip_path: str | None = option(None, "the CLIP that guides: a native folder, an OpenAI file, a hub name")
+    device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    cpu: bool = option(False, "the same as --device cpu")
+
+
+@dataclass
+class UpscaleSettings(_Models, _Output, _Guidance, _Sampling, _Input):
+    """Stage 2: the diffusion decoder redraws tokens or images, larger and finer.
+
+    python upscale.py --input outputs/a_red_seven_on_brick --clip_guidance
+    """
+
+    def __post_init__(self) -> None:
+        if (self.dvae_mode or self.vqgan_config_path) and not self.vae_path:
+            raise UsageError("--dvae_mode and --vqgan_config_path go with --vae_path")
+        if (self.super_res_flags or self.super_res_class is not None) and not self.super_res_path:
+            raise UsageError("--super_res_flags and --super_res_class go with --super_res_path")
+        if self.text is not None and not self.text.strip():
+            raise UsageError("the prompt is empty; say in a few words what the images show")
+
+
+def guidance(settings: UpscaleSettings, pipe: TextToImage) -> ClipGuidance | None:
+    """Guidance by the prompts, or by an input's caption as it stands where no prompt is given."""
+    from diffusion.guidance import parse_prompts
+
+    if not settings.clip_guidance:
+        if settings.text or settings.image_prompts:
+            print("warning: prompts have no effect without --clip_guidance", file=sys.stderr)
+        return None
+    caption = read_caption(settings.input) if settings.text is None else None
+    if settings.text is None and caption is None and not settings.image_prompts:
+        raise UsageError(f"--clip_guidance needs --text or --image_prompts: {settings.input} has no caption.txt")
+    prompts = parse_prompts((settings.text or "").lower()) if caption is None else caption
+    scales = {name: vars(settings)[name] for name in ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")}
+    return pipe.guidance(prompts, parse_prompts(settings.image_prompts or ""), **scales)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = UpscaleSettings.parse(argv)
+    paths = find_inputs(settings.input, settings.keep)
+    folder = settings.outputs_dir or (settings.input if settings.input.is_dir() else settings.input.parent)
+
+    from dalle_pytorch.files.images import save_image
+    from text_to_image.commands.progress import ProgressBar
+    from text_to_image.pipeline import TextToImage
+    from text_to_image.results import LARGEST_COMPARISON, make_writable, upscaled_names
+
+    pipe = TextToImage.from_pretrained(
+        device="cpu" if settings.cpu else settings.device, decoder=settings.model_path, model_size=settings.model_size,
+        unet_flags=dict(settings.unet_flags), super_resolution=settings.super_res_path,
+        super_res_flags=dict(settings.super_res_flags), super_res_class=settings.super_res_class,
+        vae=settings.vae_path, vqgan_config_path=settings.vqgan_config_path, scorer=settings.clip_path,
+    )  # fmt: skip
+    per_input = settings.num_batches * settings.batch_size
+    names = [upscaled_names(path.stem, per_input) for path in paths]
+
+    def preview(step, images, items) -> None:
+        if step % settings.save_every == 0:
+            for image, (i, number) in zip(images, items, strict=True):
+                save_image(folder / f"{names[i][number]}-step{step:04}.png", image)
+
+    inputs = pipe.read(paths)
+    with ProgressBar("diffusing", "step") as bar:
+        upscaled = pipe.upscale_each(
+            inputs, per_input, batch_size=settings.batch_size * settings.inputs_per_batch, seed=settings.seed,
+            num_inference_steps=settings.steps, sampler=settings.sampler, stop_at=settings.stop_at,
+            output_size=settings.output_size, clip_guidance=guidance(settings, pipe) or False,
+            callback=preview if settings.save_every else None, progress=bar,
+        )  # fmt: skip
+        make_writable(folder)
+        started = time.monotonic()
+        shown = [[] for _ in paths[:LARGEST_COMPARISON]]
+        for image in upscaled:
+            save_image(folder / f"{names[image.input][image.number]}.png", image.pixels)
+            if image.input < len(shown):
+                shown[image.input].append(image.pixels)
+    save_image(folder / "before_after.png", inputs[: len(shown)].with_upscaled(shown).grid())
+    seconds = time.monotonic() - started
+    print(f"{folder}: {len(paths) * per_input} upscaled in {seconds:.1f} s; see before_after.png")

@@ -1,0 +1,262 @@
+"""The networks that turn a prompt into an image, opened together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.devices import pick_device
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.published.clip import load_clip
+from dalle_pytorch.published.common import is_file
+from dalle_pytorch.published.load import load_prior, load_vae
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.tokenizers.load import load_tokenizer
+from dalle_pytorch.vae.base import ImageTokenizer
+from diffusion.decoder import DiffusionDecoder
+from diffusion.published import MODEL_SIZES, load_decoder, load_super_resolution
+from diffusion.super_resolution import SuperResolution
+
+_HERE = Path(__file__).resolve().parent
+#: the embedded model: the one of the checkout, or the copy in an installed package
+DEFAULT_MODEL = next(
+    (folder for folder in (_HERE.parent / "models/default", _HERE / "default_model") if folder.is_dir()),
+    _HERE / "default_model",
+)
+SAMPLING_NAME, WORDS_NAME = "sampling.json", "words.json"
+
+Source = str | os.PathLike
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts in place of those of a model folder: paths, hub names, or the objects themselves.
+
+    Attributes:
+        prior: a native folder, or a `dalle.pt` of DALLE-pytorch.
+        vae: the image tokenizer, in place of the one that an opened prior or decoder names.
+        vqgan_config_path: the `model.yaml` of a VQGAN in `vae`.
+        taming: the published VQGAN that fits the prior, in place of the one that it names.
+        tokenizer: a YouTokenToMe `.model`, a `tokenizer.json`, or CLIP's vocabulary, in place of the prior's own.
+        hug: `tokenizer` is a `tokenizer.json` whatever its name.
+        chinese: the BERT Chinese tokenizer.
+        scorer: the CLIP that ranks and guides: a native folder, OpenAI's file or name, a Hugging Face folder.
+        decoder: a native folder, or guided-diffusion's `.pt`.
+        model_size: which published settings (64, 128, 256) a `.pt` in `decoder` has.
+        unet_flags: guided-diffusion's flags of a `.pt` in `decoder`.
+        super_resolution: a super-resolution U-Net: guided-diffusion's `.pt`, or a native folder.
+        super_res_flags, super_res_class: its flags, and the ImageNet class that it is conditioned on.
+        sampling: how tokens are sampled, in place of the prior's own settings.
+        clip_guidance_scale: the strength of guidance by CLIP.
+    """
+
+    prior: Prior | Source | None = None
+    vae: ImageTokenizer | Source | None = None
+    vqgan_config_path: Source | None = None
+    taming: bool = False
+    tokenizer: Tokenizer | Source | None = None
+    hug: bool = False
+    chinese: bool = False
+    scorer: CLIPModel | Source | None = None
+    decoder: DiffusionDecoder | Source | None = None
+    model_size: int | None = None
+    unet_flags: Mapping[str, Any] = field(default_factory=dict)
+    super_resolution: SuperResolution | Source | None = None
+    super_res_flags: Mapping[str, Any] = field(default_factory=dict)
+    super_res_class: int | None = None
+    sampling: SamplingSettings | None = None
+    clip_guidance_scale: float | None = None
+
+
+class Model:
+    """A prior, a CLIP and a diffusion decoder with what belongs to them. Each is opened when it is first used.
+
+    A folder has them as `dalle`, `vae`, `clip`, `decoder` and `tokenizer.json`, with `sampling.json`, the settings that
+    it is best sampled with, and `words.json`, the words of the captions that it was trained on.
+    """
+
+    def __init__(self, parts: Parts, folder: Path | None = None, device: torch.device | str | None = None):
+        self.parts, self.folder = parts, folder
+        self.device = pick_device(None if device is None else str(device))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Source | None = None, device: torch.device | str | None = None, **parts: Any
+    ) -> Model:
+        """Opens a folder or hub name, with `parts` (see `Parts`) in place of its own.
+
+        Without a name it is the default model, unless a prior or decoder is given: those are not mixed with parts of
+        the default model, whose CLIP has seen nothing but its world. Raises `CheckpointError` for a name that is none.
+        """
+        given = Parts(**parts)
+        if name is not None:
+            folder = resolve_folder(name)
+        else:
+            folder = DEFAULT_MODEL if given.prior is None and given.decoder is None else None
+        return cls(given, folder, device)
+
+    def open(self, *names: str) -> Model:
+        """Opens these parts now, so that what is wrong with them is told before any work is done."""
+        for name in names:
+            getattr(self, name)
+        return self
+
+    # ----------------------------------------------------------------------------------------------
+    # Parts
+
+    @cached_property
+    def prior(self) -> Prior:
+        """The prior, with its image tokenizer and its text tokenizer."""
+        given, parts = self.parts.prior, self.parts
+        if isinstance(given, Prior):
+            prior = given.to(self.device)
+        else:
+            prior = self._frozen(load_prior(self._source(given, "dalle", "prior"), self.vae, parts.taming))
+        if isinstance(parts.tokenizer, Tokenizer):
+            prior.tokenizer = parts.tokenizer
+        elif parts.tokenizer is not None or parts.chinese or prior.tokenizer is None:
+            prior.tokenizer = load_tokenizer(parts.tokenizer, hug=parts.hug, chinese=parts.chinese)
+        return prior
+
+    @cached_property
+    def vae(self) -> ImageTokenizer | None:
+        """The image tokenizer that was given in place of those that the prior and the decoder name."""
+        given = self.parts.vae
+        return given if given is None or isinstance(given, ImageTokenizer) else load_vae(
+            given, vqgan_config_path=self.parts.vqgan_config_path
+        )  # fmt: skip
+
+    @cached_property
+    def scorer(self) -> CLIPModel:
+        """The CLIP that ranks and guides; OpenAI's ViT-B/32 where none is given."""
+        given = self.parts.scorer
+        if given is None or isinstance(given, Source):
+            return self._frozen(load_clip(given or self._bundled("clip")))
+        return given.to(self.device)
+
+    @cached_property
+    def decoder(self) -> DiffusionDecoder:
+        """The diffusion decoder, with its image tokenizer."""
+        given, parts = self.parts.decoder, self.parts
+        if isinstance(given, DiffusionDecoder):
+            return given.to(self.device)
+        path = self._source(given, "decoder", "decoder")
+        if is_file(path):
+            flags = {**MODEL_SIZES.get(parts.model_size, {}), **parts.unet_flags}
+            return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
+        if parts.model_size or parts.unet_flags:
+            raise UsageError(f"model_size and unet_flags go with a .pt of guided-diffusion's, and {path} is a folder")
+        return self._frozen(DiffusionDecoder.from_pretrained(path, **({} if self.vae is None else {"vae": self.vae})))
+
+    @cached_property
+    def super_resolution(self) -> SuperResolution | None:
+        """The U-Net that enlarges the decoder's images, where one is given."""
+        given, parts = self.parts.super_resolution, self.parts
+        if given is None or isinstance(given, SuperResolution):
+            return given and given.to(self.device)
+        return self._frozen(load_super_resolution(given, parts.super_res_class, **parts.super_res_flags))
+
+    # ----------------------------------------------------------------------------------------------
+    # Settings
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How tokens are sampled: as given, as the folder's `sampling.json` says, or as the prior does by itself."""
+        if self.parts.sampling is not None:
+            return self.parts.sampling
+        names = [setting.name for setting in fields(SamplingSettings)]
+        recorded = {} if self.parts.prior else self._recorded
+        own = {name: recorded[name] for name in names if name in recorded}
+        try:
+            return replace(self.prior.sampling, **own)
+        except TypeError as error:
+            raise CheckpointError(f"{self.folder}/{SAMPLING_NAME} does not hold sampling settings: {error}") from None
+
+    @property
+    def clip_guidance_scale(self) -> float | None:
+        """The strength of guidance that the folder's own CLIP is best used with, if it says one."""
+        if self.parts.clip_guidance_scale is not None or self.parts.scorer or self.parts.decoder:
+            return self.parts.clip_guidance_scale
+        return self._recorded.get("clip_guidance_scale")
+
+    @cached_property
+    def words(self) -> frozenset[str] | None:
+        """The words of the captions that the prior was trained on, where they are known."""
+        path = None if self.parts.prior else self._bundled(WORDS_NAME)
+        return None if path is None else frozenset(json.loads(path.read_text("utf-8")))
+
+    @cached_property
+    def _recorded(self) -> dict[str, Any]:
+        path = self._bundled(SAMPLING_NAME)
+        return {} if path is None else read_config(path.parent, SAMPLING_NAME)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words that the prior, or its tokenizer, has never seen."""
+        if self.words is None:
+            return self.prior.tokenizer.unknown_words(prompt)
+        return [word for word in dict.fromkeys(prompt.split()) if word.strip(".,;:!?\"'()") not in self.words]
+
+    # ----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Source, dtype: torch.dtype | None = None) -> None:
+        """Writes the parts that there are as a folder for `from_pretrained`, floating-point weights as `dtype`.
+
+        Super-resolution is left out. Raises `UserError` for a tokenizer that a `tokenizer.json` cannot hold.
+        """
+        folder = Path(folder)
+        has_prior = self._has(self.parts.prior, "dalle")
+        if has_prior:
+            PretrainedModel.save_pretrained(self.prior, folder / "dalle", dtype)
+            self.prior.vae.save_pretrained(folder / "vae", dtype)
+            self.prior.tokenizer.save(folder / "tokenizer.json")
+            settings = {**asdict(self.sampling), "clip_guidance_scale": self.clip_guidance_scale}
+            settings = {name: value for name, value in settings.items() if value is not None}
+            write_text(folder / SAMPLING_NAME, json.dumps(settings) + "\n")
+            if self.words is not None:
+                write_text(folder / WORDS_NAME, json.dumps(sorted(self.words)) + "\n")
+        if self._has(self.parts.decoder, "decoder"):
+            self.decoder.save_pretrained(folder / "decoder", dtype)
+            if not (has_prior and _equal(self.decoder.vae, self.prior.vae)):
+                self.decoder.vae.save_pretrained(folder / "decoder/vae", dtype)
+        if self._has(self.parts.scorer, "clip"):
+            self.scorer.save_pretrained(folder / "clip", dtype)
+            if self.parts.scorer and isinstance(self.scorer, CLIP) and self.scorer.tokenizer is not None:
+                self.scorer.tokenizer.save(folder / "clip/tokenizer.json")  # not the prior's
+
+    def _has(self, given: object, name: str) -> bool:
+        return given is not None or self._bundled(name) is not None
+
+    def _bundled(self, name: str) -> Path | None:
+        """What the folder has under that name."""
+        return self.folder / name if self.folder is not None and (self.folder / name).exists() else None
+
+    def _source(self, given: Any, name: str, part: str) -> Source:
+        source = given or self._bundled(name)
+        if source is None:
+            place = "" if self.folder is None else f" in {self.folder}"
+            raise UsageError(f"this model has no {part}{place}; give one as `{part}`, a folder or a file")
+        return source
+
+    def _frozen(self, module: Module) -> Module:
+        return module.to(self.device).requires_grad_(False)
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules have the same weights."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)

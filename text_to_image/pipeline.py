@@ -1,0 +1,298 @@
+"""The pipeline: from a prompt to ranked images, and on to the diffusion decoder's. Every way to run it goes through here.
+
+    pipe = TextToImage.from_pretrained()
+    result = pipe("a red seven on brick", num_images=64, keep=4, upscale=True, clip_guidance=True, seed=7)
+    result[0].upscaled, result[0].score
+    result.save("outputs")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.images import image_to_tensor, read_image, resize
+from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.sampling.candidates import generate_candidates
+from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.vae.base import ImageTokenizer
+from diffusion.guidance import ClipGuidance
+from diffusion.schedule import spaced_steps
+from text_to_image.inputs import clean_prompt
+from text_to_image.model import Model, Source
+from text_to_image.results import Result, ResultImage
+
+ImageInput = Image.Image | Source  # an image, or the path of one
+Progress = Callable[[int, int], object]  # called with what is done, and with all that is to do
+
+
+class Upscaled(NamedTuple):
+    """An image of the diffusion decoder: of which input it is, which of that input's images, and its pixels
+    (3, h, w) in [0, 1]."""
+
+    input: int
+    number: int
+    pixels: Tensor
+
+
+class TextToImage:
+    """Generates, ranks and upscales images with the parts of a `Model`."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Source | None = None, device: torch.device | str | None = None, **parts: Any
+    ) -> TextToImage:
+        """The pipeline of a folder, a hub name, the default model (None), or of `parts`: `Model.from_pretrained`."""
+        return cls(Model.from_pretrained(name, device, **parts))
+
+    def __call__(
+        self,
+        prompt: str,
+        num_images: int = 16,
+        *,
+        keep: int | None = None,
+        upscale: bool = False,
+        clip_guidance: bool = False,
+        num_inference_steps: str | int = "quad25",
+        seed: int = 0,
+        **options: Any,
+    ) -> Result:
+        """The best `keep` of `num_images` candidates, redrawn by the diffusion decoder with `upscale`.
+
+        `clip_guidance` guides the decoder by the prompt; `options` are those of `generate`.
+        """
+        if clip_guidance and not upscale:
+            raise UsageError("clip_guidance goes with upscale")
+        result = self.generate(prompt, num_images, keep=keep, seed=seed, **options)
+        if not upscale:
+            return result
+        return self.upscale(
+            result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------
+    # Stage 1
+
+    def generate(
+        self,
+        prompt: str,
+        num_images: int = 16,
+        *,
+        keep: int | None = None,
+        rank: bool = True,
+        batch_size: int = 32,
+        seed: int = 0,
+        init_image: ImageInput | Tensor | None = None,
+        num_init_image_tokens: int | None = None,
+        progress: Progress | None = None,
+        **sampling: float | None,
+    ) -> Result:
+        """Samples candidates for a prompt.
+
+        Args:
+            keep: how many of the best are returned, all unless given. Memory grows with these alone.
+            rank: orders the candidates by CLIP's score; without it they are the first ones, in order.
+            batch_size: candidates sampled at once, which does not change them.
+            seed: decides candidate i together with the prompt.
+            init_image: an image to complete, or the (k,) image tokens to begin with.
+            num_init_image_tokens: how many of its tokens are kept, from the top; 7/16 of them unless given.
+            progress: called with the tokens sampled, and with those of all candidates.
+            sampling: `top_k`, `top_p`, `temperature`, `cond_scale`, see `SamplingSettings`; the model's own unless
+                given.
+
+        Raises `UsageError` for an empty prompt and for what is out of range.
+        """
+        prompt, prior = clean_prompt(prompt), self.model.prior
+        init_image_tokens = None if init_image is None else self.encode_init_image(init_image, num_init_image_tokens)
+        sampled = prior.image_seq_len - (0 if init_image_tokens is None else len(init_image_tokens))
+        count = num_images if rank else min(num_images, keep or num_images)
+
+        def on_token(finished: int, tokens: int) -> None:
+            if progress is not None:
+                progress(finished * sampled + tokens * min(batch_size, count - finished), count * sampled)
+
+        candidates = generate_candidates(
+            prior, prompt, count, scorer=self.model.scorer if rank else None, keep=keep, batch_size=batch_size,
+            seed=seed, init_image_tokens=init_image_tokens, settings=self.sampling(**sampling), progress=on_token,
+        )  # fmt: skip
+        return Result([ResultImage(c.index, c.tokens, c.image, c.score) for c in candidates], prompt)
+
+    def complete_prompt(self, prompt: str, *, seed: int = 0, **sampling: float | None) -> str:
+        """The prompt as the prior continues it; `sampling` as in `generate`."""
+        prior, settings = self.model.prior, self.sampling(**sampling)
+        _, (text,) = prior.generate_texts(
+            prior.tokenizer, clean_prompt(prompt), seed=seed, top_k=settings.top_k, top_p=settings.top_p,
+            temperature=settings.temperature,
+        )  # fmt: skip
+        return text
+
+    def sampling(self, **given: float | None) -> SamplingSettings:
+        """The model's sampling settings with those given (not None) in their place; `top_p` replaces `top_k` too."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "top_p" in given:
+            given = {"top_k": None, **given}
+        return replace(self.model.sampling, **given)
+
+    @torch.no_grad()
+    def encode_init_image(self, image: ImageInput | Tensor, count: int | None = None) -> Tensor:
+        """The first `count` image tokens of an image for the prior to complete; 7/16 of all unless given."""
+        prior = self.model.prior
+        if isinstance(image, Tensor):
+            return image
+        count = prior.num_init_tokens(count)
+        return encode_image(prior.vae, image, prior.image_fmap_size)[:count]
+
+    # ----------------------------------------------------------------------------------------------
+    # Stage 2
+
+    def upscale(self, inputs: Any, num_images: int = 1, **options: Any) -> Result:
+        """Redraws inputs by the diffusion decoder; `num_images` for each. What they may be is said at `read`, the
+        options at `upscale_each`."""
+        result = self.read(inputs)
+        upscaled: list[list[Tensor]] = [[] for _ in result]
+        for image in self.upscale_each(result, num_images, **options):
+            upscaled[image.input].append(image.pixels)
+        return result.with_upscaled(upscaled)
+
+    def upscale_each(
+        self,
+        inputs: Any,
+        num_images: int = 1,
+        *,
+        batch_size: int = 4,
+        num_inference_steps: str | int = "quad25",
+        sampler: str = "ddim",
+        seed: int = 0,
+        stop_at: int | None = None,
+        output_size: int | None = None,
+        clip_guidance: bool | ClipGuidance = False,
+        callback: Callable[[int, Tensor, Sequence[tuple[int, int]]], object] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Upscaled]:
+        """Yields the images of `upscale` as they are finished, in order.
+
+        Args:
+            batch_size: images diffused at once, of the same input or of several, which does not change them beyond
+                rounding: noise is fixed by the seed, the tokens, and which of an input's images it is.
+            num_inference_steps: diffusion steps, in any of the ways of `diffusion.schedule.spaced_steps`.
+            sampler: one of `diffusion.samplers.SAMPLERS`.
+            stop_at: ends after so many steps, with the image predicted by then.
+            output_size: side of the images in pixels; the decoder's, or 4 times that with super-resolution.
+            clip_guidance: whether CLIP guides by the prompt of the inputs; or how, see `guidance`.
+            callback: called after each step with its number, from 1, the images (b, 3, h, w) predicted so far, and for
+                each of them the number of its input and which of that input's images it is.
+            progress: called with the steps done, and with those of all images.
+
+        Raises `UsageError` for what is out of range, before anything is drawn.
+        """
+        result, decoder, enlarger = self.read(inputs), self.model.decoder, self.model.super_resolution
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        drawn = decoder.unet.image_size
+        size = output_size or (drawn if enlarger is None else 4 * drawn)
+        if enlarger is not None and size <= drawn:
+            raise UsageError(f"super-resolution enlarges: output_size must be above the decoder's {drawn} pixels")
+        steps = len(spaced_steps(decoder.denoiser.num_steps, num_inference_steps))
+        if stop_at is not None and not 1 <= stop_at <= steps:
+            raise UsageError(f"stop_at must be from 1 to {steps}, the number of steps, not {stop_at}")
+        more = 0 if enlarger is None else len(spaced_steps(enlarger.denoiser.num_steps, num_inference_steps))
+        if clip_guidance is True:
+            if result.prompt is None:
+                raise UsageError("guidance by CLIP needs a prompt, and these inputs have none; give pipe.guidance(…)")
+            clip_guidance = self.guidance(result.prompt)
+        items = [(i, number) for i in range(len(result)) for number in range(num_images)]
+        total, done = len(items) * ((stop_at or steps) + more), 0
+
+        def step(batch: Sequence[tuple[int, int]], number: int = 0, images: Tensor | None = None) -> None:
+            nonlocal done
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+            if callback is not None and images is not None:
+                callback(number, resize(images.cpu(), size), batch)
+
+        def draw() -> Iterator[Upscaled]:
+            for start in range(0, len(items), batch_size):
+                batch = items[start : start + batch_size]
+                tokens = torch.stack([result[i].tokens for i, _ in batch]).to(decoder.device)
+                images = decoder.decode(
+                    tokens, num_inference_steps, sampler, seed, [number for _, number in batch],
+                    guidance=clip_guidance or None, stop_at=stop_at,
+                    callback=lambda number, images, batch=batch: step(batch, number, images),
+                )  # fmt: skip
+                if enlarger is not None:
+                    identities = [(seed, tuple(row), n) for row, (_, n) in zip(tokens.tolist(), batch, strict=True)]
+                    images = enlarger.enlarge(images, size, identities, num_inference_steps, sampler,
+                                              callback=lambda batch=batch: step(batch))  # fmt: skip
+                yield from (Upscaled(*item, pixels) for item, pixels in zip(batch, resize(images.cpu(), size), strict=True))
+
+        return draw()
+
+    def guidance(
+        self,
+        prompts: str | Sequence[tuple[str, float]],
+        image_prompts: Sequence[tuple[ImageInput, float]] = (),
+        *,
+        clip_guidance_scale: float | None = None,
+        **options: float,
+    ) -> ClipGuidance:
+        """Guidance of the decoder by CLIP towards a prompt, or towards weighted prompts and images; `options` are those
+        of `ClipGuidance`. The scale is the model's own unless given."""
+        scale = self.model.clip_guidance_scale if clip_guidance_scale is None else clip_guidance_scale
+        if scale is not None:
+            options["clip_guidance_scale"] = scale
+        images = [(image_to_tensor(_open(image))[0], weight) for image, weight in image_prompts]
+        prompts = [(prompts, 1.0)] if isinstance(prompts, str) else prompts
+        return ClipGuidance(self.model.scorer, prompts, images, **options)
+
+    @torch.no_grad()
+    def read(self, inputs: Any) -> Result:
+        """Inputs of `upscale`: a `Result`, or a list or one of: its images, tokens (side²,), a Pillow image, the path of
+        an image or of a `.npy` of tokens. Raises `UserError` for what does not fit the decoder."""
+        decoder = self.model.decoder
+        vae, side = decoder.vae, decoder.image_fmap_size
+        several = isinstance(inputs, (Result, list, tuple)) or (isinstance(inputs, Tensor) and inputs.ndim == 2)
+        images = []
+        for index, value in enumerate(inputs if several else [inputs]):
+            if isinstance(value, ResultImage):
+                check_tokens(value.tokens, vae.num_tokens, side)
+                images.append(value)
+                continue
+            if isinstance(value, Tensor):
+                tokens = check_tokens(value, vae.num_tokens, side)
+            elif isinstance(value, Source) and Path(value).suffix.lower() == ".npy":
+                tokens = load_tokens(value, vae.num_tokens, side**2)
+            else:
+                tokens = encode_image(vae, value, side).cpu()
+            images.append(ResultImage(index, tokens, vae.decode_image(tokens[None].to(vae.device))[0].cpu()))
+        return Result(images, inputs.prompt if isinstance(inputs, Result) else None)
+
+
+def encode_image(vae: ImageTokenizer, image: ImageInput, side: int) -> Tensor:
+    """The tokens (side²,) of the centre square of an image."""
+    pixels = image_to_tensor(_open(image), side * 2**vae.num_layers)
+    return vae.get_codebook_indices(pixels.to(vae.device))[0]
+
+
+def check_tokens(tokens: Tensor, num_tokens: int, side: int) -> Tensor:
+    """The tokens, if they are a grid (side²,) of codes below `num_tokens`. Raises `UsageError` otherwise."""
+    if tokens.shape != (side**2,) or tokens.min() < 0 or tokens.max() >= num_tokens:
+        raise UsageError(f"expected {side**2} tokens from 0 to {num_tokens - 1}, got tokens of shape "
+                         f"{tuple(tokens.shape)} from {int(tokens.min())} to {int(tokens.max())}")  # fmt: skip
+    return tokens
+
+
+def _open(image: ImageInput) -> Image.Image:
+    return image if isinstance(image, Image.Image) else read_image(image)

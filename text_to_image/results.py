@@ -1,0 +1,144 @@
+"""Results: images with their tokens and scores, in memory, in a notebook and on disk."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import html
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import contact_sheet, resize, save_image, tensor_to_image
+from dalle_pytorch.files.names import safe_name
+from dalle_pytorch.files.tokens import save_tokens
+from text_to_image.inputs import CAPTION_NAME
+
+LARGEST_GRID = 64  # images on grid.png
+LARGEST_COMPARISON = 16  # rows of before_after.png
+
+
+@dataclass(frozen=True)
+class ResultImage:
+    """One image.
+
+    Attributes:
+        index: its number among the candidates of the prompt, or among the inputs of `upscale`.
+        tokens: (side²,) int64, row by row.
+        pixels: (3, h, w) in [0, 1], as the image tokenizer decodes the tokens.
+        score: cosine similarity to the prompt, if it was ranked.
+        upscaled_pixels: what the diffusion decoder made of the tokens, each (3, H, W) in [0, 1].
+    """
+
+    index: int
+    tokens: Tensor
+    pixels: Tensor
+    score: float | None = None
+    upscaled_pixels: tuple[Tensor, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        """The image as the image tokenizer decodes it."""
+        return tensor_to_image(self.pixels)
+
+    @property
+    def upscaled(self) -> Image.Image | None:
+        """The (first) image of the diffusion decoder, None before `upscale`."""
+        return tensor_to_image(self.upscaled_pixels[0]) if self.upscaled_pixels else None
+
+
+class Result(Sequence):
+    """The images of a prompt, best first where they were ranked. A notebook shows them."""
+
+    def __init__(self, images: Sequence[ResultImage], prompt: str | None = None):
+        self.images, self.prompt = list(images), prompt
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index):
+        """An image, or a `Result` of some of them."""
+        found = self.images[index]
+        return Result(found, self.prompt) if isinstance(index, slice) else found
+
+    def with_upscaled(self, pixels: Sequence[Sequence[Tensor]]) -> Result:
+        """The result with these images (3, H, W) of the diffusion decoder, some for each image."""
+        images = [replace(image, upscaled_pixels=tuple(new)) for image, new in zip(self, pixels, strict=True)]
+        return Result(images, self.prompt)
+
+    def grid(self) -> Image.Image:
+        """A contact sheet of the first images, or of what they were before and after `upscale`."""
+        if not any(image.upscaled_pixels for image in self):
+            return contact_sheet([image.pixels for image in self[:LARGEST_GRID]])
+        rows = [[image.pixels, *image.upscaled_pixels] for image in self[:LARGEST_COMPARISON]]
+        size = rows[0][-1].shape[-1]
+        return contact_sheet([resize(cell[None], size)[0] for row in rows for cell in row], columns=len(rows[0]))
+
+    def save(self, outputs_dir: str | os.PathLike = "outputs", tokens: bool = True) -> Path:
+        """Writes the images into a folder of their own below `outputs_dir`, which is returned; see `write`."""
+        folder = claim_folder(Path(outputs_dir), self.prompt or "images")
+        self.write(folder, tokens)
+        return folder
+
+    def write(self, folder: Path, tokens: bool = True) -> None:
+        """Writes `<rank>.png`, with the score in the name, `<rank>.npy` with `tokens`, and `grid.png`; of upscaled
+        images `<rank>-upscaled.png` and `before_after.png`. Removes what an earlier result left under such names."""
+        written = set()
+        for rank, image in enumerate(self):
+            score = "" if image.score is None else f"-{image.score:.4f}"
+            written |= {f"{rank}{score}.png", f"{rank}.npy"} if tokens else {f"{rank}{score}.png"}
+            save_image(folder / f"{rank}{score}.png", image.pixels)
+            if tokens:
+                save_tokens(folder / f"{rank}.npy", image.tokens)
+            for name, pixels in zip(upscaled_names(str(rank), len(image.upscaled_pixels)), image.upscaled_pixels,
+                                    strict=True):  # fmt: skip
+                save_image(folder / f"{name}.png", pixels)
+        save_image(folder / "grid.png", contact_sheet([image.pixels for image in self[:LARGEST_GRID]]))
+        if any(image.upscaled_pixels for image in self):
+            save_image(folder / "before_after.png", self.grid())
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d+(--?\d\.\d+)?\.png|\d+\.npy", path.name) and path.name not in written:
+                path.unlink()
+
+    def _repr_html_(self) -> str:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        scores = ", ".join(f"{image.score:.4f}" for image in self if image.score is not None)
+        caption = html.escape(self.prompt or "") + (f" ({scores})" if scores else "")
+        return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def upscaled_names(stem: str, count: int) -> list[str]:
+    """The names, without suffix, of the images that one input is upscaled to."""
+    return [f"{stem}-upscaled{f'-{number}' if number else ''}" for number in range(count)]
+
+
+def claim_folder(outputs_dir: Path, prompt: str) -> Path:
+    """The folder of a prompt: the one that is already its own, or one that no other prompt has."""
+    name = safe_name(prompt)
+    for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
+        folder = outputs_dir / f"{name}{suffix}"
+        caption = folder / CAPTION_NAME
+        if not folder.exists():
+            write_text(caption, prompt + "\n")
+            return folder
+        if caption.exists() and caption.read_text("utf-8").strip() == prompt:
+            return folder
+    raise UsageError(f"{outputs_dir} has too many folders named {name}")
+
+
+def make_writable(folder: Path) -> Path:
+    """Makes the folder, or fails before the first image has cost its time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
