@@ -133,6 +133,12 @@ class Model:
             prior.tokenizer = load_tokenizer(parts.tokenizer, hug=parts.hug, chinese=parts.chinese)
         return prior
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The prior's text tokenizer."""
+        assert self.prior.tokenizer is not None
+        return self.prior.tokenizer
+
     @cached_property
     def vae(self) -> ImageTokenizer | None:
         """The image tokenizer that was given in place of those that the prior and the decoder name."""
@@ -157,7 +163,7 @@ class Model:
             return given.to(self.device)
         path = self._source(given, "decoder", "decoder")
         if is_file(path):
-            flags = {**MODEL_SIZES.get(parts.model_size, {}), **parts.unet_flags}
+            flags = {**(MODEL_SIZES[parts.model_size] if parts.model_size else {}), **parts.unet_flags}
             return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
         if parts.model_size or parts.unet_flags:
             raise UsageError(f"model_size and unet_flags go with a .pt of guided-diffusion's, and {path} is a folder")
@@ -208,7 +214,7 @@ class Model:
     def unknown_words(self, prompt: str) -> list[str]:
         """The words that the prior, or its tokenizer, has never seen."""
         if self.words is None:
-            return self.prior.tokenizer.unknown_words(prompt)
+            return self.tokenizer.unknown_words(prompt)
         return [word for word in dict.fromkeys(prompt.split()) if word.strip(".,;:!?\"'()") not in self.words]
 
     # ----------------------------------------------------------------------------------------------
@@ -223,7 +229,7 @@ class Model:
         if has_prior:
             PretrainedModel.save_pretrained(self.prior, folder / "dalle", dtype)
             self.prior.vae.save_pretrained(folder / "vae", dtype)
-            self.prior.tokenizer.save(folder / "tokenizer.json")
+            self.tokenizer.save(folder / "tokenizer.json")
             settings = {**asdict(self.sampling), "clip_guidance_scale": self.clip_guidance_scale}
             settings = {name: value for name, value in settings.items() if value is not None}
             write_text(folder / SAMPLING_NAME, json.dumps(settings) + "\n")

@@ -1,14 +1,13 @@
-"""The pipeline: from a prompt to ranked images, and on to the diffusion decoder's. Every way to run it goes through here.
+"""The pipeline: from a prompt to ranked images, and on to the diffusion decoder's. Everything runs through it.
 
-    pipe = TextToImage.from_pretrained()
-    result = pipe("a red seven on brick", num_images=64, keep=4, upscale=True, clip_guidance=True, seed=7)
-    result[0].upscaled, result[0].score
-    result.save("outputs")
+pipe = TextToImage.from_pretrained()
+result = pipe("a red seven on brick", num_images=64, keep=4, upscale=True, clip_guidance=True, seed=7)
+result[0].upscaled, result[0].score
+result.save("outputs")
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +76,7 @@ class TextToImage:
         result = self.generate(prompt, num_images, keep=keep, seed=seed, **options)
         if not upscale:
             return result
-        return self.upscale(
-            result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance
-        )  # fmt: skip
+        return self.upscale(result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance)
 
     # ----------------------------------------------------------------------------------------------
     # Stage 1
@@ -132,7 +129,7 @@ class TextToImage:
         """The prompt as the prior continues it; `sampling` as in `generate`."""
         prior, settings = self.model.prior, self.sampling(**sampling)
         _, (text,) = prior.generate_texts(
-            prior.tokenizer, clean_prompt(prompt), seed=seed, top_k=settings.top_k, top_p=settings.top_p,
+            self.model.tokenizer, clean_prompt(prompt), seed=seed, top_k=settings.top_k, top_p=settings.top_p,
             temperature=settings.temperature,
         )  # fmt: skip
         return text
@@ -236,7 +233,8 @@ class TextToImage:
                     identities = [(seed, tuple(row), n) for row, (_, n) in zip(tokens.tolist(), batch, strict=True)]
                     images = enlarger.enlarge(images, size, identities, num_inference_steps, sampler,
                                               callback=lambda batch=batch: step(batch))  # fmt: skip
-                yield from (Upscaled(*item, pixels) for item, pixels in zip(batch, resize(images.cpu(), size), strict=True))
+                for (i, number), pixels in zip(batch, resize(images.cpu(), size), strict=True):
+                    yield Upscaled(i, number, pixels)
 
         return draw()
 
@@ -246,7 +244,7 @@ class TextToImage:
         image_prompts: Sequence[tuple[ImageInput, float]] = (),
         *,
         clip_guidance_scale: float | None = None,
-        **options: float,
+        **options: Any,
     ) -> ClipGuidance:
         """Guidance of the decoder by CLIP towards a prompt, or towards weighted prompts and images; `options` are those
         of `ClipGuidance`. The scale is the model's own unless given."""
@@ -259,8 +257,8 @@ class TextToImage:
 
     @torch.no_grad()
     def read(self, inputs: Any) -> Result:
-        """Inputs of `upscale`: a `Result`, or a list or one of: its images, tokens (side²,), a Pillow image, the path of
-        an image or of a `.npy` of tokens. Raises `UserError` for what does not fit the decoder."""
+        """Inputs of `upscale`: a `Result`, or one or a list of: its images, tokens (side²,), Pillow images, paths of
+        images or of `.npy` files of tokens. Raises `UserError` for what does not fit the decoder."""
         decoder = self.model.decoder
         vae, side = decoder.vae, decoder.image_fmap_size
         several = isinstance(inputs, (Result, list, tuple)) or (isinstance(inputs, Tensor) and inputs.ndim == 2)

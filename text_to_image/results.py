@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 from PIL import Image
 from torch import Tensor
@@ -55,7 +56,7 @@ class ResultImage:
         return tensor_to_image(self.upscaled_pixels[0]) if self.upscaled_pixels else None
 
 
-class Result(Sequence):
+class Result(Sequence[ResultImage]):
     """The images of a prompt, best first where they were ranked. A notebook shows them."""
 
     def __init__(self, images: Sequence[ResultImage], prompt: str | None = None):
@@ -64,10 +65,12 @@ class Result(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index):
-        """An image, or a `Result` of some of them."""
-        found = self.images[index]
-        return Result(found, self.prompt) if isinstance(index, slice) else found
+    @overload
+    def __getitem__(self, index: int) -> ResultImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> Result: ...
+    def __getitem__(self, index: int | slice) -> ResultImage | Result:
+        return Result(self.images[index], self.prompt) if isinstance(index, slice) else self.images[index]
 
     def with_upscaled(self, pixels: Sequence[Sequence[Tensor]]) -> Result:
         """The result with these images (3, H, W) of the diffusion decoder, some for each image."""

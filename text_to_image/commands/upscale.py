@@ -32,7 +32,8 @@ class _Sampling(Settings):
     title: ClassVar[str] = "sampling"
     num_batches: int = option(1, "batches per input", low=1)
     batch_size: int = option(1, "images per batch: each input is redrawn num_batches × batch_size times", low=1)
-    inputs_per_batch: int = option(4, "inputs whose batches are diffused together, which does not change the images", low=1)
+    inputs_per_batch: int = option(4, "inputs diffused together, which does not change the images; less needs less "
+                                     "memory", low=1)  # fmt: skip
     steps: str = option("quad25", "diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as "
                                   "guided-diffusion's, 10,10,5 of three equal parts")  # fmt: skip
     sampler: str = option("ddim", "one of " + ", ".join(SAMPLERS), choices=SAMPLERS)
@@ -46,8 +47,8 @@ class _Sampling(Settings):
 class _Guidance(Settings):
     title: ClassVar[str] = "guidance by CLIP"
     clip_guidance: bool = option(False, "guide the images towards the prompts")
-    text: str | None = option(None, "prompts, separated by |, each with a weight if wanted, prompt:weight (default: the "
-                                    "folder's caption.txt)")  # fmt: skip
+    text: str | None = option(None, "prompts, separated by |, each with a weight if wanted, prompt:weight "
+                                    "(default: the folder's caption.txt)")  # fmt: skip
     image_prompts: str | None = option(None, "images as prompts, likewise")
     clip_guidance_scale: float | None = option(None, "(default: the default model's own, or 1000 with another)", low=0)
     tv_scale: float = option(0.0, "smoothness", low=0)
