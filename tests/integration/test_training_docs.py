@@ -17,10 +17,13 @@ from helpers import ROOT
 from PIL import Image
 
 from dalle_pytorch.pretrained import PretrainedModel
+from text_to_image.commands.generate import GenerateSettings
+from text_to_image.commands.upscale import UpscaleSettings
 
 PAGE = (ROOT / "docs/training.md").read_text("utf-8")
 SCRIPTS = ("DALLE-pytorch/train_tokenizer.py", "DALLE-pytorch/train_vae.py", "DALLE-pytorch/train_vqgan.py",
            "DALLE-pytorch/train_dalle.py", "DALLE-pytorch/train_clip.py", "diffusion/train.py")  # fmt: skip
+SETTINGS = {"generate.py": GenerateSettings, "upscale.py": UpscaleSettings}
 OF_OTHERS = {"--logdir"}  # options on the page that are TensorBoard's
 
 # The last of an option counts: the commands of the page in a few steps.
@@ -50,6 +53,13 @@ def commands(text: str) -> list[list[str]]:
     return [line[1:] for line in words if line[:1] == ["python"]]
 
 
+def parse(path: str, arguments: list[str]) -> object:
+    """The arguments as the script reads them."""
+    if path in SETTINGS:
+        return SETTINGS[path].parse(arguments)
+    return script(path).parse_arguments(arguments) if hasattr(script(path), "parse_arguments") else None
+
+
 def settings_files(text: str) -> dict[str, str]:
     """The yaml blocks of a page, by the name in the comment that each begins with."""
     return dict(re.findall(r"^```yaml\n# (\S+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
@@ -60,7 +70,7 @@ def options(path: str) -> frozenset[str]:
     """The options that a script's help lists."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        script(path).parse_arguments(["--help"])
+        parse(path, ["--help"])
     return frozenset(re.findall(r"--[\w-]+", text.getvalue()))
 
 
@@ -75,8 +85,7 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
     assert len(found) > 5
     for path, *arguments in found:
         assert (ROOT / path).is_file(), path
-        if hasattr(script(path), "parse_arguments"):
-            script(path).parse_arguments(arguments)
+        parse(path, arguments)
 
 
 def test_settings_of_dalle_pytorch(tmp_path):
