@@ -1,4 +1,4 @@
-"""Stage 2: image tokens to pictures by a diffusion decoder, guided by CLIP if wanted."""
+"""Stage 2: image tokens to images by a diffusion decoder, optionally guided by CLIP."""
 
 from __future__ import annotations
 

@@ -1,78 +1,50 @@
-"""The diffusion decoder: image tokens in, pictures out."""
+"""The diffusion decoder: image tokens to images."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.pretrained import PretrainedModel, companion_path, records_config
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.pretrained import PretrainedModel, companion_path
+from dalle_pytorch.vae.base import ImageTokenizer
+from diffusion.config import DiffusionConfig
 from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClipGuidance
-from diffusion.samplers import SAMPLERS, Noise, generator
-from diffusion.schedule import Schedule
+from diffusion.samplers import Noise, find_sampler, generator
 from diffusion.unet import UNet
 
 
 class DiffusionDecoder(PretrainedModel):
-    """Draws the picture of a grid of image tokens by diffusion, in place of the VAE's own decoder.
+    """Decodes a grid of image tokens by diffusion, in place of the VAE's own decoder.
 
-    The U-Net is told the tokens by their codebook rows, by the picture that the VAE decodes from them, or by both; its
-    configuration says which. The remaining arguments are how it was trained: guided-diffusion's names, and the
-    `residual_std` of `Denoiser`.
-    On disk it is one folder, with its VAE in a folder `vae` inside or beside it. Raises `ValueError` if that does not
-    fit.
+    The U-Net is conditioned on the tokens' codebook rows, on the image that the VAE decodes from them, or on both. The
+    remaining arguments are the fields of `DiffusionConfig`. A native folder has the VAE in a folder `vae` inside or
+    beside it. Raises `UsageError` if the U-Net does not fit the VAE or the diffusion.
     """
 
-    @records_config
-    def __init__(
-        self,
-        unet: UNet | Mapping[str, Any],
-        vae: nn.Module,
-        diffusion_steps: int = 1000,
-        noise_schedule: str = "linear",
-        predict_xstart: bool = False,
-        sigma_small: bool = False,
-        rescale_timesteps: bool = False,
-        residual_std: float | None = None,
-    ):
+    def __init__(self, unet: UNet | Mapping[str, Any], vae: ImageTokenizer, **diffusion: Any):
         super().__init__()
         self.unet = unet if isinstance(unet, UNet) else UNet(**unet)
         self.vae = vae
-        self.denoiser = Denoiser(
-            self.unet,
-            Schedule.named(noise_schedule, diffusion_steps),
-            predict_xstart=predict_xstart,
-            learn_sigma=self.unet.learn_sigma,
-            sigma_small=sigma_small,
-            rescale_timesteps=rescale_timesteps,
-            residual_std=residual_std,
-            gated=self.unet.gated,
-        )
-        settings = self.unet.config
-        if residual_std is not None and not settings["low_res_condition"]:
-            raise ValueError("residuals are of a picture that the U-Net is told: residual_std wants low_res_condition")
-        if not (settings["emb_condition"] or settings["low_res_condition"]):
-            raise ValueError("this U-Net draws pictures of its own, not those of tokens: it is conditioned on none")
-        if settings["emb_condition"]:
-            wanted = settings["emb_input_dims"]
-            channels = vae.embed(torch.zeros(1, 1, dtype=torch.long, device=next(vae.parameters()).device)).shape[1]
-            if channels != wanted:
-                raise ValueError(f"this U-Net takes codes of {wanted} channels, and those of its VAE have {channels}")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings, those of the U-Net among them however it was given."""
-        return {"unet": self.unet.config, **self._settings}
-
-    @config.setter
-    def config(self, settings: dict[str, Any]) -> None:
-        self._settings = {name: value for name, value in settings.items() if name != "unet"}
+        self.settings = DiffusionConfig(**diffusion)
+        self.config = {"unet": self.unet.config, **asdict(self.settings)}
+        self.denoiser = Denoiser.from_config(self.unet, self.settings)
+        network = self.unet.settings
+        if not (network.emb_condition or network.low_res_condition):
+            raise UsageError("this U-Net is not conditioned on tokens: expected emb_condition or low_res_condition")
+        if network.emb_condition and network.emb_input_dims != vae.codebook_dim:
+            raise UsageError(
+                f"this U-Net expects codebook rows of {network.emb_input_dims} channels, got a VAE with "
+                f"{vae.codebook_dim}"
+            )
 
     def own_state_dict(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
@@ -84,64 +56,68 @@ class DiffusionDecoder(PretrainedModel):
         path = companion_path(folder, "vae")
         if path is None:
             raise CheckpointError(f"{folder} has no VAE: there is no folder vae in it or beside it")
-        return {"vae": PretrainedModel.from_pretrained(path)}
+        return {"vae": ImageTokenizer.from_pretrained(path)}
 
     def conditioning(self, tokens: Tensor) -> dict[str, Tensor]:
-        """What the network is told of (b, side²) tokens: `image_embeds` and `low_res`, as far as it wants them."""
+        """The U-Net's conditions for (b, side²) tokens: `image_embeds`, `low_res` or both."""
         conditioning = {}
-        if self.unet.config["emb_condition"]:
+        if self.unet.settings.emb_condition:
             conditioning["image_embeds"] = self.vae.embed(tokens)
-        if self.unet.config["low_res_condition"]:
+        if self.unet.settings.low_res_condition:
             conditioning["low_res"] = self.vae.decode_image(tokens) * 2 - 1
         return conditioning
 
     @property
     def image_fmap_size(self) -> int:
-        """Side of the token grid that a picture of the U-Net's `image_size` is drawn from."""
-        if self.unet.config["emb_condition"]:
-            return self.unet.image_size // self.unet.downscale * self.unet.emb_stride
-        return self.vae.image_size // 2**self.vae.num_layers
+        """Side of the token grid of an image of `unet.image_size` pixels."""
+        if self.unet.settings.emb_condition:
+            return self.unet.image_size // self.unet.downscale * self.unet.settings.emb_stride
+        return self.vae.image_fmap_size
 
     @torch.no_grad()
     def decode(
         self,
         tokens: Tensor,
-        steps: str | int | Iterable[int] = "quad25",
+        num_inference_steps: str | int | Iterable[int] = "quad25",
         sampler: str = "ddim",
         seed: int = 0,
-        images: Sequence[int] | None = None,
+        image_indices: Sequence[int] | None = None,
         guidance: ClipGuidance | None = None,
         stop_at: int | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """(b, side²) int64 tokens → pictures (b, 3, h, w) in [0, 1]. Another grid side makes a picture in proportion.
+        """(b, side²) int64 tokens → images (b, 3, h, w) in [0, 1]; their size is proportional to `side`.
 
-        `steps` is how many diffusion steps to visit, in any of the ways of `spaced_steps`; `sampler` one of `SAMPLERS`.
-        A picture's noise, and its cutouts under `guidance`, are fixed by the seed, its tokens and which of several
-        `images` of them it is (0 unless given), whatever else is in the batch. `stop_at` ends after so many steps, with
-        the picture predicted by then; `callback(done, pictures)` sees that prediction, in [0, 1], after every step.
-        Raises `ValueError` for a sampler or spacing that is not known.
+        Args:
+            num_inference_steps: the diffusion steps to visit, as for `spaced_steps`.
+            sampler: a name in `SAMPLERS`.
+            seed, image_indices: with the tokens they determine an image's noise, and its cutouts under `guidance`,
+                whatever else is in the batch. The indices (0 by default) tell apart images of the same tokens.
+            stop_at: end after this many steps and return the x_0 predicted there.
+            callback: called after every step with the number of steps done and the predicted x_0, in [0, 1].
+
+        Raises `UsageError` for an unknown sampler and for steps that are not in the schedule.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r} is unknown: {', '.join(SAMPLERS)} are there")
-        denoiser = self.denoiser.respaced(steps).conditioned(**self.conditioning(tokens))
+        run_sampler = find_sampler(sampler)
+        denoiser = self.denoiser.respaced(num_inference_steps).conditioned(**self.conditioning(tokens))
         stop_at = denoiser.num_steps if stop_at is None else stop_at
         if not 1 <= stop_at <= denoiser.num_steps:
-            raise ValueError(f"cannot stop at step {stop_at} of {denoiser.num_steps}")
+            raise UsageError(f"cannot stop at step {stop_at} of {denoiser.num_steps}")
 
-        images = [0] * len(tokens) if images is None else images
-        identities = [(seed, tuple(row), image) for row, image in zip(tokens.tolist(), images, strict=True)]
-        size = round(tokens.shape[1] ** 0.5) * self.unet.image_size // self.image_fmap_size
+        indices = [0] * len(tokens) if image_indices is None else image_indices
+        identities = [(seed, tuple(row), index) for row, index in zip(tokens.tolist(), indices, strict=True)]
+        size = math.isqrt(tokens.shape[1]) * self.unet.image_size // self.image_fmap_size
         noise = Noise([generator(*identity) for identity in identities], (3, size, size), tokens.device)
         guide = guidance.guide(identities) if guidance else None
-        run = SAMPLERS[sampler](denoiser, noise(), noise, guide)
-        for done, (_, x, x_0) in enumerate(islice(run, stop_at), 1):
-            pictures = to_unit(x if done == denoiser.num_steps else x_0)
+        images = noise()
+        steps = islice(run_sampler(denoiser, images, noise, guide), stop_at)
+        for done, (_, x, x_0) in enumerate(steps, 1):
+            images = to_unit(x if done == denoiser.num_steps else x_0)
             if callback:
-                callback(done, pictures)
-        return pictures
+                callback(done, images)
+        return images
 
 
-def to_unit(pictures: Tensor) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
     """From [-1, 1] to [0, 1], clipped."""
-    return ((pictures + 1) / 2).clamp(0, 1)
+    return ((images + 1) / 2).clamp(0, 1)

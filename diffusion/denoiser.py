@@ -1,21 +1,24 @@
-"""One meaning for every network: (x, step) → eps, x_0, log-variance."""
+"""One interface for every network: (x, step) → eps, x_0, log-variance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dalle_pytorch.errors import UsageError
+from diffusion.config import DiffusionConfig
 from diffusion.schedule import Schedule, at
+from diffusion.unet import UNet, match_size
 
 
 class Prediction(NamedTuple):
-    """What one evaluation of the network says, each (b, 3, h, w) or, for a fixed variance, broadcastable to it."""
+    """One evaluation of the network, each (b, 3, h, w) or, for a fixed variance, broadcastable to it."""
 
     eps: Tensor
     x_0: Tensor
@@ -23,35 +26,35 @@ class Prediction(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """What surrounds a network of residuals: x_0 is `low_res + gate · guess + spread · network(scaled)`."""
+    """What a network of residuals is combined with: x_0 = low_res + gate · mean + std · network(scaled)."""
 
     scaled: Tensor  # (b, 3, h, w), the noisy residual at unit variance
     low_res: Tensor  # (b, 3, h, w)
-    guess: Tensor  # (b, 3, h, w), the best linear guess of the residual
-    spread: Tensor  # of the residual about it; broadcastable
+    mean: Tensor  # (b, 3, h, w), the best linear estimate of the residual
+    std: Tensor  # of the residual about that estimate; broadcastable
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """A network under a schedule: `denoiser(x, step)` → `Prediction`.
 
-    `network(x, timesteps, **conditioning)` returns eps, or x_0 with `predict_xstart`; with `learn_sigma` twice the
-    channels, the second half saying where between its two bounds the log-variance lies. Without, the variance is fixed:
-    beta, or with `sigma_small` the posterior's. `rescale_timesteps` tells the network steps of a thousand whatever
-    their number.
+    `network(x, timesteps, **conditioning)` returns eps, or x_0 with `predict_xstart`. With `learn_sigma` it has twice
+    the channels, and the second half places the log-variance between its two bounds; otherwise the variance is fixed at
+    beta, or with `sigma_small` at the posterior's. With `rescale_timesteps` the network sees timesteps out of 1000,
+    whatever their number.
 
-    With `residual_std` the network, which is told a picture `low_res`, deals with what that one lacks: how x_0 differs
-    from it, about so large (in pictures of [-1, 1]). It sees this difference under noise, and its answer is added to
-    the best linear guess, both scaled to unit variance as in EDM. So it neither has to learn the picture that it is
-    told nor to pass on, at little noise, what it sees; and fine grain counts for as much as large shapes.
+    With `residual_std` the network, conditioned on an image `low_res`, predicts the difference of x_0 from it, which
+    has about that standard deviation. Its input is this difference under noise, and its output is added to the best
+    linear estimate, both scaled to unit variance as in EDM (Karras et al. 2022). The network then need not reproduce
+    `low_res` nor, at little noise, its input, and fine detail weighs as much as large shapes.
 
-    A `gated` network says by one more channel, the last, how far each pixel's guess is to be believed (a logit). Where
-    nothing lacks, all that is seen is noise, and little noise is the hardest to answer by a network of few channels.
+    A `gated` network has one more output channel, a logit per pixel that scales the linear estimate. Where the residual
+    is zero the input is all noise, which a network of few channels cannot subtract exactly.
 
     `step` is an int for the whole batch or a (b,) int64 tensor, an index of this (respaced) schedule.
     """
 
-    network: nn.Module
+    network: UNet
     schedule: Schedule
     predict_xstart: bool = False
     learn_sigma: bool = False
@@ -59,11 +62,27 @@ class Denoiser:
     rescale_timesteps: bool = False
     residual_std: float | None = None
     gated: bool = False
-    conditioning: Mapping[str, Any] = field(default_factory=dict)
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.gated and self.residual_std is None:
-            raise ValueError("a gated network is one of residuals: it wants residual_std")
+            raise UsageError("a gated network predicts residuals: expected residual_std")
+
+    @classmethod
+    def from_config(cls, unet: UNet, config: DiffusionConfig) -> Denoiser:
+        """A U-Net under the diffusion of its training. Raises `UsageError` if they do not fit."""
+        if config.residual_std is not None and not unet.settings.low_res_condition:
+            raise UsageError("residual_std needs a U-Net with low_res_condition: residuals are of that image")
+        return cls(
+            unet,
+            Schedule.named(config.noise_schedule, config.diffusion_steps),
+            config.predict_xstart,
+            unet.settings.learn_sigma,
+            config.sigma_small,
+            config.rescale_timesteps,
+            config.residual_std,
+            unet.settings.gated,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -71,20 +90,20 @@ class Denoiser:
 
     @property
     def predicts_x_0(self) -> bool:
-        """Whether x_0 comes first, and eps follows from it."""
+        """Whether eps is computed from x_0, and not the reverse."""
         return self.predict_xstart or self.residual_std is not None
 
-    def conditioned(self, **conditioning: Any) -> Denoiser:
+    def conditioned(self, **conditioning: Tensor) -> Denoiser:
         """The same denoiser with these keyword arguments for its network."""
         return replace(self, conditioning={**self.conditioning, **conditioning})
 
     def respaced(self, spacing: str | int | Iterable[int]) -> Denoiser:
-        """The same network visiting fewer steps; see `spaced_steps`."""
+        """The same network with fewer steps; see `spaced_steps`."""
         return replace(self, schedule=self.schedule.respaced(spacing))
 
     def __call__(self, x: Tensor, step: int | Tensor, clip: bool = True) -> Prediction:
-        """One evaluation at (b, 3, h, w) `x`; `clip` as in the method of that name."""
-        output, log_variance = self._evaluate(x, step)
+        """One evaluation at `x` (b, 3, h, w), through `clip` unless told otherwise."""
+        output, log_variance, _ = self._evaluate(x, step)
         if self.predicts_x_0:
             prediction = Prediction(self.eps_from_x_0(x, step, output), output, log_variance)
         else:
@@ -92,54 +111,53 @@ class Denoiser:
         return self.clip(x, step, prediction) if clip else prediction
 
     def clip(self, x: Tensor, step: int | Tensor, prediction: Prediction) -> Prediction:
-        """The prediction with x_0 kept within [-1, 1], and eps in keeping with it."""
+        """The prediction with x_0 clipped to [-1, 1] and the eps that follows from it."""
         x_0 = prediction.x_0.clamp(-1, 1)
         return Prediction(self.eps_from_x_0(x, step, x_0), x_0, prediction.log_variance)
 
     def network_timesteps(self, step: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """What the network is told: (batch,) float32 original steps, rescaled to a thousand if it was trained so."""
+        """The network's timesteps (batch,) float32: steps of the training's schedule, rescaled if it was trained so."""
         original = self.schedule.timestep_map[torch.as_tensor(step, device="cpu")].double()
         if self.rescale_timesteps:
             original = original * (1000 / self.schedule.num_training_steps)
         return original.float().expand(batch).to(device)
 
-    def _evaluate(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction (b, 3, h, w), of x_0 or of eps, and the log-variance."""
-        residual = None if self.residual_std is None else self._residual(x, step)
-        output = self.network(
-            x if residual is None else residual.scaled,
-            self.network_timesteps(step, len(x), x.device),
-            **self.conditioning,
-        )
-        output, gate = (output[:, :-1], output[:, -1:].sigmoid()) if self.gated else (output, 1)
+    def _evaluate(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor, Residual | None]:
+        """The prediction (b, 3, h, w), of x_0 or of eps, the log-variance, and the residual if that is predicted."""
+        residual, conditioning, gate = self._residual(x, step), self.conditioning, 1
+        if residual is not None:
+            conditioning = {**conditioning, "low_res": residual.low_res}
+        timesteps = self.network_timesteps(step, len(x), x.device)
+        output = self.network(x if residual is None else residual.scaled, timesteps, **conditioning)
+        if self.gated:
+            output, gate = output[:, :-1], output[:, -1:].sigmoid()
         output, position = output.chunk(2, dim=1) if self.learn_sigma else (output, None)
         if residual is not None:
-            output = residual.low_res + gate * residual.guess + residual.spread * output
+            output = residual.low_res + gate * residual.mean + residual.std * output
         if position is None:
             table = self.schedule.posterior_log_variance if self.sigma_small else self.schedule.large_log_variance
-            return output, at(table, step, x)
+            return output, at(table, step, x), residual
         low = at(self.schedule.posterior_log_variance, step, x)
         high = at(self.schedule.betas.log(), step, x)
-        return output, low + (high - low) * (position + 1) / 2
+        return output, low + (high - low) * (position + 1) / 2, residual
 
-    def _residual(self, x: Tensor, step: int | Tensor) -> Residual:
-        low_res = F.interpolate(self.conditioning["low_res"], x.shape[-2:], mode="bilinear")
+    def _residual(self, x: Tensor, step: int | Tensor) -> Residual | None:
+        if self.residual_std is None:
+            return None
+        low_res = match_size(self.conditioning["low_res"], x)
         alpha_bar, std = self.schedule.alphas_cumprod, self.residual_std
         noisy = x * at(alpha_bar.rsqrt(), step, x) - low_res
-        total = (1 / alpha_bar - 1 + std**2).sqrt()  # deviation of the noisy residual
+        noise = 1 / alpha_bar - 1  # variance of the noise on the residual
+        total = (noise + std**2).sqrt()  # standard deviation of the noisy residual
         return Residual(
             noisy * at(1 / total, step, x),
             low_res,
             noisy * at((std / total) ** 2, step, x),
-            self._residual_spread(x, step),
+            at((noise * std**2 / (noise + std**2)).sqrt(), step, x),
         )
 
-    def _residual_spread(self, x: Tensor, step: int | Tensor) -> Tensor:
-        variance, noise = self.residual_std**2, 1 / self.schedule.alphas_cumprod - 1
-        return at((noise * variance / (noise + variance)).sqrt(), step, x)
-
     # ----------------------------------------------------------------------------------------------
-    # The same quantities in terms of one another
+    # Conversions
 
     def x_0_from_eps(self, x: Tensor, step: int | Tensor, eps: Tensor) -> Tensor:
         alpha_bar = self.schedule.alphas_cumprod
@@ -157,7 +175,7 @@ class Denoiser:
         return at(of_x_0, step, x) * x_0 + at(of_x, step, x) * x
 
     def q_sample(self, x_0: Tensor, step: int | Tensor, noise: Tensor) -> Tensor:
-        """`x_0` after `step` steps of noise."""
+        """A sample of q(x_t | x_0) with that noise."""
         alpha_bar = self.schedule.alphas_cumprod
         return at(alpha_bar.sqrt(), step, x_0) * x_0 + at((1 - alpha_bar).sqrt(), step, x_0) * noise
 
@@ -165,31 +183,31 @@ class Denoiser:
     # Training
 
     def loss(self, x_0: Tensor, step: Tensor, noise: Tensor, use_kl: bool = False) -> Tensor:
-        """Each picture's training loss, (b,): mean squared error of what the network predicts (eps, x_0, or with
+        """The training loss of each image, (b,): mean squared error of what the network predicts (eps, x_0, or with
         `residual_std` the scaled residual, which has about unit variance at every step).
 
-        With a learned variance the variational bound's term is added, through the variance alone: Improved DDPM's
-        hybrid loss, as guided-diffusion scales it (the bound over all steps, divided by a thousand). With `use_kl` the
-        loss is the bound and nothing else, over all steps.
+        With `learn_sigma` the variational bound is added, with gradients through the variance only: Improved DDPM's
+        hybrid loss, scaled as in guided-diffusion (the bound over all steps, divided by 1000). With `use_kl` the loss
+        is the bound over all steps alone.
         """
         x = self.q_sample(x_0, step, noise)
-        output, log_variance = self._evaluate(x, step)
+        output, log_variance, residual = self._evaluate(x, step)
         if use_kl:
-            predicted = output if self.predicts_x_0 else self.x_0_from_eps(x, step, output)
-            mean = self.posterior_mean(x, step, predicted)
-            return self._bound(x, x_0, step, mean, log_variance) * self.num_steps
+            return self._bound(x, x_0, step, self._mean(x, step, output), log_variance) * self.num_steps
         loss = F.mse_loss(output, x_0 if self.predicts_x_0 else noise, reduction="none").flatten(1).mean(1)
-        if self.residual_std is not None:
-            loss = loss / self._residual_spread(x, step).flatten() ** 2
+        if residual is not None:
+            loss = loss / residual.std.flatten() ** 2
         if self.learn_sigma:
-            fixed = output.detach()
-            predicted = fixed if self.predicts_x_0 else self.x_0_from_eps(x, step, fixed)
-            mean = self.posterior_mean(x, step, predicted)
+            mean = self._mean(x, step, output.detach())
             loss = loss + self._bound(x, x_0, step, mean, log_variance) * (self.num_steps / 1000)
         return loss
 
+    def _mean(self, x: Tensor, step: Tensor, output: Tensor) -> Tensor:
+        x_0 = output if self.predicts_x_0 else self.x_0_from_eps(x, step, output)
+        return self.posterior_mean(x, step, x_0)
+
     def _bound(self, x: Tensor, x_0: Tensor, step: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """A step's term of the variational bound, in bits per dimension, (b,): a KL divergence, or a likelihood."""
+        """The step's term of the variational bound in bits per dimension, (b,): a KL divergence; at step 0 an NLL."""
         true_mean = self.posterior_mean(x, step, x_0)
         true_log_variance = at(self.schedule.posterior_log_variance, step, x)
         kl = 0.5 * (

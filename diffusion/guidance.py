@@ -1,19 +1,19 @@
-"""CLIP guidance: sampling climbs the likeness between the picture predicted so far and prompts, as CLIP sees it.
+"""CLIP guidance: sampling follows the gradient of CLIP's similarity between the predicted image and prompts.
 
-The losses are those of CLIP-guided diffusion (Crowson 2021): CLIP sees random cutouts of the prediction, blended with
-the noisy picture late in the run; their spherical distance to the prompts is the loss, beside a total-variation and a
-range loss.
+The losses are those of CLIP-guided diffusion (Crowson 2021): the spherical distance to the prompts of random cutouts of
+the prediction, blended with the noisy image late in the run, and a total-variation and a range loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.errors import UsageError
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.samplers import Guide, generator
 from diffusion.schedule import at
@@ -32,9 +32,9 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
 
 
 def make_cutouts(image: Tensor, size: int, count: int, power: float, random: torch.Generator) -> Tensor:
-    """`count` random squares of one (3, h, w) picture, averaged down to `size` pixels a side: (count, 3, size, size).
+    """`count` random squares of one (3, h, w) image, averaged down to `size` pixels a side: (count, 3, size, size).
 
-    A cutout's side lies between `size` and the picture's: at u^power of the way for a uniform u, so that a small power
+    A cutout's side lies a fraction u^power of the way from `size` to the image's side, for a uniform u: a small power
     favours large cutouts, and 0 always takes the largest.
     """
     height, width = image.shape[-2:]
@@ -48,12 +48,12 @@ def make_cutouts(image: Tensor, size: int, count: int, power: float, random: tor
 
 
 def spherical_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Half the squared angle between vectors along the last dimension, which are broadcast against each other."""
+    """Half the squared angle between vectors along the last dimension; the other dimensions broadcast."""
     return (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).norm(dim=-1).div(2).arcsin().square().mul(2)
 
 
 def tv_loss(x: Tensor) -> Tensor:
-    """Mean squared difference between neighbouring pixels, (b,): how grainy (b, 3, h, w) pictures are."""
+    """Total variation, (b,): mean squared difference between neighbouring pixels of (b, 3, h, w) images."""
     x = F.pad(x, (0, 1, 0, 1), "replicate")
     across, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
     return (across.square() + down.square()).mean((1, 2, 3))
@@ -65,17 +65,22 @@ def range_loss(x: Tensor) -> Tensor:
 
 
 class ClipGuidance:
-    """Where CLIP wants a picture to go.
+    """Guides a batch of images towards prompts.
 
-    `clip` has `image_size`, `tokenize(texts)`, `encode_text(tokens)` and `encode_image(pictures in [0, 1])`; features
-    need not be normalised. `prompts` are (text, weight), `image_prompts` (picture (3, h, w) in [0, 1], weight); weights
-    are divided by the sum of all, and where one is negative the picture is led away. The scales weigh the three losses,
-    CLIP's over `cutn` cutouts. Raises `ValueError` without a prompt and when the weights cancel out.
+    Args:
+        clip: the model whose similarity is followed.
+        prompts: (text, weight). Weights are divided by the sum of all; images are led away from a negative one.
+        image_prompts: (image (3, h, w) in [0, 1], weight).
+        clip_guidance_scale, tv_scale, range_scale: weights of the three losses.
+        cutn: cutouts per image.
+        cut_pow: see `make_cutouts`.
+
+    Raises `UsageError` without a prompt and when the weights cancel out.
     """
 
     def __init__(
         self,
-        clip: Any,
+        clip: CLIPModel,
         prompts: Sequence[tuple[str, float]] = (),
         image_prompts: Sequence[tuple[Tensor, float]] = (),
         clip_guidance_scale: float = 1000.0,
@@ -88,25 +93,24 @@ class ClipGuidance:
         self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
         self.cutn, self.cut_pow = cutn, cut_pow
         if not prompts and not image_prompts:
-            raise ValueError("CLIP guidance needs a prompt: a text or a picture")
-        device = getattr(clip, "device", "cpu")
-        targets, weights = [], []
+            raise UsageError("CLIP guidance needs a prompt: a text or an image")
+        targets, weights, device = [], [], clip.device
         with torch.no_grad():
             for prompt, weight in prompts:
                 targets.append(clip.encode_text(clip.tokenize([prompt]).to(device)))
                 weights += [weight]
-            for i, (picture, weight) in enumerate(image_prompts):
-                cutouts = make_cutouts(picture.to(device), clip.image_size, cutn, cut_pow, generator("image prompt", i))
+            for i, (image, weight) in enumerate(image_prompts):
+                cutouts = make_cutouts(image.to(device), clip.image_size, cutn, cut_pow, generator("image prompt", i))
                 targets.append(clip.encode_image(cutouts))
                 weights += [weight / cutn] * cutn
         self.targets = torch.cat([target.float() for target in targets])
         total = sum(weights)
         if abs(total) < 1e-3:
-            raise ValueError(f"the weights of the prompts sum to {total:g}; they must not cancel out")
+            raise UsageError(f"the weights of the prompts cancel out: their sum is {total:g}")
         self.weights = torch.tensor(weights, device=self.targets.device) / abs(total)
 
     def guide(self, identities: Sequence[tuple]) -> Guide:
-        """What a sampler wants, for a batch of pictures with these identities, such as (seed, input, image)."""
+        """The `guide` of a sampler, for a batch of images with these identities, such as (seed, input, image)."""
 
         def guide(denoiser: Denoiser, x: Tensor, step: int) -> tuple[Prediction, Tensor]:
             with torch.enable_grad():
@@ -120,19 +124,19 @@ class ClipGuidance:
                     + self.tv_scale * tv_loss(blended)
                     + self.range_scale * range_loss(prediction.x_0)
                 )
-                # Each picture's loss depends on its own pixels alone, so the gradient of the sum is everyone's own.
+                # Each image's loss depends on its own pixels alone, so the sum's gradient is each image's own.
                 gradient = -torch.autograd.grad(loss.sum(), x)[0]
             prediction = Prediction(*(value.detach() for value in prediction))
             return denoiser.clip(x.detach(), step, prediction), gradient
 
         return guide
 
-    def clip_loss(self, pictures: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
-        """Weighted distance of (b, 3, h, w) pictures in [-1, 1] to the prompts, averaged over cutouts: (b,)."""
+    def clip_loss(self, images: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
+        """Weighted distance of (b, 3, h, w) images in [-1, 1] to the prompts, averaged over cutouts: (b,)."""
         cutouts = [
-            make_cutouts(picture, self.clip.image_size, self.cutn, self.cut_pow, random)
-            for picture, random in zip(pictures, randoms, strict=True)
+            make_cutouts(image, self.clip.image_size, self.cutn, self.cut_pow, random)
+            for image, random in zip(images, randoms, strict=True)
         ]
         features = self.clip.encode_image((torch.cat(cutouts) + 1) / 2).float()
         distances = spherical_distance(features[:, None], self.targets)
-        return (distances @ self.weights).view(len(pictures), self.cutn).mean(1)
+        return (distances @ self.weights).view(len(images), self.cutn).mean(1)

@@ -1,9 +1,8 @@
-"""From noise to pictures: each sampler is a few lines over a `Denoiser` that visits the wanted steps.
+"""Samplers: each is a few lines over a `Denoiser` that is respaced to the steps to visit.
 
 A sampler takes `x` (b, 3, h, w), standard normal noise, and yields `(step, x, x_0)` after every step, from the
-noisiest, `num_steps - 1`, down to 0: the picture so far, and the finished one that the network predicts. The last `x`
-is the result. `guide(denoiser, x, step)`, if given, makes the predictions, each with the gradient of a log-density that
-the sampling is to climb.
+noisiest, `num_steps - 1`, down to 0: the next sample and the predicted x_0. The last `x` is the result.
+`guide(denoiser, x, step)`, if given, makes the predictions, each with the gradient of a log-density to follow.
 """
 
 from __future__ import annotations
@@ -15,28 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dalle_pytorch.errors import UsageError
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.schedule import at
 
 Guide = Callable[[Denoiser, Tensor, int], tuple[Prediction, Tensor]]
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 
-PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule begins at 4e-5 and is guided from its first step
+PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule starts at 4e-5 and is guided from its first step
 
 # --------------------------------------------------------------------------------------------------
-# Noise that belongs to the picture
+# Noise
 
 
 def generator(*identity: object) -> torch.Generator:
-    """A CPU generator of random numbers, seeded with a hash of what it is for, such as (seed, input, image)."""
+    """A CPU random number generator, seeded with a hash of its purpose, such as (seed, input, image)."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Noise:
-    """Standard normal noise for a batch, every picture's from a generator of its own.
+    """Standard normal noise for a batch, each image's from its own generator.
 
-    So a picture does not depend on which others are drawn beside it. Each call goes on where the last one stopped.
+    An image therefore does not depend on the others in its batch. Each call continues the random sequence.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str = "cpu"):
@@ -52,7 +52,7 @@ class Noise:
 
 
 def sample_ancestral(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None) -> Steps:
-    """DDPM's sampling (Ho et al. 2020). Guidance shifts the mean by variance × gradient (Dhariwal & Nichol 2021)."""
+    """DDPM (Ho et al. 2020). Guidance shifts the mean by variance × gradient (Dhariwal & Nichol 2021)."""
     for step in reversed(range(denoiser.num_steps)):
         prediction, gradient = guide(denoiser, x, step) if guide else (denoiser(x, step), None)
         x = denoiser.posterior_mean(x, step, prediction.x_0)
@@ -66,7 +66,7 @@ def sample_ancestral(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor],
 def sample_ddim(
     denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None, eta: float = 0.0
 ) -> Steps:
-    """DDIM (Song et al. 2021, equation 12): with `eta` 0 no noise after the first, with 1 as much as DDPM."""
+    """DDIM (Song et al. 2021, equation 12): no noise after the first with `eta` 0, as much as DDPM with 1."""
     alpha_bar, alpha_bar_prev = denoiser.schedule.alphas_cumprod, denoiser.schedule.alphas_cumprod_prev
     variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     for step in reversed(range(denoiser.num_steps)):
@@ -80,16 +80,16 @@ def sample_ddim(
 def sample_solver(
     denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None, scheduler_class: str = ""
 ) -> Steps:
-    """A multistep solver of the probability-flow equation, which needs no noise, by its scheduler in diffusers.
+    """A multistep solver of the probability-flow equation, which adds no noise, by its scheduler in diffusers.
 
-    The scheduler is given the betas of the steps visited, so that its steps are exactly ours, and the predicted x_0, so
-    that what a network predicts is settled in one place.
+    The scheduler takes the betas of the visited steps, so that its steps are exactly ours, and the predicted x_0, so
+    that the parametrisation of the network stays in `Denoiser`.
     """
-    import diffusers
+    import diffusers  # here: it takes seconds, and the other samplers do without
 
     scheduler = getattr(diffusers, scheduler_class)(
         num_train_timesteps=denoiser.num_steps,
-        # In its single precision a beta nearer to 1 is 1, and the noise level infinite.
+        # In the scheduler's single precision a larger beta is 1, and the noise level infinite.
         trained_betas=denoiser.schedule.betas.clamp(max=1 - 1e-6).tolist(),
         prediction_type="sample",
         timestep_spacing="trailing",
@@ -102,10 +102,10 @@ def sample_solver(
 
 
 def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tuple[Tensor, Tensor]:
-    """eps and x_0 where there is no mean to shift: the score, -eps / sqrt(1 - alpha-bar), gains guidance's gradient.
+    """eps and x_0 for samplers without a mean: the gradient is added to the score, -eps / sqrt(1 - alpha-bar).
 
-    Not at a step of pure noise: x_0 is shifted by (1 - alpha-bar) / sqrt(alpha-bar) times the gradient, which is 20,000
-    times where a cosine schedule begins, and nothing that x says there of the picture is worth that.
+    Steps of pure noise are not guided: x_0 moves by (1 - alpha-bar) / sqrt(alpha-bar) times the gradient, which is a
+    factor of 20,000 at the start of a cosine schedule, where x does not show the image yet.
     """
     if guide is None or denoiser.schedule.alphas_cumprod[step] < PURE_NOISE:
         prediction = denoiser(x, step)
@@ -121,3 +121,10 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
     "dpm++": partial(sample_solver, scheduler_class="DPMSolverMultistepScheduler"),  # Lu et al. 2022
     "unipc": partial(sample_solver, scheduler_class="UniPCMultistepScheduler"),  # Zhao et al. 2023
 }
+
+
+def find_sampler(name: str) -> Callable[..., Steps]:
+    """The sampler of that name. Raises `UsageError` if there is none."""
+    if name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -1,4 +1,4 @@
-"""Noise schedules, and the steps that a shorter run visits."""
+"""Noise schedules, and the steps that sampling visits."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dalle_pytorch.errors import UsageError
+
 
 def named_betas(name: str, num_steps: int) -> Tensor:
     """The betas of the "linear" or "cosine" schedule over `num_steps` steps, (num_steps,) float64.
 
-    Raises `ValueError` for an unknown schedule, and for a linear one so short that its last step would leave nothing of
-    the picture to predict it from.
+    Raises `UsageError` for an unknown schedule, and for a linear one so short that its last beta would reach 1.
     """
     if name == "linear":
         if num_steps <= 20:
-            raise ValueError(f"a linear schedule has more than 20 steps, and {num_steps} are not")
-        # DDPM's 1e-4 to 0.02 over 1000 steps, scaled so that the end is as noisy at any number.
+            raise UsageError(f"a linear schedule needs more than 20 steps, got {num_steps}")
+        # DDPM's 1e-4 to 0.02 over 1000 steps, scaled so that the end is as noisy for any number of steps.
         scale = 1000 / num_steps
         return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
     if name == "cosine":
         edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"noise schedule {name!r} is unknown: linear and cosine are there")
+    raise UsageError(f"unknown noise schedule {name!r}: expected linear or cosine")
 
 
 def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int]:
-    """Which of `num_steps` steps a shorter run visits, ascending.
+    """The steps out of `num_steps` that a shorter run visits, ascending.
 
-    `spacing` as in guided-diffusion: "ddimN" takes N steps at a fixed stride from 0; "N" takes N steps spread evenly,
-    the first and the last among them; "a,b,c" divides the steps into equal sections and takes a, b and c of them so.
-    "quadN" takes N steps that grow like squares (Song et al. 2021): most of them where fine detail is decided.
-    Raises `ValueError` where there are not enough steps.
+    `spacing` as in guided-diffusion: "ddimN" is N steps at a fixed stride from 0; N or "N" is N evenly spaced steps,
+    the first and the last included; "a,b,c" divides the steps into equal sections with a, b and c such steps. "quadN"
+    is N steps that grow quadratically (Song et al. 2021), most of them where fine detail is decided.
+    Raises `UsageError` if there are not enough steps.
     """
     if isinstance(spacing, str) and spacing.startswith("ddim"):
-        wanted = _count(spacing.removeprefix("ddim"), spacing)
+        count = _count(spacing.removeprefix("ddim"), spacing)
         for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == wanted:
+            if len(range(0, num_steps, stride)) == count:
                 return list(range(0, num_steps, stride))
-        raise ValueError(f"no whole stride takes {wanted} of {num_steps} steps; '{wanted}' spaces them without one")
+        raise UsageError(f"no integer stride visits {count} of {num_steps} steps; '{count}' spaces them evenly")
     if isinstance(spacing, str) and spacing.startswith("quad"):
         return _quadratic_steps(num_steps, _count(spacing.removeprefix("quad"), spacing))
     if isinstance(spacing, str):
@@ -56,7 +57,7 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
         size = num_steps // len(counts) + (section < num_steps % len(counts))
         _check_count(count, size)
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        # Added up, not multiplied: rounding then falls where guided-diffusion's does.
+        # Summed, not multiplied, to round as guided-diffusion does.
         position = 0.0
         for _ in range(count):
             steps.append(start + round(position))
@@ -69,28 +70,28 @@ def _quadratic_steps(num_steps: int, count: int) -> list[int]:
     _check_count(count, num_steps)
     steps = [0]
     for i in range(1, count):
-        # Where squares grow by less than one, the next step.
+        # The next step where the squares grow by less than one.
         steps.append(max(steps[-1] + 1, round((num_steps - 1) * (i / (count - 1)) ** 2)))
     return steps
 
 
 def _check_count(count: int, available: int) -> None:
     if not 1 <= count <= available:
-        raise ValueError(f"cannot take {count} of {available} diffusion steps: 1 to {available} is possible")
+        raise UsageError(f"cannot visit {count} of {available} diffusion steps: expected 1 to {available}")
 
 
 def _count(text: str, spacing: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"steps {spacing!r} are not understood; '25', 'quad25', 'ddim25' and '10,10,5' are") from None
+        raise UsageError(f"expected steps as in '25', 'quad25', 'ddim25' or '10,10,5', got {spacing!r}") from None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a diffusion: their betas, and which steps of the training's schedule they are.
+    """The steps of a diffusion: their betas, and their indices in the training's schedule.
 
-    Every table is (num_steps,) float64, on the CPU, indexed by step; step 0 is the least noisy.
+    Every table is (num_steps,) float64 on the CPU; step 0 is the least noisy.
     """
 
     betas: Tensor
@@ -102,7 +103,7 @@ class Schedule:
         return cls(named_betas(name, num_steps), torch.arange(num_steps), num_steps)
 
     def respaced(self, spacing: str | int | Iterable[int]) -> Schedule:
-        """The schedule that visits only some steps (see `spaced_steps`), with betas that make up for the others."""
+        """The schedule of only some steps (see `spaced_steps`), with the same alphas_cumprod at each."""
         steps = torch.tensor(spaced_steps(self.num_steps, spacing))
         visited = self.alphas_cumprod[steps]
         before = torch.cat([torch.ones(1, dtype=torch.float64), visited[:-1]])
@@ -114,7 +115,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """Share of the picture's variance left after each step (alpha-bar)."""
+        """Share of the image's variance left after each step (alpha-bar)."""
         return torch.cumprod(1 - self.betas, dim=0)
 
     @cached_property
@@ -128,21 +129,21 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Tensor:
-        """Its logarithm, with that of step 1 standing in for the minus infinity of step 0."""
+        """Its logarithm, with the value of step 1 at step 0 in place of minus infinity."""
         if self.num_steps == 1:
             return self.betas.log()
         return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
 
     @cached_property
     def large_log_variance(self) -> Tensor:
-        """Logarithm of the larger fixed variance, beta, with the posterior's at step 0 (a better likelihood there)."""
+        """Logarithm of the larger fixed variance, beta, with the posterior's at step 0 for a better likelihood."""
         return torch.cat([self.posterior_log_variance[:1], self.betas[1:].log()])
 
 
 def at(table: Tensor, step: int | Tensor, x: Tensor) -> Tensor:
-    """A float64 table's values at `step` in `x`'s type: (b, 1, 1, 1) beside `x` for a (b,) tensor.
+    """Values of a float64 table at `step`, in the dtype of `x`: (b, 1, 1, 1) on its device for a (b,) `step`.
 
-    For an int it is a number, (), which stays on the CPU: it goes with tensors on any device, without being sent there.
+    For an int it is a scalar on the CPU, which combines with tensors on any device without a copy.
     """
     if isinstance(step, int):
         return table[step].to(x.dtype)

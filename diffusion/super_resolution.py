@@ -1,4 +1,4 @@
-"""Super-resolution: a second diffusion, told a small picture, draws the large one (Nichol & Dhariwal 2021)."""
+"""Super-resolution: a second diffusion, conditioned on a small image, draws the large one (Nichol & Dhariwal 2021)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UsageError
+from diffusion.decoder import to_unit
 from diffusion.denoiser import Denoiser
-from diffusion.samplers import SAMPLERS, Noise, generator
+from diffusion.samplers import Noise, find_sampler, generator
 from diffusion.unet import NUM_CLASSES
 
 
 class SuperResolution(nn.Module):
-    """Enlarges pictures with a `Denoiser` whose U-Net is conditioned on a smaller picture and on nothing else.
+    """Enlarges images with a `Denoiser` whose U-Net is conditioned on a smaller image only.
 
-    guided-diffusion's published ones are also conditioned on a class of ImageNet, 0 to 999: `class_label`.
-    Raises `ValueError` if the U-Net is no such one, or if a class is given and not wanted, or wanted and not given.
+    guided-diffusion's published ones are also conditioned on an ImageNet class, `class_label` 0 to 999.
+    Raises `UsageError` for another kind of U-Net, and if a class is missing or cannot be used.
     """
 
     def __init__(self, denoiser: Denoiser, class_label: int | None = None):
@@ -24,39 +26,40 @@ class SuperResolution(nn.Module):
         self.unet = denoiser.network
         self.denoiser = denoiser
         self.class_label = class_label
-        config = self.unet.config
-        if not config["low_res_condition"] or config["emb_condition"]:
-            raise ValueError("this U-Net is not one for super-resolution: it does not draw from a smaller picture")
-        if config["class_cond"] and class_label is None:
-            raise ValueError("this U-Net wants to be told a class of ImageNet, a number from 0 to 999")
-        if class_label is not None and not (config["class_cond"] and 0 <= class_label < NUM_CLASSES):
-            wanted = "numbers from 0 to 999" if config["class_cond"] else "no class"
-            raise ValueError(f"the class {class_label} is given, and this U-Net takes {wanted}")
+        settings = self.unet.settings
+        if not settings.low_res_condition or settings.emb_condition:
+            raise UsageError("this U-Net is not for super-resolution: it is not conditioned on a smaller image alone")
+        if settings.class_cond != (class_label is not None):
+            needs = "needs an ImageNet class, 0 to 999" if settings.class_cond else "takes no class"
+            raise UsageError(f"this U-Net {needs}, got {class_label}")
+        if class_label is not None and not 0 <= class_label < NUM_CLASSES:
+            raise UsageError(f"expected a class from 0 to {NUM_CLASSES - 1}, got {class_label}")
 
     @torch.no_grad()
     def enlarge(
         self,
-        pictures: Tensor,
+        images: Tensor,
         size: int,
         identities: Sequence[object],
-        steps: str | int = "quad25",
+        num_inference_steps: str | int = "quad25",
         sampler: str = "ddim",
         callback: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Square pictures (b, 3, h, h) in [0, 1] → (b, 3, s, s) in [0, 1], where s is `size` or, where the U-Net's
-        levels do not divide that, the next side that they do.
+        """Square images (b, 3, h, h) in [0, 1] → (b, 3, s, s) in [0, 1].
 
-        A picture's noise is fixed by its entry in `identities`, such as (seed, input, image). `steps` and `sampler` are
-        those of `DiffusionDecoder.decode`; `callback` is called after every step.
+        s is `size`, rounded up to a multiple of what the U-Net's levels divide. An image's noise is determined by its
+        entry in `identities`, such as (seed, input, image). `num_inference_steps` and `sampler` are those of
+        `DiffusionDecoder.decode`; `callback` is called after every step.
         """
         size = -(-size // self.unet.downscale) * self.unet.downscale
-        conditioning = {"low_res": pictures * 2 - 1}
+        conditioning = {"low_res": images * 2 - 1}
         if self.class_label is not None:
-            conditioning["y"] = torch.full((len(pictures),), self.class_label, device=pictures.device)
-        denoiser = self.denoiser.respaced(steps).conditioned(**conditioning)
+            conditioning["y"] = torch.full((len(images),), self.class_label, device=images.device)
+        denoiser = self.denoiser.respaced(num_inference_steps).conditioned(**conditioning)
         generators = [generator("super-resolution", identity) for identity in identities]
-        noise = Noise(generators, (3, size, size), pictures.device)
-        for _, x, _ in SAMPLERS[sampler](denoiser, noise(), noise, None):  # noqa: B007  the last one is wanted
+        noise = Noise(generators, (3, size, size), images.device)
+        images = noise()
+        for _, images, _ in find_sampler(sampler)(denoiser, images, noise):  # noqa: B007, B020
             if callback is not None:
                 callback()
-        return ((x + 1) / 2).clamp(0, 1)
+        return to_unit(images)

@@ -1,27 +1,32 @@
-"""The ADM U-Net (Dhariwal & Nichol 2021, guided-diffusion), which may be conditioned on image tokens and on a picture.
+"""The ADM U-Net (Dhariwal & Nichol 2021, guided-diffusion), optionally conditioned on image tokens and on an image.
 
-Module names give guided-diffusion's parameter names, so that its checkpoints fit without translation. Beyond ADM:
+Module names give guided-diffusion's parameter names, so that its checkpoints load without translation. Beyond ADM:
 
-- `emb_condition` (the DALL-3 fork of guided-diffusion): codebook rows of a token grid join the middle of the network.
-- `low_res_condition` (ADM's super-resolution, usable together with tokens): a picture joins the input.
-- `patch_size` k folds every k×k pixels into channels on the way in and out. At 256 pixels and k = 4 that is some ten
-  times cheaper than full resolution, because the levels that cost most are gone.
+- `emb_condition` (the DALL-3 fork of guided-diffusion): codebook rows of a token grid are concatenated in the middle.
+- `low_res_condition` (ADM's super-resolution, here also together with tokens): an image is concatenated to the input.
+- `patch_size` k folds k×k pixels into channels on the way in and out. At 256 pixels and k = 4 that is about ten times
+  cheaper than full resolution, because the two most expensive levels are not needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_pytorch.pretrained import PretrainedModel, records_config
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.pretrained import PretrainedModel
+from diffusion.config import NORM_GROUPS, UNetConfig
 
 NUM_CLASSES = 1000  # of the class-conditional ImageNet models
-NORM_GROUPS = 32
+
+Resample = Callable[[Tensor], Tensor]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,7 +46,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zeroes a residual branch's last layer, so that every block starts as the identity."""
+    """Zeroes the last layer of a residual branch, so that every block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -55,8 +60,14 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+def match_size(low_res: Tensor, x: Tensor) -> Tensor:
+    """`low_res` scaled to the side of `x`, bilinearly as in guided-diffusion."""
+    size = x.shape[-2:]
+    return low_res if low_res.shape[-2:] == size else F.interpolate(low_res, size, mode="bilinear")
+
+
 class Downsample(nn.Module):
-    """Halves the side by a strided convolution."""
+    """Divides the side by `stride`, by a convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
         super().__init__()
@@ -78,7 +89,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the timestep between; `resample` (`halve` or `double`) happens inside, on both branches."""
+    """Two convolutions with the timestep in between; `resample` (`halve` or `double`) applies to both branches."""
 
     def __init__(
         self,
@@ -87,7 +98,7 @@ class ResBlock(nn.Module):
         time_dim: int,
         dropout: float,
         scale_shift: bool,
-        resample: Callable[[Tensor], Tensor] | None = None,
+        resample: Resample | None = None,
     ):
         super().__init__()
         self.scale_shift = scale_shift
@@ -124,14 +135,14 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a feature map.
 
-    `new_order` says how the 3·channels outputs of `qkv` are laid out: q, k, v outermost (the newer attention order),
-    or heads outermost, each with its own q, k, v (the older one).
+    `new_order` is the layout of the 3·channels outputs of `qkv`: q, k, v outermost (guided-diffusion's newer order), or
+    heads outermost, each with its own q, k, v (the older one).
     """
 
     def __init__(self, channels: int, num_heads: int, new_order: bool):
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"{channels} channels do not divide into {num_heads} attention heads")
+        if num_heads < 1 or channels % num_heads:
+            raise UsageError(f"cannot divide {channels} channels into {num_heads} attention heads")
         self.num_heads = num_heads
         self.new_order = new_order
         self.norm = group_norm(channels)
@@ -150,10 +161,9 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, of which the ResBlocks are also given the timestep.
+    """A sequence of layers; the ResBlocks also take the timestep.
 
-    With `activation_checkpointing` training keeps each block's input alone, and computes the rest of it again for the
-    gradient.
+    With `activation_checkpointing` only the input of each layer is kept for the backward pass; the rest is recomputed.
     """
 
     activation_checkpointing = False
@@ -173,120 +183,81 @@ class Stage(nn.Sequential):
 
 
 class UNet(PretrainedModel):
-    """What a diffusion step asks of its network: noisy picture and timestep in, eps (or x_0) out.
+    """Predicts eps (or x_0) from a noisy image and its timestep. Arguments are the fields of `UNetConfig`."""
 
-    Arguments carry guided-diffusion's names.
-
-    - `image_size` is the side in pixels the model was designed for; any side its levels divide is accepted.
-    - `attention_resolutions` are sides of feature maps, at that `image_size`, with attention in every block; the middle
-      always has it.
-    - `num_heads` is overruled by `num_head_channels`. `num_heads_upsample`, of the second half, is `num_heads` unless
-      given.
-    - `learn_sigma` doubles the output channels: the second half places the variance between its bounds (Improved DDPM).
-    - `emb_condition`, with `emb_input_dims` (channels of the codebook) and `emb_output_dims` (channels that join the
-      middle): `image_embeds` are wanted, a grid `emb_stride` times as fine as the middle's feature map.
-    - `low_res_condition`: a picture `low_res`, of any size, is wanted.
-    - `patch_size` k works on k×k pixels folded into channels.
-    - `gated` adds one output channel, the gate of `Denoiser`.
-    """
-
-    @records_config
-    def __init__(
-        self,
-        image_size: int = 256,
-        num_channels: int = 64,
-        num_res_blocks: int = 2,
-        channel_mult: Sequence[float] = (1, 2, 3),
-        attention_resolutions: Sequence[int] = (),
-        num_heads: int = 4,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        dropout: float = 0.0,
-        learn_sigma: bool = False,
-        class_cond: bool = False,
-        use_scale_shift_norm: bool = True,
-        resblock_updown: bool = True,
-        use_new_attention_order: bool = True,
-        emb_condition: bool = False,
-        emb_input_dims: int = 256,
-        emb_output_dims: int = 512,
-        emb_stride: int = 2,
-        low_res_condition: bool = False,
-        patch_size: int = 1,
-        gated: bool = False,
-    ):
+    def __init__(self, **settings: Any):
         super().__init__()
-        self.image_size = image_size
-        self.learn_sigma = learn_sigma
-        self.gated = gated
-        self.emb_stride = emb_stride
-        self.patch_size = patch_size
-        self.num_channels = num_channels
-        self.out_channels = (6 if learn_sigma else 3) + gated
-        # How many pixels one pixel of the middle's feature map covers, each way.
-        self.downscale = patch_size * 2 ** (len(channel_mult) - 1)
+        self.settings = c = UNetConfig(**settings)
+        self.config = asdict(c)
+        self.image_size, self.downscale = c.image_size, c.downscale
+        self.attention_levels = {c.image_size // c.patch_size // side for side in c.attention_resolutions}
 
-        time_dim = 4 * num_channels
-        self.time_embed = nn.Sequential(nn.Linear(num_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        if class_cond:
+        time_dim = 4 * c.num_channels
+        self.time_embed = nn.Sequential(nn.Linear(c.num_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        if c.class_cond:
             self.label_emb = nn.Embedding(NUM_CLASSES, time_dim)
 
-        def res_block(in_channels: int, out_channels: int, resample: Callable | None = None) -> ResBlock:
-            return ResBlock(in_channels, out_channels, time_dim, dropout, use_scale_shift_norm, resample)
-
-        def attention(channels: int, heads: int) -> AttentionBlock:
-            heads = heads if num_head_channels == -1 else channels // num_head_channels
-            return AttentionBlock(channels, heads, use_new_attention_order)
-
-        attention_levels = {image_size // patch_size // side for side in attention_resolutions}
-        widths = [int(mult * num_channels) for mult in channel_mult]
-        if any(width % NORM_GROUPS for width in widths):
-            by = ", ".join(f"{mult:g}" for mult in channel_mult)
-            raise ValueError(f"num_channels {num_channels} by channel_mult {by} makes {', '.join(map(str, widths))} "
-                             f"channels, not multiples of {NORM_GROUPS}")  # fmt: skip
-        last = len(widths) - 1
-        in_channels = (6 if low_res_condition else 3) * patch_size**2
-
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, widths[0], 3, padding=1))])
-        channels, skips = widths[0], [widths[0]]
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers = [res_block(channels, width)]
-                channels = width
-                if 2**level in attention_levels:
-                    layers.append(attention(channels, num_heads))
-                self.input_blocks.append(Stage(*layers))
-                skips.append(channels)
-            if level < last:
-                down = res_block(channels, channels, halve) if resblock_updown else Downsample(channels, channels)
+        in_channels = (6 if c.low_res_condition else 3) * c.patch_size**2
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, c.widths[0], 3, padding=1))])
+        skips = [c.widths[0]]
+        for level, width in enumerate(c.widths):
+            for _ in range(c.num_res_blocks):
+                self.input_blocks.append(self._stage(level, skips[-1], width, c.num_heads))
+                skips.append(width)
+            if level < len(c.widths) - 1:
+                down = self._res_block(width, width, halve) if c.resblock_updown else Downsample(width, width)
                 self.input_blocks.append(Stage(down))
-                skips.append(channels)
+                skips.append(width)
 
-        if emb_condition:
-            both = channels + emb_output_dims
-            self.external_block = Downsample(emb_input_dims, emb_output_dims, emb_stride)
-            self.middle_block_cond = Stage(res_block(both, both), attention(both, num_heads), res_block(both, channels))
+        width = skips[-1]
+        if c.emb_condition:
+            both = width + c.emb_output_dims
+            self.external_block = Downsample(c.emb_input_dims, c.emb_output_dims, c.emb_stride)
+            self.middle_block_cond = self._middle(both, width)
         else:
-            self.middle_block = Stage(
-                res_block(channels, channels), attention(channels, num_heads), res_block(channels, channels)
-            )
+            self.middle_block = self._middle(width, width)
 
-        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        heads = c.num_heads if c.num_heads_upsample == -1 else c.num_heads_upsample
         self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for block in range(num_res_blocks + 1):
-                layers = [res_block(channels + skips.pop(), width)]
+        channels = width
+        for level, width in reversed(list(enumerate(c.widths))):
+            for block in range(c.num_res_blocks + 1):
+                stage = self._stage(level, channels + skips.pop(), width, heads)
                 channels = width
-                if 2**level in attention_levels:
-                    layers.append(attention(channels, heads_up))
-                if level > 0 and block == num_res_blocks:
-                    layers.append(res_block(channels, channels, double) if resblock_updown else Upsample(channels))
-                self.output_blocks.append(Stage(*layers))
+                if level > 0 and block == c.num_res_blocks:
+                    stage.append(self._res_block(width, width, double) if c.resblock_updown else Upsample(width))
+                self.output_blocks.append(stage)
 
+        out_channels = (6 if c.learn_sigma else 3) + c.gated
         self.out = nn.Sequential(
             group_norm(channels),
             nn.SiLU(),
-            zero_init(nn.Conv2d(channels, self.out_channels * patch_size**2, 3, padding=1)),
+            zero_init(nn.Conv2d(channels, out_channels * c.patch_size**2, 3, padding=1)),
+        )
+
+    def _res_block(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> ResBlock:
+        c = self.settings
+        time_dim = 4 * c.num_channels
+        return ResBlock(in_channels, out_channels, time_dim, c.dropout, c.use_scale_shift_norm, resample)
+
+    def _attention(self, channels: int, heads: int) -> AttentionBlock:
+        per_head = self.settings.num_head_channels
+        return AttentionBlock(
+            channels, heads if per_head == -1 else channels // per_head, self.settings.use_new_attention_order
+        )
+
+    def _stage(self, level: int, in_channels: int, out_channels: int, heads: int) -> Stage:
+        """A residual block, with attention where this level has it."""
+        stage = Stage(self._res_block(in_channels, out_channels))
+        if 2**level in self.attention_levels:
+            stage.append(self._attention(out_channels, heads))
+        return stage
+
+    def _middle(self, channels: int, out_channels: int) -> Stage:
+        return Stage(
+            self._res_block(channels, channels),
+            self._attention(channels, self.settings.num_heads),
+            self._res_block(channels, out_channels),
         )
 
     def forward(
@@ -297,46 +268,45 @@ class UNet(PretrainedModel):
         low_res: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """`x` (b, 3, h, w), pictures in [-1, 1] under noise, and (b,) timesteps → (b, out_channels, h, w).
+        """Noisy images `x` (b, 3, h, w) in [-1, 1] before the noise, and (b,) timesteps → (b, out_channels, h, w).
 
-        `image_embeds` (b, emb_input_dims, rows, columns) are codebook rows, `low_res` (b, 3, h', w') pictures in
-        [-1, 1], `y` (b,) int64 classes; each is given exactly where the model is conditioned on it. Raises `ValueError`
-        otherwise, and where sizes do not fit.
+        `image_embeds` (b, emb_input_dims, rows, columns) are codebook rows, `low_res` (b, 3, h', w') images in [-1, 1],
+        `y` (b,) int64 classes. Raises `ValueError` if the network is conditioned on one that is missing or not on one
+        that is given, and for sizes that do not fit.
         """
         self._check(x, image_embeds, low_res, y)
-        time = self.time_embed(timestep_embedding(timesteps, self.num_channels).to(self.time_embed[0].weight.dtype))
+        dtype = next(self.parameters()).dtype
+        time = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels).to(dtype))
         if y is not None:
             time = time + self.label_emb(y)
-        if low_res is not None:
-            low_res = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
-            x = torch.cat([x, low_res], dim=1)
 
-        h = F.pixel_unshuffle(x, self.patch_size).to(self.out[2].weight.dtype)
+        h = x if low_res is None else torch.cat([x, match_size(low_res, x)], dim=1)
+        h = F.pixel_unshuffle(h, self.settings.patch_size).to(dtype)
         skips = []
         for stage in self.input_blocks:
             h = stage(h, time)
             skips.append(h)
         if image_embeds is not None:
-            h = self.middle_block_cond(torch.cat([h, self.external_block(image_embeds.to(h.dtype))], dim=1), time)
+            h = self.middle_block_cond(torch.cat([h, self.external_block(image_embeds.to(dtype))], dim=1), time)
         else:
             h = self.middle_block(h, time)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), time)
-        return F.pixel_shuffle(self.out(h), self.patch_size).to(x.dtype)
+        return F.pixel_shuffle(self.out(h), self.settings.patch_size).to(x.dtype)
 
     def _check(self, x: Tensor, image_embeds: Tensor | None, low_res: Tensor | None, y: Tensor | None) -> None:
-        for flag, name, given in (
-            ("emb_condition", "image_embeds", image_embeds),
-            ("low_res_condition", "low_res", low_res),
-            ("class_cond", "y", y),
+        c = self.settings
+        for flag, conditioned, name, value in (
+            ("emb_condition", c.emb_condition, "image_embeds", image_embeds),
+            ("low_res_condition", c.low_res_condition, "low_res", low_res),
+            ("class_cond", c.class_cond, "y", y),
         ):
-            if self.config[flag] != (given is not None):
-                verdict = f"{name} is wanted" if self.config[flag] else f"{name} cannot be used"
-                raise ValueError(f"this U-Net has {flag}={self.config[flag]}: {verdict}")
+            if conditioned != (value is not None):
+                raise ValueError(f"a U-Net with {flag}={conditioned} {'needs' if conditioned else 'takes no'} {name}")
         sides = tuple(x.shape[-2:])
         if any(side % self.downscale for side in sides):
-            raise ValueError(f"this U-Net takes sides that are multiples of {self.downscale} pixels, not {sides}")
+            raise UsageError(f"this U-Net expects sides in multiples of {self.downscale} pixels, got {sides}")
         if image_embeds is not None:
-            given, wanted = tuple(image_embeds.shape[-2:]), tuple(s // self.downscale * self.emb_stride for s in sides)
-            if given != wanted:
-                raise ValueError(f"a picture of {sides} pixels goes with a token grid of {wanted}, not {given}")
+            grid, expected = tuple(image_embeds.shape[-2:]), tuple(s // self.downscale * c.emb_stride for s in sides)
+            if grid != expected:
+                raise ValueError(f"expected a token grid of {expected} for {sides} pixels, got {grid}")

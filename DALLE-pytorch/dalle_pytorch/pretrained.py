@@ -180,7 +180,8 @@ def construct(source: object, model_class: type[Model], arguments: Mapping[str, 
     Raises `CheckpointError`, which names `source`, for settings that the constructor does not accept.
     """
     known = inspect.signature(model_class.__init__).parameters
-    if unknown := sorted(map(str, arguments.keys() - known.keys())):
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if not takes_all and (unknown := sorted(map(str, arguments.keys() - known.keys()))):
         raise CheckpointError(f"{source} has settings unknown to {model_class.__name__}: {', '.join(unknown)}")
     try:
         with init_empty_weights(include_buffers=False):

@@ -26,6 +26,7 @@ class BrightClip(torch.nn.Module):
     """Every prompt asks for white."""
 
     image_size = 16
+    device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()
@@ -254,8 +255,8 @@ def test_models_that_are_none(model, folder, tmp_path, capsys):
         (("--batch_size", "-1"), "--batch_size"),
         (("--keep", "0"), "--keep"),
         (("--output_size", "0"), "--output_size"),
-        (("--steps", "0"), "cannot take 0"),
-        (("--steps", "many"), "'many' are not understood"),
+        (("--steps", "0"), "cannot visit 0"),
+        (("--steps", "many"), "got 'many'"),
         (("--stop_at", "26"), "stop_at must be from 1 to 25"),
         (("--sampler", "plms"), "plms"),
         (("--clip_guidance", "--text", ""), "prompt is empty"),
@@ -364,7 +365,7 @@ def test_options_that_contradict(model, folder, case, parity, capsys):
     assert "NAME=VALUE" in fails(capsys, *inputs, *superres, "--super_res_flags", "num_channels")
     assert "go with --super_res_path" in fails(capsys, *inputs, "--super_res_class", 3)
     plain = parity("unet/adm_fixed_variance_4000") / "model.pt"
-    assert "not one for super-resolution" in fails(capsys, *inputs, "--super_res_path", plain)
+    assert "not for super-resolution" in fails(capsys, *inputs, "--super_res_path", plain)
     assert "none.pt is missing" in fails(capsys, *inputs, "--super_res_path", "none.pt")
     assert "model_size and unet_flags go with" in fails(capsys, *inputs, "--unet_flags", "num_heads=2")
     assert not list(folder.glob("*.png"))

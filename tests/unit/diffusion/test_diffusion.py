@@ -55,7 +55,7 @@ def test_linear_schedule_is_as_noisy_at_the_end_for_any_number_of_steps():
     assert ends[0] == pytest.approx(ends[1], rel=0.2)
     with pytest.raises(ValueError, match="sigmoid"):
         named_betas("sigmoid", 10)
-    with pytest.raises(ValueError, match="more than 20 steps"):
+    with pytest.raises(ValueError, match="needs more than 20 steps"):
         named_betas("linear", 20)
 
 
@@ -223,7 +223,7 @@ def test_network_of_residuals_has_the_best_linear_guess_before_it_has_learned():
         # Where the gate is shut nothing is left of the noise.
         shut = denoiser(lambda x, t, low_res: -open_gate(x, t, low_res), gated=True)(x, step, clip=False)
         assert torch.equal(shut.x_0, known.low_res)
-        answer = (x_0 - known.low_res - known.guess) / known.spread
+        answer = (x_0 - known.low_res - known.mean) / known.std
         knowing = denoiser(lambda x, t, low_res, answer=answer: answer)
         assert torch.allclose(knowing(x, step, clip=False).x_0, x_0, atol=1e-4)
         assert knowing.loss(x_0, steps, noise) < 1e-4
@@ -248,26 +248,26 @@ def test_residuals_want_a_picture_to_differ_from(tiny_vae):
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_vae, sampler):
     decoder = small_decoder(tiny_vae).double()  # random weights magnify rounding, which differs with the batch
     tokens = torch.randint(32, (3, 256), generator=generator("tokens"))
-    together = decoder.decode(tokens, steps=3, sampler=sampler, seed=5, images=[0, 1, 0])
+    together = decoder.decode(tokens, num_inference_steps=3, sampler=sampler, seed=5, image_indices=[0, 1, 0])
     assert together.shape == (3, 3, 128, 128)
     assert together.min() >= 0 and together.max() <= 1
     for i, image in enumerate([0, 1, 0]):
-        alone = decoder.decode(tokens[i : i + 1], steps=3, sampler=sampler, seed=5, images=[image])
+        alone = decoder.decode(tokens[i : i + 1], num_inference_steps=3, sampler=sampler, seed=5, image_indices=[image])
         assert torch.allclose(alone[0], together[i], atol=1e-5)
     for seed, images in ((6, [0, 1, 0]), (5, None)):
-        other = decoder.decode(tokens, steps=3, sampler=sampler, seed=seed, images=images)
+        other = decoder.decode(tokens, num_inference_steps=3, sampler=sampler, seed=seed, image_indices=images)
         assert not torch.allclose(together[1], other[1], atol=0.01)
 
 
 def test_stopping_early_gives_what_was_predicted_by_then(tiny_vae):
     decoder = small_decoder(tiny_vae)
     tokens, seen = torch.zeros(1, 256, dtype=torch.long), []
-    decoder.decode(tokens, steps=4, callback=lambda done, pictures: seen.append((done, pictures)))
+    decoder.decode(tokens, num_inference_steps=4, callback=lambda done, pictures: seen.append((done, pictures)))
     assert [done for done, _ in seen] == [1, 2, 3, 4]
-    assert torch.equal(decoder.decode(tokens, steps=4, stop_at=2), seen[1][1])
+    assert torch.equal(decoder.decode(tokens, num_inference_steps=4, stop_at=2), seen[1][1])
     for bad in (0, 5):
         with pytest.raises(ValueError, match=f"step {bad} of 4"):
-            decoder.decode(tokens, steps=4, stop_at=bad)
+            decoder.decode(tokens, num_inference_steps=4, stop_at=bad)
     with pytest.raises(ValueError, match="plms"):
         decoder.decode(tokens, sampler="plms")
 
@@ -287,9 +287,9 @@ def test_native_folder_finds_the_vae_inside_or_beside(tiny_vae, tmp_path):
 
 
 def test_a_vae_of_other_codes_is_refused(tiny_vae):
-    with pytest.raises(ValueError, match="codes of 9 channels, and those of its VAE have 8"):
+    with pytest.raises(ValueError, match="rows of 9 channels, got a VAE with 8"):
         DiffusionDecoder(small_unet(emb_condition=True, emb_input_dims=9, emb_output_dims=32), tiny_vae)
-    with pytest.raises(ValueError, match="conditioned on none"):
+    with pytest.raises(ValueError, match="not conditioned on tokens"):
         DiffusionDecoder(small_unet(), tiny_vae)
 
 

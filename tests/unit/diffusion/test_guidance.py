@@ -16,6 +16,7 @@ class ColourClip:
     """Features are the mean colour of a picture; texts name colours. Remembers what it was asked."""
 
     image_size = 8
+    device = torch.device("cpu")
 
     def __init__(self):
         self.texts = []

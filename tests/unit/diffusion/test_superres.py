@@ -9,7 +9,7 @@ import torch
 from factories import small_unet
 from helpers import assert_same_weights
 
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from diffusion.published import load_super_resolution
 
 
@@ -38,7 +38,7 @@ def test_native_folder(case, tmp_path):
     one, other = again.denoiser, superres.denoiser
     assert torch.equal(one.schedule.betas, other.schedule.betas)
     assert replace(one, network=None, schedule=None) == replace(other, network=None, schedule=None)
-    with pytest.raises(CheckpointError, match="tells its num_heads itself"):
+    with pytest.raises(UsageError, match=r"config\.json sets num_heads"):
         load_super_resolution(tmp_path / "unet", num_heads=2)
 
 
@@ -48,15 +48,15 @@ def test_classes(tmp_path):
     small = torch.rand(1, 3, 8, 8)
     one, other = (load_super_resolution(tmp_path / "model.pt", label) for label in (0, 999))
     assert not torch.equal(one.enlarge(small, 32, [0], 2), other.enlarge(small, 32, [0], 2))
-    with pytest.raises(CheckpointError, match=r"model\.pt: .*wants to be told a class"):
+    with pytest.raises(CheckpointError, match=r"model\.pt: .*needs an ImageNet class"):
         load_super_resolution(tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="numbers from 0 to 999"):
+    with pytest.raises(CheckpointError, match="class from 0 to 999"):
         load_super_resolution(tmp_path / "model.pt", 1000)
 
 
 def test_other_unets_are_refused(parity, case):
     for name in ("adm_fixed_variance_4000", "adm_tokens_64_style"):
-        with pytest.raises(CheckpointError, match=r"model\.pt: this U-Net is not one for super-resolution"):
+        with pytest.raises(CheckpointError, match=r"model\.pt: this U-Net is not for super-resolution"):
             load_super_resolution(parity(f"unet/{name}") / "model.pt")
     with pytest.raises(CheckpointError, match="takes no class"):
         load_super_resolution(case / "model.pt", 3)

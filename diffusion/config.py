@@ -1,0 +1,102 @@
+"""Settings of the U-Net and of the diffusion that it is trained with, under guided-diffusion's names.
+
+torch is not imported here, so that a command line can show the defaults at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dalle_pytorch.errors import UsageError
+
+NORM_GROUPS = 32  # of every group norm
+
+
+@dataclass
+class UNetConfig:
+    """The architecture of a `UNet`.
+
+    Attributes:
+        image_size: side in pixels that the network was designed for; it accepts any side that its levels divide.
+        num_channels: channels at the finest level.
+        num_res_blocks: residual blocks per level.
+        channel_mult: multiplies `num_channels` at each level, finest first.
+        attention_resolutions: sides of feature maps, at `image_size`, with attention after every residual block. The
+            middle always has it.
+        num_heads: attention heads; has no effect with `num_head_channels`.
+        num_head_channels: channels per head, or -1.
+        num_heads_upsample: heads in the decoder half, or -1 for `num_heads`.
+        learn_sigma: double the output channels; the second half places the variance between its bounds (Nichol &
+            Dhariwal 2021).
+        class_cond: condition on ImageNet classes.
+        use_scale_shift_norm: the timestep scales and shifts features instead of being added.
+        resblock_updown: resample inside residual blocks instead of by convolutions.
+        use_new_attention_order: layout of the attention weights, see `AttentionBlock`.
+        emb_condition: condition on codebook rows, a grid `emb_stride` times as fine as the middle's feature map.
+        emb_input_dims: channels of a codebook row.
+        emb_output_dims: channels that join the middle.
+        low_res_condition: condition on an image of any size.
+        patch_size: fold squares of this many pixels a side into channels.
+        gated: one more output channel, the gate of `Denoiser`.
+
+    Raises `UsageError` for channels that do not fit group norm.
+    """
+
+    image_size: int = 256
+    num_channels: int = 64
+    num_res_blocks: int = 2
+    channel_mult: Sequence[float] = (1, 2, 3)
+    attention_resolutions: Sequence[int] = ()
+    num_heads: int = 4
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    dropout: float = 0.0
+    learn_sigma: bool = False
+    class_cond: bool = False
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    use_new_attention_order: bool = True
+    emb_condition: bool = False
+    emb_input_dims: int = 256
+    emb_output_dims: int = 512
+    emb_stride: int = 2
+    low_res_condition: bool = False
+    patch_size: int = 1
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        self.channel_mult = tuple(self.channel_mult)
+        self.attention_resolutions = tuple(self.attention_resolutions)
+        if any(count < 1 and count != -1 for count in (self.num_head_channels, self.num_heads_upsample)):
+            raise UsageError("expected num_head_channels and num_heads_upsample of 1 or more, or -1")
+        if any(side < 1 for side in self.attention_resolutions):
+            raise UsageError(f"expected attention_resolutions of 1 or more, got {self.attention_resolutions}")
+        if any(width % NORM_GROUPS for width in self.widths):
+            factors, widths = (", ".join(f"{x:g}" for x in values) for values in (self.channel_mult, self.widths))
+            raise UsageError(f"num_channels {self.num_channels} times channel_mult {factors} is {widths}: expected "
+                             f"multiples of {NORM_GROUPS}")  # fmt: skip
+        if self.emb_condition and self.emb_output_dims % NORM_GROUPS:
+            raise UsageError(f"expected emb_output_dims in multiples of {NORM_GROUPS}, got {self.emb_output_dims}")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels at each level."""
+        return [int(mult * self.num_channels) for mult in self.channel_mult]
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per pixel of the middle's feature map, each way."""
+        return self.patch_size * 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass
+class DiffusionConfig:
+    """How a U-Net is trained, with guided-diffusion's defaults. `Denoiser` says what each setting does."""
+
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    predict_xstart: bool = False
+    sigma_small: bool = False
+    rescale_timesteps: bool = False
+    residual_std: float | None = None
