@@ -25,7 +25,8 @@ _HOME = {
     "HugTokenizer": "tokenizers.hug",
     "ChineseTokenizer": "tokenizers.chinese",
 }
-__all__ = sorted(_HOME)
+__all__ = ["CLIP", "DALLE", "ChineseTokenizer", "DiscreteVAE", "HugTokenizer", "OpenAIDiscreteVAE", "PublishedCLIP",
+           "SimpleTokenizer", "VQGanVAE", "YttmTokenizer", "load_clip", "load_dalle", "load_prior"]  # fmt: skip
 
 if TYPE_CHECKING:
     from dalle_pytorch.clip.published import PublishedCLIP
@@ -34,13 +35,11 @@ if TYPE_CHECKING:
     from dalle_pytorch.published.clip import load_clip
     from dalle_pytorch.published.dalle import load_dalle
     from dalle_pytorch.published.load import load_prior
+    from dalle_pytorch.published.vaes import DiscreteVAE, OpenAIDiscreteVAE, VQGanVAE
     from dalle_pytorch.tokenizers.chinese import ChineseTokenizer
     from dalle_pytorch.tokenizers.hug import HugTokenizer
     from dalle_pytorch.tokenizers.simple import SimpleTokenizer
     from dalle_pytorch.tokenizers.yttm import YttmTokenizer
-    from dalle_pytorch.vae.discrete import DiscreteVAE
-    from dalle_pytorch.vae.openai import OpenAIDiscreteVAE
-    from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
 def __getattr__(name: str) -> Any:

@@ -28,8 +28,11 @@ class PublishedCLIP(CLIPModel):
 
     `text` and `vision` are sizes and options under the names of transformers' `CLIPTextConfig` and `CLIPVisionConfig`;
     `image_mean` and `image_std` are those of pixels in [0, 1]. `bpe_path` is the vocabulary that came with it; None
-    means CLIP's as `SimpleTokenizer` finds it.
+    means CLIP's own.
     """
+
+    mean: Tensor
+    std: Tensor
 
     @records_config
     def __init__(
@@ -41,14 +44,17 @@ class PublishedCLIP(CLIPModel):
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
     ):
-        from transformers import CLIPConfig, CLIPModel
+        from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
         super().__init__()
-        config = CLIPConfig(text_config=dict(text), vision_config=dict(vision), projection_dim=projection_dim)
-        self.model = CLIPModel(config)
-        self.image_size = config.vision_config.image_size
-        self.text_seq_len = config.text_config.max_position_embeddings
-        self.num_text_tokens = config.text_config.vocab_size
+        self.model = CLIPModel(
+            CLIPConfig(text_config=dict(text), vision_config=dict(vision), projection_dim=projection_dim)
+        )
+        text_config, vision_config = CLIPTextConfig(**text), CLIPVisionConfig(**vision)
+        assert isinstance(vision_config.image_size, int)
+        self.image_size = vision_config.image_size
+        self.text_seq_len = text_config.max_position_embeddings
+        self.num_text_tokens = text_config.vocab_size
         self.bpe_path: Path | None = None
         self._tokenizer: SimpleTokenizer | None = None
         self.register_buffer("mean", torch.tensor(image_mean).view(-1, 1, 1), persistent=False)
@@ -78,9 +84,9 @@ class PublishedCLIP(CLIPModel):
         pixels = (resize(image, self.image_size) - self.mean) / self.std
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, text: Tensor) -> Tensor:
         """Features (b, dim), not normalised, of what `tokenize` gives, read at the end token."""
-        return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
+        return self.model.text_projection(self.model.text_model(input_ids=text).pooler_output)
 
     # ----------------------------------------------------------------------------------------------
     # Scoring

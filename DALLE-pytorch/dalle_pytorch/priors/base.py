@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class PriorCache(Protocol):
         ...
 
 
-class Prior(PretrainedModel, ABC):
+class Prior(PretrainedModel, ABC, Generic[Cache]):
     """A distribution over grids of image tokens given a text.
 
     Attributes:
@@ -72,11 +72,11 @@ class Prior(PretrainedModel, ABC):
         (b, text_seq_len), by one pass over the whole sequence. Nothing follows the last token of a whole grid."""
 
     @abstractmethod
-    def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, PriorCache]:
+    def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Cache]:
         """The logits (b, num_image_tokens) of the image token after (b, k) given ones, and a cache of the sequence."""
 
     @abstractmethod
-    def step(self, tokens: Tensor, position: int, cache: PriorCache) -> Tensor:
+    def step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
         """The logits (b, num_image_tokens) after image tokens (b,) at `position` of the grid, which join the cache."""
 
     @abstractmethod
@@ -122,6 +122,15 @@ class Prior(PretrainedModel, ABC):
             )
         return count
 
-    def generate_texts(self, tokenizer: Tokenizer, text: str | None = None, **settings) -> tuple[Tensor, list[str]]:
+    def generate_texts(
+        self,
+        tokenizer: Tokenizer,
+        text: str | None = None,
+        *,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[Tensor, list[str]]:
         """Continues a text, see `DALLE.generate_texts`. Raises `UsageError` for a prior of images alone."""
         raise UsageError(f"a {type(self).__name__} does not model text: it cannot continue a prompt")

@@ -51,7 +51,7 @@ class AxialPositions(nn.Module):
         return (self.rows + self.columns).flatten(0, 1)[start:stop]
 
 
-class DALLE(Prior):
+class DALLE(Prior[TransformerCache]):
     """The transformer of DALL-E (arXiv:2102.12092), with the options and defaults of lucidrains' DALLE-pytorch.
 
     A sequence is <bos>, `text_seq_len` text tokens and the image tokens row by row. Padding (0) at each text position

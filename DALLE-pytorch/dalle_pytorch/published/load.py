@@ -43,7 +43,7 @@ def open_published(
     `config_path` is a VQGAN's model.yaml; `vae` overrides the one that a prior names.
     """
     path = Path(path)
-    overrides = {} if vae is None else {"vae": vae}
+    overrides: dict[str, Any] = {} if vae is None else {"vae": vae}
     if not path.exists() and not is_file(path):
         if str(path) in CLIPS or "class" not in read_config(resolve_folder(path, ["config.json"])):
             return load_clip(path)

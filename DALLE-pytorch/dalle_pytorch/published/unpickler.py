@@ -283,7 +283,7 @@ def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     for opcode, argument, _ in pickletools.genops(file):
         count += 1
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            largest_index = max(largest_index, argument)
+            largest_index = max(largest_index, int(argument or 0))
     size = file.tell() - start
     # The unpickler makes room for the largest index, however large.
     if size > LARGEST_PICKLE or largest_index > count:

@@ -63,11 +63,12 @@ def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.Mo
 class Stack(nn.Module):
     """A convolution, groups of blocks with a change of resolution between them, a 1×1 convolution."""
 
-    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, out: int, resample: Callable[[Tensor], Tensor]):
+    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, width: int, out: int,
+                 resample: Callable[[Tensor], Tensor]):  # fmt: skip
         super().__init__()
         self.conv_in = conv_in
         self.groups = groups
-        self.conv_out = nn.Conv2d(groups[-1][-1].convs[-1].out_channels, out, 1)
+        self.conv_out = nn.Conv2d(width, out, 1)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,6 +126,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
         self.encoder = Stack(
             nn.Conv2d(channels, encoder_dim, 7, padding=3),
             _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
+            down[-1],
             num_tokens,
             _halve,
         )
@@ -132,6 +134,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
         self.decoder = Stack(
             nn.Conv2d(num_tokens, codebook_dim, 1),
             _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
+            up[-1],
             2 * channels,
             _double,
         )
@@ -139,7 +142,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
     @property
     def codebook_weight(self) -> Tensor:
         """(num_tokens, codebook_dim): the decoder's first convolution of each one-hot token."""
-        return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias
+        return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias  # pyright: ignore[reportOperatorIssue]
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return rename_halves(strip_prefix(state, "enc."), strip_prefix(state, "dec."))

@@ -244,7 +244,7 @@ class GumbelQuantizer(nn.Module):
         to a term common to all codes."""
         self.embed.weight.copy_(codes)
         self.proj.weight.copy_(2 * codes[..., None, None])
-        self.proj.bias.copy_(-codes.square().sum(1))
+        self.proj.bias.copy_(-codes.square().sum(1))  # pyright: ignore[reportOptionalMemberAccess]
 
 
 # --------------------------------------------------------------------------------------------------
