@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dalle_pytorch.registry import MODEL_MODULES
 
 MODEL_MODULES.update(UNet="diffusion.unet", DiffusionDecoder="diffusion.decoder")
 _HOMES = {"UNet": "unet", "DiffusionDecoder": "decoder", "load_unet": "published"}
 __all__ = ["DiffusionDecoder", "UNet", "load_unet"]
+
+if TYPE_CHECKING:
+    from diffusion.decoder import DiffusionDecoder
+    from diffusion.published import load_unet
+    from diffusion.unet import UNet
 
 
 def __getattr__(name: str) -> Any:

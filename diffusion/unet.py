@@ -168,7 +168,7 @@ class Stage(nn.Sequential):
 
     activation_checkpointing = False
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         for layer in self:
             inputs = (x, time) if isinstance(layer, ResBlock) else (x,)
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -167,7 +167,8 @@ class Model:
             return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
         if parts.model_size or parts.unet_flags:
             raise UsageError(f"model_size and unet_flags go with a .pt of guided-diffusion's, and {path} is a folder")
-        return self._frozen(DiffusionDecoder.from_pretrained(path, **({} if self.vae is None else {"vae": self.vae})))
+        overrides: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
+        return self._frozen(DiffusionDecoder.from_pretrained(path, **overrides))
 
     @cached_property
     def super_resolution(self) -> SuperResolution | None:
@@ -264,5 +265,5 @@ class Model:
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules have the same weights."""
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)

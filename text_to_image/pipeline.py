@@ -262,8 +262,9 @@ class TextToImage:
         decoder = self.model.decoder
         vae, side = decoder.vae, decoder.image_fmap_size
         several = isinstance(inputs, (Result, list, tuple)) or (isinstance(inputs, Tensor) and inputs.ndim == 2)
+        values: list[Any] = list(inputs) if several else [inputs]
         images = []
-        for index, value in enumerate(inputs if several else [inputs]):
+        for index, value in enumerate(values):
             if isinstance(value, ResultImage):
                 check_tokens(value.tokens, vae.num_tokens, side)
                 images.append(value)

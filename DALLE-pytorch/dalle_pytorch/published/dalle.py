@@ -52,7 +52,7 @@ def open_native_prior(
     """A prior of this class in a native folder or under a hub name; `vae` and `taming` as in `load_dalle`."""
     if vae is None and taming:
         vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
-    return kind.from_pretrained(path, **({} if vae is None else {"vae": vae}))
+    return kind.from_pretrained(path) if vae is None else kind.from_pretrained(path, vae=vae)
 
 
 def _prior_checkpoint(path: Path) -> dict[str, Any]:
