@@ -1,5 +1,5 @@
-# `make demo` shows the system at work, `make test` runs the tests, `make breakages` looks for faults that they do not
-# notice, `make quality` measures how well the embedded model draws. All set up .venv first, once.
+# `make demo` shows the system at work, `make test` runs the tests, `make lint` checks style and types, `make breakages` looks
+# for faults that the tests do not notice, `make quality` measures how well the embedded model draws. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
