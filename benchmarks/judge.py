@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import ArgumentParser, run
+from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
 
@@ -175,7 +175,7 @@ class JudgeTask(nn.Module):
         return {"judge": self.judge}
 
 
-class QuestionDataset(Dataset):
+class QuestionDataset(SampleDataset):
     """Scenes with their answers, as indices in the order of `QUESTIONS`."""
 
     def __init__(self, split: str = "train"):

@@ -8,11 +8,12 @@ import time
 import torch
 from torch import nn
 
+from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.training import TrainingOptions
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(SampleDataset):
     """64 vectors of 4 equal numbers."""
 
     def __len__(self):

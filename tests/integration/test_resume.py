@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from training_helpers import Numbers, Task, checkpoints, losses, options
 
+from dalle_pytorch.data.loading import SampleStream
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.training import train
 from dalle_pytorch.training.loop import Interrupted
@@ -293,14 +294,11 @@ def test_another_batch_size_goes_on_with_the_samples_that_are_left(tmp_path):
     assert len(set(seen)) == len(seen) == 64
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(SampleStream):
     """Numbers in an order that only the stream knows."""
 
     def raw_samples(self, seed, epoch, reader, readers):
         return iter(random.Random(epoch).sample(range(50), 50)[reader::readers])
-
-    def __iter__(self):
-        raise NotImplementedError("the loader asks for raw samples")
 
     def decode(self, raw, generator):
         return {"x": torch.full((4,), raw / 50)}

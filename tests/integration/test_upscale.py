@@ -226,7 +226,7 @@ def test_inputs_that_are_none(model, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert "nowhere" in fails(capsys, "--input", tmp_path / "nowhere")
     assert "--output_npy" in fails(capsys, "--input", tmp_path / "empty")
-    assert "text.png is not " in fails(capsys, "--input", tmp_path / "text.png")
+    assert "text.png: unknown format" in fails(capsys, "--input", tmp_path / "text.png")
 
 
 def test_models_that_are_none(model, folder, tmp_path, capsys):

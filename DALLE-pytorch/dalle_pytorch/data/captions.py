@@ -1,4 +1,4 @@
-"""All captions of a data set, without its pictures: what a tokenizer is trained on."""
+"""All captions of a data set, without its images, to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.loading import BrokenSample, Skipped
 from dalle_pytorch.data.samples import read_captions
+from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
 
 GLYPHS_CAPTIONS = 20_000  # of the scenes without end, unless told
@@ -59,6 +60,7 @@ def _text_files(path: Path) -> Iterator[list[str] | BrokenSample]:
 
 def _shards(source: str, wds: str, caption_key: str) -> Iterator[list[str] | BrokenSample]:
     stream = open_dataset(source, 1, wds=wds, caption_key=caption_key)
+    assert isinstance(stream, ShardStream)
     for url in stream.urls:
         for raw in stream.read_shard(url):
             try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from torch.utils.data import Dataset
-
 from dalle_pytorch.data.folder import ImageTextFolder
+from dalle_pytorch.data.loading import SampleDataset, SampleStream
 from dalle_pytorch.data.samples import CaptionProblem
 from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
 from dalle_pytorch.errors import FileError
@@ -26,7 +25,7 @@ def open_dataset(
     terse_every: int | None = None,
     wrong_captions: int = 0,
     twins: bool = False,
-) -> Dataset:
+) -> SampleDataset | SampleStream:
     """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
 
     Args:

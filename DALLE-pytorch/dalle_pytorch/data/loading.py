@@ -1,34 +1,36 @@
-"""From a data set to batches: what a process of a training reads at each step, and where it stands.
+"""From a data set to the batches of a process.
 
-Every random choice about a sample, its place in the order, its crop, which of its captions, is a function of the seed
-and of that place. So a batch is the same whatever the number of processes that share it or of workers that read it, and
-a broken-off training goes on with the batches that it would have had.
+Every random choice, the order of the samples, their crops, their captions, is a function of the seed and of the place
+in the order. A batch is therefore the same for any number of processes and workers, and a resumed training continues
+with the batches that it would have had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from dalle_pytorch.errors import FileError
+from dalle_pytorch.errors import FileError, UsageError
 
-TRIES = 100  # samples read before half of them broken, or all, says something about the rest
+TRIES = 100  # samples read before the share of broken ones is checked
 
+Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 
 class BrokenSample(FileError):
-    """A sample that is skipped. `reason` is what it is counted under ("broken picture"), the message names it."""
+    """A sample to skip. `reason` ("broken image") is what it is counted under; the message also has its name."""
 
     def __init__(self, reason: str, name: object, detail: object = ""):
         super().__init__(f"{name}: {reason}" + (f" ({detail})" if detail else ""))
@@ -36,7 +38,7 @@ class BrokenSample(FileError):
 
 
 class Skipped:
-    """What was read and what of it was skipped: counts by reason, and the first example of each."""
+    """Counts of samples read and skipped, the latter by reason, with the first example of each."""
 
     def __init__(self):
         self.read = 0
@@ -65,58 +67,78 @@ class Skipped:
 
 
 def describe_skipped(reasons: Counter[str]) -> str:
-    """Counts by reason as a line: `12 × broken picture, 3 × empty caption`."""
+    """Counts by reason in one line: `12 × broken image, 3 × empty caption`."""
     return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
 
 
-class MapData(Protocol):
-    """Data of known length, read by index."""
+class SampleDataset(Dataset[Sample], ABC):
+    """A data set of known length. Subclasses define `__len__`, and `sample` or, without random choices, `__getitem__`.
 
+    `left_out` counts by reason what was left out when the data set was opened.
+    """
+
+    left_out: Counter[str] = Counter()  # noqa: RUF012  assigned, never changed in place
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, generator: np.random.Generator | None = None) -> Sample:
+        """The sample at `index`, its random choices drawn from `generator`. Raises `BrokenSample`."""
+        return self[index]
 
 
-class SampleStream(IterableDataset):
-    """Data read in order, by one or more readers."""
+class SampleStream(IterableDataset[Sample], ABC):
+    """A data set that is read in order, by one or more readers, for any number of epochs."""
+
+    left_out: Counter[str] = Counter()  # noqa: RUF012  assigned, never changed in place
 
     @abstractmethod
     def raw_samples(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[Any]:
         """What `reader` of `readers` reads in an epoch, not decoded."""
 
     @abstractmethod
-    def decode(self, raw: Any, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """The item of a raw sample. Raises `BrokenSample`."""
+    def decode(self, raw: Any, generator: np.random.Generator | None = None) -> Sample:
+        """The sample of a raw one. Raises `BrokenSample`."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples of a single reader with seed 0, without broken ones."""
+        for epoch in itertools.count():
+            for number, raw in enumerate(self.raw_samples(0, epoch, 0, 1)):
+                with contextlib.suppress(BrokenSample):
+                    yield self.decode(raw, np.random.default_rng([0, epoch, 0, number]))
 
 
 class BatchLoader:
     """The batches of one process, as dicts of stacked tensors and of lists.
 
     Args:
-        dataset: map-style, or a stream.
+        dataset: of known length, or a stream.
         batch_size: samples in a batch of all processes together; this one gets every `world_size`-th of them.
-        first_step, last_step: the batches wanted. Without a last step they go on for ever. Map-style data skips the
-            batches before the first without reading; a stream goes by `positions`.
-        seed: decides order, crops and captions.
-        num_workers: processes that read; with 0 this one does.
-        positions: of a stream, what `positions` was after the last batch that was used. A stream that was read by
-            another number of processes or workers starts the epoch anew in which it was left.
+        first_step, last_step: the range of batches, endless without a last step. A stream ignores the first step and
+            starts at `positions`.
+        seed: of order, crops and captions.
+        num_workers: processes that read; 0 reads in this one.
+        positions: for a stream, `positions` after the last batch that was used. With another number of processes or
+            workers than then, the stream restarts the epoch.
 
-    Samples that raise `BrokenSample` are counted and another takes their place; `FileError` is raised when over half of
-    them are broken.
+    Samples that raise `BrokenSample` are counted and replaced by others. Raises `FileError` when over half of them are
+    broken.
 
     Attributes:
-        skipped: samples skipped so far by this process, by reason. What the data set left out when it was opened (its
-            `left_out`) counts once an epoch, on the first process.
+        skipped: samples skipped so far by this process, by reason. The data set's `left_out` counts once per epoch, on
+            the first process.
         examples: the first message of each reason.
-        epoch: how often the data was gone through, of a stream by its slowest worker.
+        epoch: completed epochs, of the slowest worker of a stream.
         steps_per_epoch: batches in an epoch, at least 1; None for a stream, whose length is not known.
-        positions: where a stream stands, ready for JSON; None for map-style data.
+        positions: the position in a stream, ready for JSON; None for data of known length.
     """
 
     def __init__(
         self,
-        dataset: MapData | SampleStream,
+        dataset: SampleDataset | SampleStream,
         batch_size: int,
         *,
         first_step: int = 0,
@@ -128,7 +150,7 @@ class BatchLoader:
         positions: dict[str, Any] | None = None,
     ):
         if batch_size < world_size:
-            raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
+            raise UsageError(f"cannot share a batch of {batch_size} among {world_size} processes")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.steps = range(first_step, sys.maxsize if last_step is None else last_step)
@@ -156,17 +178,17 @@ class BatchLoader:
         yield from self._stream(data) if isinstance(data, SampleStream) else self._map(data)
 
     def _loader(self, source: Dataset, **settings: Any) -> DataLoader:
-        # A generator of its own: to start it, as a resumed run does, draws nothing from the one that the task uses.
+        # With its own generator, a restart of the loader draws nothing from the global one.
         return DataLoader(source, batch_size=None, num_workers=self.num_workers, collate_fn=as_it_is,
                           generator=torch.Generator(), worker_init_fn=_ignore_signals, **settings)  # fmt: skip
 
-    def _map(self, data: MapData) -> Iterator[Batch]:
+    def _map(self, data: SampleDataset) -> Iterator[Batch]:
         length = len(data)
         order = StepBatches(length, self.batch_size, self.steps.start, self.steps.stop, self.seed, self.rank,
                             self.world_size)  # fmt: skip
         loader = self._loader(_MapBatches(data, self.seed), sampler=order)
         for step, (batch, skipped) in zip(self.steps, loader, strict=True):
-            # A batch that TRIES samples for each place could not fill says enough.
+            # A batch that could not be filled with TRIES samples per place is enough to decide.
             self._count(skipped, 1 if batch is None else min(TRIES, length))
             assert batch is not None
             self._finish_epochs((step + 1) * self.batch_size // length)
@@ -181,7 +203,7 @@ class BatchLoader:
         loader = self._loader(_StreamBatches(stream, self.seed, size, readers, places))
         missing = len(self.steps)
         for batch, skipped, place in loader:
-            # In the order in which the workers are asked, so that the first is the next one.
+            # In the order in which the workers are read: the first is the next one.
             places = [other for other in places if other[0] != place[0]] + [place]
             self.positions = {"readers": readers, "places": places}
             self._count(skipped, TRIES)
@@ -199,12 +221,12 @@ class BatchLoader:
 
     def _finish_epochs(self, epoch: int) -> None:
         if self.rank == 0 and epoch > self.epoch:
-            for reason, count in getattr(self.dataset, "left_out", Counter()).items():
+            for reason, count in self.dataset.left_out.items():
                 self._left_out[reason] += count * (epoch - self.epoch)
         self.epoch = epoch
 
     def _start(self, positions: dict[str, Any] | None) -> dict[str, Any]:
-        """Places of this process's readers: those given, if as many share the stream; else the start of an epoch."""
+        """The positions of this process's readers; the start of their epoch if another number shared the stream."""
         workers = max(1, self.num_workers)
         readers = self.world_size * workers
         mine = list(range(self.rank * workers, (self.rank + 1) * workers))
@@ -220,10 +242,10 @@ def _slowest(places: list[list[int]]) -> int:
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) as a function of (seed, step): permutations of `length` samples, one after the other.
+    """Batches of (epoch, index) as a function of (seed, step), from a sequence of permutations of `length` samples.
 
-    Step s has the samples s·batch_size to (s + 1)·batch_size of that row, and `rank` of `world_size` processes every
-    `world_size`-th of those: one batch of 8, a batch of 8 on two processes and two batches of 4 are the same samples.
+    Step s has the samples s·batch_size to (s + 1)·batch_size of the sequence, and process `rank` every `world_size`-th
+    of those: a batch of 8, a batch of 8 on two processes and two batches of 4 are the same samples.
     """
 
     def __init__(self, length: int, batch_size: int, first_step: int, last_step: int, seed: int = 0, rank: int = 0,
@@ -247,9 +269,9 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 class _MapBatches(Dataset):
-    """Batches of a map-style data set by their (epoch, index) pairs; any good sample takes a broken one's place."""
+    """Batches by their (epoch, index) pairs, with random other samples in place of broken ones."""
 
-    def __init__(self, dataset: MapData, seed: int):
+    def __init__(self, dataset: SampleDataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> tuple[Batch | None, Skipped]:
@@ -258,31 +280,27 @@ class _MapBatches(Dataset):
         complete = [item for item in items if item is not None]
         return (collate(complete) if len(complete) == len(keys) else None), skipped
 
-    def _read(self, epoch: int, index: int, skipped: Skipped) -> dict[str, Any] | None:
+    def _read(self, epoch: int, index: int, skipped: Skipped) -> Sample | None:
         generator = np.random.default_rng([self.seed, epoch, index])
         skipped.read += 1
         try:
-            return self._sample(index, generator)
+            return self.dataset.sample(index, generator)
         except BrokenSample as error:
             skipped.add(error)
-        # Not its neighbour: broken files come in rows.
+        # Not the next one: broken files are often adjacent.
         for other in generator.integers(len(self.dataset), size=TRIES).tolist():
             try:
-                return self._sample(other, generator)
+                return self.dataset.sample(other, generator)
             except BrokenSample:
                 pass
         return None
 
-    def _sample(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
-        sample = getattr(self.dataset, "sample", None)
-        return sample(index, generator) if sample else self.dataset[index]
-
 
 class _StreamBatches(IterableDataset):
-    """Endless batches of `size` samples of a stream. Worker i plays the reader at `places[i]` and begins there.
+    """Endless batches of `size` samples of a stream. Worker i is the reader at `places[i]` and starts there.
 
-    With each goes what was skipped, and the reader's place [reader, epoch, samples drawn in it]. After many samples
-    without a whole batch, None is handed out for one, so that they are counted in time.
+    Each comes with the samples skipped and the reader's place [reader, epoch, samples read in it]. After many samples
+    without a complete batch None is yielded in place of one, so that they are counted in time.
     """
 
     def __init__(self, stream: SampleStream, seed: int, size: int, readers: int, places: Sequence[list[int]]):
@@ -320,17 +338,17 @@ class _StreamBatches(IterableDataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group of processes asks the training to end, which then still wants its batches."""
+    """A signal to the process group asks the training to end, which still reads batches until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_it_is(batch: Any) -> Any:
-    """What a reader hands out is whole: a `collate_fn` that leaves it alone, and can be sent to workers."""
+    """A `collate_fn` for batches that are complete; unlike a lambda it can be sent to workers."""
     return batch
 
 
-def collate(items: list[dict[str, Any]]) -> Batch:
+def collate(items: Sequence[Sample]) -> Batch:
     """Stacks tensors, and lists everything else."""
     first = items[0]
     columns = {key: [item[key] for item in items] for key in first}
@@ -338,20 +356,20 @@ def collate(items: list[dict[str, Any]]) -> Batch:
 
 
 def random_crops(maps: Sequence[Tensor], crop_size: int | None, side: int, full_share: float) -> list[Tensor]:
-    """The same random squares of pictures and of what goes with them, each cut along a grid of `side` tokens a side.
+    """The same random squares of images and of maps that belong to them, aligned to a grid of `side` cells a side.
 
-    `maps` are (b, c, h, w), the pictures first; their squares have `crop_size` pixels, the others in proportion.
-    With the chance `full_share` a part of the batch comes back whole instead, of as many pixels as the crops have.
+    `maps` are (b, c, h, w), the images first; their squares have `crop_size` pixels, the others in proportion. With
+    probability `full_share` fewer whole maps are returned instead, with as many pixels as the crops.
     """
-    pictures = maps[0]
-    size = pictures.shape[-1]
+    images = maps[0]
+    size = images.shape[-1]
     if crop_size is None or crop_size >= size:
         return list(maps)
     if torch.rand(()) < full_share:
-        count = max(1, len(pictures) * crop_size**2 // size**2)
+        count = max(1, len(images) * crop_size**2 // size**2)
         return [batch[:count] for batch in maps]
     cells = crop_size * side // size
-    corners = torch.randint(side - cells + 1, (len(pictures), 2)).tolist()
+    corners = torch.randint(side - cells + 1, (len(images), 2)).tolist()
 
     def cut(batch: Tensor) -> Tensor:
         cell = batch.shape[-1] // side

@@ -1,10 +1,8 @@
-"""WebDataset shards: tar archives of pictures and captions, read as a stream from a disk, the web or a command."""
+"""WebDataset shards: tar archives of images and captions, streamed from a disk, the web or a command."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import json
 import os
 import re
@@ -20,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from dalle_pytorch.data.loading import BrokenSample, SampleStream
-from dalle_pytorch.data.samples import CaptionProblem, pick_caption, read_captions, read_picture, usable_captions
+from dalle_pytorch.data.samples import CaptionProblem, load_image, pick_caption, read_captions, usable_captions
 from dalle_pytorch.errors import FileError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -30,18 +28,18 @@ RawSample = dict[str, Any] | BrokenSample
 
 
 class ShardStream(SampleStream):
-    """Samples of WebDataset shards, for ever: each epoch the shards in another order, their samples in another.
+    """An endless stream of the samples of WebDataset shards, shuffled in each epoch.
 
-    Items are dicts of `image` (3, resolution, resolution) uint8 and `caption`. A `BatchLoader` reads it with several
-    readers (processes × workers). Each has its own shards, or with fewer shards than readers its own samples of all.
+    Samples are dicts of `image` (3, resolution, resolution) uint8 and `caption`. A `BatchLoader` uses several readers
+    (processes × workers). Each has its own shards, or with fewer shards than readers its own samples of all.
 
     Args:
         urls: archives, or a folder of them, as `list_shards` takes them.
         resolution, crop_ratio, transparent, caption_problem: as in `ImageTextFolder`.
-        image_suffix: suffix of the pictures in the archives, or several (`jpg;png`).
-        caption_suffix: suffix of the captions, one a line, or of JSON files (`json`); None takes pictures alone.
+        image_suffix: suffix of the images in the archives, or several (`jpg;png`).
+        caption_suffix: suffix of the captions, one a line, or of JSON files (`json`); None reads images alone.
         caption_key: the field of a JSON caption, a text or a list of them.
-        shuffle_buffer: samples that wait, not decoded, to be drawn at random; 0 keeps their order.
+        shuffle_buffer: undecoded samples to draw from at random; 0 keeps their order.
     """
 
     def __init__(
@@ -63,15 +61,8 @@ class ShardStream(SampleStream):
         self.crop_ratio, self.transparent, self.caption_problem = crop_ratio, transparent, caption_problem
         self.shuffle_buffer = shuffle_buffer
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The items that one reader gets with seed 0, broken ones left out."""
-        for epoch in itertools.count():
-            for number, raw in enumerate(self.raw_samples(0, epoch, 0, 1)):
-                with contextlib.suppress(BrokenSample):
-                    yield self.decode(raw, np.random.default_rng([0, epoch, 0, number]))
-
     def raw_samples(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[RawSample]:
-        """What `reader` of `readers` reads in an epoch, not decoded: always the same, and nothing twice among them."""
+        """What `reader` of `readers` reads in an epoch, not decoded. Readers share no sample."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self.urls))
         if len(order) >= readers:
             samples = (sample for shard in order[reader::readers] for sample in self.read_shard(self.urls[shard]))
@@ -81,7 +72,7 @@ class ShardStream(SampleStream):
         return _shuffle(samples, self.shuffle_buffer, np.random.default_rng([seed, epoch, reader]))
 
     def read_shard(self, url: str) -> Iterator[RawSample]:
-        """The samples of one archive in its order, and at the end what is wrong with it, if so."""
+        """The samples of one archive in order, followed by a `BrokenSample` if it is damaged."""
         from webdataset.tariterators import tarfile_samples
 
         problems: list[BrokenSample] = []
@@ -91,19 +82,19 @@ class ShardStream(SampleStream):
         yield from problems[:1]
 
     def decode(self, raw: RawSample, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """The item of a raw sample, its crop and its caption drawn from `generator` (without: centre, first caption).
+        """The sample of a raw one, its crop and caption drawn from `generator` (without: centre, first caption).
 
-        Raises `BrokenSample` if its picture or its caption is missing or cannot be used.
+        Raises `BrokenSample` if its image or its caption is missing or cannot be used.
         """
         item = {}
         if self.caption_suffixes:
             item["caption"] = pick_caption(self.all_captions(raw), _name(raw), generator, self.caption_problem)
-        return {"image": self.picture(raw, generator), **item}
+        return {"image": self.image(raw, generator), **item}
 
-    def picture(self, raw: RawSample, generator: np.random.Generator | None = None) -> Tensor:
-        """The picture of a raw sample, as `read_picture` gives it."""
+    def image(self, raw: RawSample, generator: np.random.Generator | None = None) -> Tensor:
+        """The image of a raw sample, as `load_image` returns it."""
         _, data = _member(raw, self.image_suffixes)
-        return read_picture(data, _name(raw), self.resolution, self.crop_ratio, generator, self.transparent)
+        return load_image(data, _name(raw), self.resolution, self.crop_ratio, generator, self.transparent)
 
     def all_captions(self, raw: RawSample) -> list[str]:
         """All captions of a raw sample. Raises `BrokenSample` if there is none."""
@@ -119,7 +110,7 @@ class ShardStream(SampleStream):
         return usable_captions([caption for caption in captions if isinstance(caption, str)], _name(raw))
 
     def identity(self) -> Iterator[str]:
-        """What tells these data from others: settings, names and, of files on this machine, sizes of the archives."""
+        """What identifies the data: settings, names and, of local files, sizes of the archives."""
         yield f"shards {self.resolution} {self.transparent} {self.caption_key}"
         yield from (*self.image_suffixes, "", *self.caption_suffixes, "")
         for url in self.urls:
@@ -131,7 +122,7 @@ class ShardStream(SampleStream):
 
 
 def list_shards(urls: str | os.PathLike) -> list[str]:
-    """The archives meant by `data-{000000..000554}.tar`, by several such names with `::` between them, or by a folder.
+    """The archives named by `data-{000000..000554}.tar`, by several such names with `::` between them, or by a folder.
 
     A name is a path, an address (http, https, or another that webdataset opens) or `pipe:COMMAND`, whose output is an
     archive. Raises `FileError` if there is no such folder or none of the files.
@@ -143,7 +134,7 @@ def list_shards(urls: str | os.PathLike) -> list[str]:
         found = sorted(str(path) for path in folder.rglob("*") if path.name.endswith(ARCHIVE_SUFFIXES))
         if not found:
             raise FileError(f"{folder} holds no archives ({', '.join(ARCHIVE_SUFFIXES)}); without --wds it is read as "
-                            "a folder of pictures")  # fmt: skip
+                            "a folder of images")  # fmt: skip
         return found
     if os.path.exists(urls):
         return [str(urls)]
@@ -158,18 +149,18 @@ def list_shards(urls: str | os.PathLike) -> list[str]:
 
 
 def local_path(url: str) -> str | None:
-    """The file that a shard's name means, None if it is not one of this machine."""
+    """The path of a shard that is a local file, else None."""
     parts = urlparse(url)
     return {"": url, "file": parts.path}.get(parts.scheme)
 
 
 def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> bool:
-    """A handler for webdataset: what a damaged or missing archive can raise is noted, the rest is not its business."""
+    """A handler for webdataset that notes what a damaged or missing archive raises, and raises the rest."""
     if not isinstance(error, (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, LZMAError)):
         raise error
     detail = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).split(" @ ")[0]
-    if ended := re.search(r": exit (\d+) \(", detail):  # of a command, which webdataset tells with all its arguments
-        detail = f"what reads it ended with exit code {ended[1]}"
+    if ended := re.search(r": exit (\d+) \(", detail):  # webdataset adds the whole command
+        detail = f"the command ended with exit code {ended[1]}"
     problems.append(BrokenSample("damaged archive", url, detail))
     return True
 
@@ -188,7 +179,7 @@ def _member(raw: RawSample, suffixes: list[str]) -> tuple[str, bytes]:
 
 
 def _shuffle(samples: Iterator[RawSample], size: int, generator: np.random.Generator) -> Iterator[RawSample]:
-    """Each sample changes places with a random one of `size` that wait."""
+    """Swaps each sample with a random one of `size` that wait."""
     waiting: list[RawSample] = []
     for sample in samples:
         if len(waiting) < size:

@@ -1,8 +1,8 @@
-"""Image tokens found once and kept, so that a prior is trained without running its VAE at every step.
+"""Image tokens computed once, so that a prior is trained without running its VAE at every step.
 
-A cache is a folder of `tokens.npy` (n, tokens a picture), `captions.jsonl` with all captions of each picture,
-`starts.npy` with the byte at which each line of that begins, `key.json` with fingerprints of the VAE and of the data,
-and `index.json`, which is written last. While it is being made its `parts/` hold what is finished.
+A cache is a folder of `tokens.npy` (n, tokens per image), `captions.jsonl` with all captions of each image,
+`starts.npy` with the byte offset of each line of that, `key.json` with fingerprints of the VAE and of the data,
+and `index.json`, which is written last. While it is being made, `parts/` holds what is finished.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import BrokenSample, Skipped, as_it_is
+from dalle_pytorch.data.loading import BrokenSample, SampleDataset, Skipped, as_it_is
 from dalle_pytorch.data.samples import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.atomic import atomic_write, write_bytes, write_text
+from dalle_pytorch.vae.base import ImageTokenizer
 
-PART_SIZE = 4096  # samples read for one file in parts/: what an interruption loses at most, per worker
+PART_SIZE = 4096  # samples per file in parts/, the most that each worker loses when interrupted
 
 Progress = Callable[[int, int | None], None]
 
 
-class TokenCache(Dataset):
-    """A finished cache. Items are dicts of `tokens` (tokens a picture,) int64 and `caption`, one of the picture's.
+class TokenCache(SampleDataset):
+    """A finished cache. Samples are dicts of `tokens` (tokens per image,) int64 and `caption`, one of the image's.
 
     `left_out` counts what was skipped when the cache was made. `caption_problem` is as in `ImageTextFolder`.
     Raises `FileError` if the cache is not finished, or damaged.
@@ -54,20 +55,17 @@ class TokenCache(Dataset):
             self.captions = np.memmap(self.folder / "captions.jsonl", np.uint8, "r")
             whole = len(self.tokens) == len(self.starts) - 1 and self.starts[-1] == len(self.captions)
         except FileNotFoundError as error:
-            raise FileError(f"{folder} is not a finished cache of tokens: {error.filename} is missing") from None
+            raise FileError(f"{folder} is not a finished token cache: {error.filename} is missing") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{folder} is not a cache of tokens that can be read ({error})") from None
+            raise FileError(f"{folder} cannot be read as a token cache ({error})") from None
         if not whole:
-            raise FileError(f"the cache of tokens in {folder} is damaged; delete it to make it anew")
+            raise FileError(f"the token cache {folder} is damaged; delete it to make it again")
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index)
-
     def sample(self, index: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """The item at `index`, its caption drawn from `generator` (the first without one)."""
+        """The sample at `index`, its caption drawn from `generator` (the first without one)."""
         captions = json.loads(self.captions[self.starts[index] : self.starts[index + 1]].tobytes())
         caption = pick_caption(captions, f"{self.folder}: {index}", generator, self.caption_problem)
         return {"tokens": torch.from_numpy(self.tokens[index].astype(np.int64)), "caption": caption}
@@ -76,7 +74,7 @@ class TokenCache(Dataset):
 def cache_tokens(
     folder: str | os.PathLike,
     dataset: ImageTextFolder | ShardStream,
-    vae: nn.Module,
+    vae: ImageTokenizer,
     *,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -84,14 +82,14 @@ def cache_tokens(
     world_size: int = 1,
     progress: Progress | None = None,
 ) -> TokenCache:
-    """Opens the cache of a data set's tokens in `folder`, made first if it is not there or not finished.
+    """Opens the cache of a data set's tokens in `folder`, which is made first if it is not finished.
 
-    Pictures are cut to their centre square, whatever the data set's crops, and run through `vae` where that is. Of
-    several processes each does its share, and all have to see the same folder; an archive is one process's work.
+    Images are cropped to their centre square, whatever the data set's crops, and encoded on the device of `vae`.
+    Several processes share the work, archive by archive, through a folder that all of them can see.
 
-    `progress(done, total)` is called with the samples that this process has read and, where known, has to read.
-    Raises `FileError` if `folder` holds the tokens of another VAE or of other data, or over half of the samples cannot
-    be used.
+    `progress(done, total)` is called with the samples that this process has read and, where known, will read.
+    Raises `FileError` if `folder` holds the tokens of another VAE or of other data, or if over half of the samples
+    cannot be used.
     """
     if not isinstance(dataset, ImageTextFolder | ShardStream):
         raise FileError("--cache_tokens is for folders and archives; draw_glyphs.py writes a folder of glyphs")
@@ -101,14 +99,14 @@ def cache_tokens(
         _make_parts(folder / "parts", dataset, vae, batch_size, num_workers, rank, world_size, progress)
         if rank == 0:
             _wait(lambda: len(_finished(folder / "parts")[1]) == _unit_count(dataset))
-            _join_parts(folder, getattr(dataset, "left_out", Counter()))
+            _join_parts(folder, dataset.left_out)
         _wait((folder / "index.json").exists)
     return TokenCache(folder, dataset.caption_problem)
 
 
-def vae_fingerprint(vae: nn.Module) -> str:
-    """A hash of what a VAE's tokens depend on: its configuration and weights."""
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, getattr(vae, "config", None)], default=str).encode())
+def vae_fingerprint(vae: ImageTokenizer) -> str:
+    """A hash of the configuration and weights of a VAE."""
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, vae.config], default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -139,13 +137,13 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
 
 
 def _wait(done: Callable[[], bool]) -> None:
-    # By looking at the files: a barrier of torch.distributed gives up after minutes, and this may take hours.
+    # Polls for files: a barrier of torch.distributed times out after minutes, and this may take hours.
     while not done():
         time.sleep(0.2)
 
 
 # --------------------------------------------------------------------------------------------------
-# Parts: units are archives, or rows of a folder's pictures; each has one part for every PART_SIZE samples
+# Parts: units are archives, or ranges of a folder's images; each has one part for every PART_SIZE samples
 
 
 def _unit_count(dataset: ImageTextFolder | ShardStream) -> int:
@@ -211,7 +209,7 @@ class _Pieces(IterableDataset):
             skipped.read += 1
             try:
                 found = self.dataset.all_captions(raw)
-                images.append(self.dataset.picture(raw))
+                images.append(self.dataset.image(raw))
                 captions.append(found)
             except BrokenSample as error:
                 skipped.add(error)
@@ -221,7 +219,7 @@ class _Pieces(IterableDataset):
 
 
 class _Part:
-    """What of one part is at hand."""
+    """The samples of one part so far."""
 
     def __init__(self):
         self.tokens: list[np.ndarray] = []
@@ -250,14 +248,14 @@ class _Part:
 def _make_parts(
     folder: Path,
     dataset: ImageTextFolder | ShardStream,
-    vae: nn.Module,
+    vae: ImageTokenizer,
     batch_size: int,
     num_workers: int,
     rank: int,
     world_size: int,
     progress: Progress | None,
 ) -> None:
-    """Writes this process's share of the parts, those left out that are there."""
+    """Writes this process's share of the parts that are missing."""
     counts, complete = _finished(folder)
     mine = range(rank, _unit_count(dataset), world_size)
     pieces = _Pieces(dataset, [unit for unit in mine if unit not in complete], counts, batch_size)
@@ -268,7 +266,7 @@ def _make_parts(
         share = [min(len(dataset), (unit + 1) * PART_SIZE) - unit * PART_SIZE for unit in mine]
         total = sum(share)
         done = sum(size for unit, size in zip(mine, share, strict=True) if unit in complete)
-    device = next(vae.parameters()).device
+    device = vae.device
     kind = np.uint16 if vae.num_tokens <= 2**16 else np.int32
     everything, parts = Skipped(), {}
     for piece in loader:
@@ -289,7 +287,7 @@ def _make_parts(
 
 
 def _join_parts(folder: Path, left_out: Counter[str]) -> None:
-    """Makes the cache's files of the finished parts, and removes these."""
+    """Joins the finished parts to the cache's files, and removes them."""
     paths = sorted((folder / "parts").glob("*.npz"))
     skipped, counts, kinds = Skipped(), [], set()
     for path in paths:
@@ -303,7 +301,7 @@ def _join_parts(folder: Path, left_out: Counter[str]) -> None:
                 kinds.add((part["tokens"].dtype, part["tokens"].shape[1]))
     skipped.check(enough=1)
     if not kinds:
-        raise FileError("there is no sample in the data whose tokens could be kept")
+        raise FileError("the data have no usable sample")
     ((kind, seq_len),) = kinds
     with (
         atomic_write(folder / "tokens.npy") as tokens_path,

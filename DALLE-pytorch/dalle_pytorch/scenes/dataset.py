@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.data.loading import SampleDataset
 
 
-class GlyphsDataset(Dataset):
+class GlyphsDataset(SampleDataset):
     """Scenes of the glyphs world, drawn when asked for.
 
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says

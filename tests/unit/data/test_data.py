@@ -11,7 +11,7 @@ from PIL import Image
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import BatchLoader, BrokenSample
+from dalle_pytorch.data.loading import BatchLoader, BrokenSample, SampleDataset
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.images import image_to_tensor
 
@@ -31,7 +31,7 @@ def noise(path, size, seed=0):
     path.with_suffix(".txt").write_text("noise")
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(SampleDataset):
     """Samples that tell their index; those in `broken` cannot be read."""
 
     def __init__(self, count, broken=()):
@@ -42,7 +42,7 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise BrokenSample("broken picture", index)
+            raise BrokenSample("broken image", index)
         return {"x": torch.tensor(index)}
 
 
@@ -86,14 +86,14 @@ def test_workers_change_nothing_and_broken_samples_are_replaced():
     for num_workers in (0, 2):
         loader = BatchLoader(data, 4, last_step=10, num_workers=num_workers)
         results.append([batch["x"].tolist() for batch in loader])
-        assert loader.skipped == {"broken picture": 6} and loader.epoch == 2 and loader.steps_per_epoch == 5
-        assert loader.examples["broken picture"] in {f"{i}: broken picture" for i in data.broken}
+        assert loader.skipped == {"broken image": 6} and loader.epoch == 2 and loader.steps_per_epoch == 5
+        assert loader.examples["broken image"] in {f"{i}: broken image" for i in data.broken}
     assert results[0] == results[1]
     assert all(len(batch) == 4 and not {3, 4, 17} & set(batch) for batch in results[0])
 
 
 def test_over_half_broken_stops_with_the_counts():
-    with pytest.raises(FileError, match=r"(\d+) of \d+ samples cannot be used: \1 × broken picture; for example \d+: "):
+    with pytest.raises(FileError, match=r"(\d+) of \d+ samples cannot be used: \1 × broken image; for example \d+: "):
         read(Numbers(1000, broken=range(600)), 10, last_step=100)
     with pytest.raises(FileError, match="3 of 4 samples"):
         read(Numbers(4, broken=(0, 1, 2)), 4, last_step=10)
@@ -135,7 +135,7 @@ def test_stem_that_several_have_pairs_only_side_by_side(tmp_path):
     add(tmp_path, "a/0.png", caption="of a")
     add(tmp_path, "b/0.png", caption=None)
     data = ImageTextFolder(tmp_path, 16)
-    assert data.pictures == ["a/0.png"] and data.left_out == {"picture without caption": 1}
+    assert data.images == ["a/0.png"] and data.left_out == {"image without caption": 1}
 
 
 def test_missing_pairs_are_counted_once_an_epoch_on_the_first_process(tmp_path):
@@ -147,7 +147,7 @@ def test_missing_pairs_are_counted_once_an_epoch_on_the_first_process(tmp_path):
     for rank, times in ((0, 2), (1, 0)):
         loader = BatchLoader(data, 4, last_step=2, rank=rank, world_size=2)
         list(loader)
-        assert loader.skipped["picture without caption"] == loader.skipped["caption without picture"] == times
+        assert loader.skipped["image without caption"] == loader.skipped["caption without image"] == times
 
 
 def test_pictures_alone(tmp_path):
@@ -264,32 +264,32 @@ def test_broken_pictures_are_skipped(tmp_path, damage):
         path.mkdir()
     elif damage != "gone":
         path.write_bytes(content[damage])
-    with pytest.raises(BrokenSample, match=r"b\.png: broken picture"):
+    with pytest.raises(BrokenSample, match=r"b\.png: broken image"):
         data[1]
     loader = BatchLoader(data, 2, last_step=1)
-    assert len(next(iter(loader))["image"]) == 2 and loader.skipped == {"broken picture": 1}
+    assert len(next(iter(loader))["image"]) == 2 and loader.skipped == {"broken image": 1}
 
 
 def test_decompression_bomb_is_an_error(tmp_path, monkeypatch):
     add(tmp_path, "a.png", size=(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # 3600 pixels are a warning of Pillow's, not yet its error
-    with warnings.catch_warnings(), pytest.raises(BrokenSample, match="broken picture"):
+    with warnings.catch_warnings(), pytest.raises(BrokenSample, match="broken image"):
         ImageTextFolder(tmp_path, 16)[0]
 
 
 def test_what_cannot_be_opened_is_said(tmp_path):
     with pytest.raises(FileError, match="there is no folder"):
         open_dataset(tmp_path / "nowhere", 16)
-    with pytest.raises(FileError, match="no pictures with captions"):
+    with pytest.raises(FileError, match="no images with captions"):
         open_dataset(tmp_path, 16)
-    with pytest.raises(FileError, match="holds no pictures;"):
+    with pytest.raises(FileError, match="holds no images;"):
         open_dataset(tmp_path, 16, captions=False)
     for i in range(3):
         add(tmp_path, f"{i}.png", caption=None)
-    with pytest.raises(FileError, match="no pictures with captions"):
+    with pytest.raises(FileError, match="no images with captions"):
         open_dataset(tmp_path, 16)
     add(tmp_path, "pair.png")
-    with pytest.raises(FileError, match="over half of the 4 pictures"):
+    with pytest.raises(FileError, match="over half of the 4 images"):
         open_dataset(tmp_path, 16)
     with pytest.raises(FileError, match="holds no archives"):
         open_dataset(tmp_path, 16, wds="jpg,txt")

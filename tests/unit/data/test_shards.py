@@ -265,10 +265,10 @@ def test_broken_samples_are_counted_and_left_out(tmp_path):
     loader = BatchLoader(stream(tmp_path / "a.tar"), 20, last_step=1)
     captions = Counter(read(loader)[0])
     assert captions == Counter(f"caption {i}" for i in range(20))
-    assert loader.skipped.keys() <= {"broken picture", "empty caption", "no jpg", "no txt", "caption that is not UTF-8"}
+    assert loader.skipped.keys() <= {"broken image", "empty caption", "no jpg", "no txt", "caption that is not UTF-8"}
     loader = BatchLoader(stream(tmp_path / "a.tar"), 10, last_step=4)
     read(loader)
-    assert all(loader.skipped[reason] in (1, 2) for reason in ("broken picture", "empty caption", "no jpg", "no txt"))
+    assert all(loader.skipped[reason] in (1, 2) for reason in ("broken image", "empty caption", "no jpg", "no txt"))
     assert "a.tar: b2" in loader.examples["no jpg"]
 
 
@@ -303,7 +303,7 @@ def test_truncated_archive(tmp_path, suffix, share):
 
 def test_over_half_broken_stops(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}", {"jpg": b"nothing", "txt": b"x"}) for i in range(300)])
-    with pytest.raises(FileError, match=r"samples cannot be used: \d+ × broken picture; for example .*a.tar: \d+"):
+    with pytest.raises(FileError, match=r"samples cannot be used: \d+ × broken image; for example .*a.tar: \d+"):
         read(BatchLoader(stream(tmp_path / "a.tar"), 4, num_workers=2))
     with pytest.raises(FileError, match="× no png"):
         read(BatchLoader(open_dataset(tmp_path / "a.tar", 16, wds="png,txt"), 4))

@@ -83,7 +83,7 @@ def test_folder(tmp_path, folder, tiny_vae, num_workers):
     for i in (0, 5, 21):
         assert torch.equal(cache[i]["tokens"], expected(tiny_vae, GOOD[i]))
     assert cache[0]["tokens"].dtype == torch.int64 and cache.tokens.dtype == np.uint16
-    assert cache.left_out == {"broken picture": 1, "empty caption": 2, "picture without caption": 1}
+    assert cache.left_out == {"broken image": 1, "empty caption": 2, "image without caption": 1}
     assert seen[-1] == (COUNT, COUNT)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {
         "key.json", "index.json", "tokens.npy", "captions.jsonl", "starts.npy"}  # fmt: skip
@@ -93,7 +93,7 @@ def test_archives(tmp_path, archives, tiny_vae):
     cache = cache_tokens(tmp_path / "cache", open_dataset(archives, 64, wds="png,txt"), tiny_vae, batch_size=3,
                          num_workers=2)  # fmt: skip
     assert numbers(cache) == [i for i in range(27) if i != 25]
-    assert torch.equal(cache[25]["tokens"], expected(tiny_vae, 26)) and cache.left_out == {"broken picture": 1}
+    assert torch.equal(cache[25]["tokens"], expected(tiny_vae, 26)) and cache.left_out == {"broken image": 1}
 
 
 def test_captions_are_drawn_by_epoch(tmp_path, folder, tiny_vae):
@@ -130,7 +130,7 @@ def test_goes_on_after_a_break(tmp_path, folder, archives, tiny_vae, name, num_w
 
         with pytest.raises(KeyboardInterrupt):
             cache_tokens(tmp_path / "cache", data, tiny_vae, batch_size=2, num_workers=num_workers, progress=interrupt)
-        with pytest.raises(FileError, match="not a finished cache"):
+        with pytest.raises(FileError, match="not a finished token cache"):
             TokenCache(tmp_path / "cache")
     encoded.clear()
     cache = cache_tokens(tmp_path / "cache", data, tiny_vae, batch_size=3)
@@ -189,7 +189,7 @@ def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae):
 def test_over_half_broken_stops(tmp_path, folder, tiny_vae):
     for i in range(15):
         (folder / f"{i:02}.png").write_bytes(b"nothing")
-    with pytest.raises(FileError, match="cannot be used: 14 × broken picture, 2 × empty caption"):
+    with pytest.raises(FileError, match="cannot be used: 14 × broken image, 2 × empty caption"):
         cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
 
 

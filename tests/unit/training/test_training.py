@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_helpers import Net, Numbers, Task, losses, options, rows
 
+from dalle_pytorch.data.loading import SampleStream
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training import TrainingOptions, train
 from dalle_pytorch.training.optimizers import PLATEAU_INTERVAL, Schedule
@@ -84,14 +85,11 @@ def test_epochs(tmp_path):
     assert total_steps(options(tmp_path, None, 5, epochs=2, ga_steps=2), Numbers()) == 13  # 128 samples, 10 a step
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(SampleStream):
     """Eight samples an epoch, of which nobody says so."""
 
     def raw_samples(self, seed, epoch, reader, readers):
         return iter(range(8))
-
-    def __iter__(self):
-        raise NotImplementedError("the loader asks for raw samples")
 
     def decode(self, raw, generator):
         return {"x": torch.full((4,), raw / 8)}
