@@ -1,0 +1,60 @@
+"""Published files into native folders: what `convert` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.published.load import UnknownFormatError, load_vae, open_published
+from dalle_pytorch.tokenizers.base import Tokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer
+from dalle_pytorch.tokenizers.simple import SimpleTokenizer
+from diffusion.decoder import DiffusionDecoder
+from diffusion.published import MODEL_SIZES, load_decoder, load_unet
+
+
+def open_any(
+    path: str,
+    vqgan_config_path: str | None = None,
+    vae_path: str | None = None,
+    model_size: int | None = None,
+    unet_flags: Mapping[str, Any] | None = None,
+) -> PretrainedModel:
+    """Whatever model the file, folder or hub name holds; a U-Net with its VAE is a `DiffusionDecoder`."""
+    vae = load_vae(vae_path, vqgan_config_path=vqgan_config_path) if vae_path else None
+    try:
+        return open_published(path, vqgan_config_path, vae)
+    except UnknownFormatError as error:
+        if "time_embed.0.weight" not in error.entries:
+            raise
+    flags = {**(MODEL_SIZES[model_size] if model_size else {}), **(unet_flags or {})}
+    return load_unet(path, **flags) if vae is None else load_decoder(path, vae, **flags)
+
+
+def describe(model: PretrainedModel, indent: str = "") -> Iterator[str]:
+    """Lines that say what a model is."""
+    tensors = model.own_state_dict().values()
+    yield f"{indent}{type(model).__name__}, {sum(tensor.numel() for tensor in tensors):,} parameters"
+    for name, value in model.config.items():
+        if name != "vae":
+            yield f"{indent}  {name}: {value}"
+    if isinstance(model, (Prior, DiffusionDecoder)):
+        yield f"{indent}  vae:"
+        yield from describe(model.vae, indent + "    ")
+
+
+def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> Path:
+    """Writes the `tokenizer.json` of a native folder, and returns its path."""
+    path = folder / "tokenizer.json"
+    if isinstance(tokenizer, SimpleTokenizer):
+        raise UsageError(f"{source} is CLIP's vocabulary, which is used as it is: --bpe_path {source}")
+    if isinstance(tokenizer, HugTokenizer):
+        write_text(path, source.read_text("utf-8"))
+    else:
+        tokenizer.save(path)
+    return path
