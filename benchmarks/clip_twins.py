@@ -1,42 +1,45 @@
-"""What the default model's CLIP tells apart: pairs of validation scenes that differ in one fact, and their captions.
-
-    python benchmarks/clip_twins.py --count 1500
-
-For every fact, of scenes with one subject and with two: how often the right one of two captions fits a picture best,
-and the right one of two pictures a caption; half is chance. Prints the table in Markdown and writes `clip_twins.json`.
-"""
+"""What the default model's CLIP tells apart: `python benchmarks/clip_twins.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from quality import DEFAULT_MODEL, with_interval
+from quality import with_interval
 from tqdm import trange
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, number, run
-from dalle_pytorch.clip.trainable import CLIP
-from dalle_pytorch.devices import pick_device
+from dalle_pytorch.cli import run
+from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.settings import Settings, option
+from text_to_image import Model
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip_path", type=Path, default=DEFAULT_MODEL / "clip")
-    parser.add_argument("--count", type=number(int, 1), default=1500, help="pairs of scenes (default 1500)")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/clip_twins"))
-    parser.add_argument("--device")
-    return parser.parse_args(argv)
+@dataclass
+class TwinSettings(Settings):
+    """What the default model's CLIP tells apart: pairs of scenes that differ in one fact, and their captions.
+
+    python benchmarks/clip_twins.py --count 1500
+
+    For every fact, of scenes with one subject and with two: how often the right one of two captions fits an image best,
+    and the right one of two images a caption; half is chance. Prints the table in Markdown and writes
+    `clip_twins.json`.
+    """
+
+    clip_path: Path | None = option(None, "a CLIP (default: the default model's)")
+    count: int = option(1500, "pairs of scenes", low=1)
+    output_dir: Path = option(Path("outputs/clip_twins"), "where the table goes")
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
 
 
 @torch.no_grad()
-def tell_apart(clip: CLIP, scenes: Sequence[glyphs.Scene]) -> tuple[float, float]:
+def tell_apart(clip: CLIPModel, scenes: Sequence[glyphs.Scene]) -> tuple[float, float]:
     """1 or 0: whether the first scene's own caption fits its picture best, and its own picture its caption."""
     pictures = [torch.from_numpy(glyphs.draw(scene, clip.image_size)).permute(2, 0, 1) / 255 for scene in scenes]
     tokens = clip.tokenize([scene.caption for scene in scenes])
@@ -46,10 +49,10 @@ def tell_apart(clip: CLIP, scenes: Sequence[glyphs.Scene]) -> tuple[float, float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    clip = CLIP.from_pretrained(arguments.clip_path).to(pick_device(arguments.device)).eval()
+    settings = TwinSettings.parse(argv)
+    clip = Model.from_pretrained(device=settings.device, scorer=settings.clip_path).scorer
     told = defaultdict(list)
-    for index in trange(arguments.count, desc="pairs"):
+    for index in trange(settings.count, desc="pairs"):
         *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
         told[len(scenes[0].subjects), fact].append(tell_apart(clip, scenes))
     print("| subjects | changed | pairs | caption told | picture told |")
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {subjects} | {fact} | {len(pairs)} | {cells} |")
         rows.append({"subjects": subjects, "fact": fact, "pairs": len(pairs), "caption told": by_picture,
                      "picture told": by_caption})  # fmt: skip
-    write_text(arguments.output_dir / "clip_twins.json", json.dumps(rows, indent=1) + "\n")
+    write_text(settings.output_dir / "clip_twins.json", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

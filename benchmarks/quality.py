@@ -1,19 +1,11 @@
-"""How often the default model draws what it is asked: captions whose combinations it never saw, read back by the judge.
-
-    python benchmarks/quality.py                        # or `make quality`; hours on a CPU: --count 50 for a first look
-
-For every caption: candidates ranked by CLIP, the best one redrawn by diffusion, for some with CLIP guidance too. A
-picture counts when everything that its caption says is so. Prints a table and writes to --output_dir: `quality.json`,
-`best_of.png` (the best of N, by N and by attribute), and sheets of the first captions and of failures taken at random.
-Captions that are done are kept in `records.jsonl`: the same command goes on where it was.
-"""
+"""How often the default model draws what it is asked: `python benchmarks/quality.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +18,16 @@ from measures import best_of, frechet_distance, frechet_interval, interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, number, run
-from dalle_pytorch.clip.trainable import CLIP
-from dalle_pytorch.devices import pick_device
+from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, image_to_tensor, read_image, resize, save_image
-from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.sampling.candidates import Candidate, generate_candidates
-from dalle_pytorch.sampling.settings import SamplingSettings
-from dalle_pytorch.tokenizers.load import load_tokenizer
-from diffusion.decoder import DiffusionDecoder
+from dalle_pytorch.settings import Settings, option
 from diffusion.guidance import ClipGuidance
+from text_to_image import TextToImage
+from text_to_image.model import DEFAULT_MODEL
+from text_to_image.results import ResultImage
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models/default"
 GROUPS = {"one subject": 1, "two subjects": 2}
 ATTRIBUTES = ("count", "subject", "colour", "background", "size", "place")
 FRECHET = {
@@ -53,32 +41,33 @@ PICTURES_ON_SHEET = 12
 Record = dict[str, Any]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder of dalle, vae, clip, decoder, judge")
-    parser.add_argument("--count", type=number(int, 1), default=500, help="captions with one subject, and as many with "
-                                                                          "two (default 500)")  # fmt: skip
-    parser.add_argument("--num_images", type=number(int, 1), default=16, help="candidates that CLIP ranks (default 16)")
-    parser.add_argument("--curve_count", type=number(int, 0), default=50,
-                        help="captions of each group that get --curve_images candidates (default 50)")  # fmt: skip
-    parser.add_argument("--curve_images", type=number(int, 1), default=64, help="where the curve ends (default 64)")
-    parser.add_argument("--guided_count", type=number(int, 0), default=50,
-                        help="captions of each group also diffused with CLIP guidance (default 50)")  # fmt: skip
-    for name, kind in (("top_p", number(float, 0, 1, above=True)), ("temperature", number(float, 0)),
-                       ("cond_scale", number(float, 0))):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, help="(default: the model's own)")
-    parser.add_argument("--split", choices=glyphs.SPLITS, default="test")
-    parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
-    parser.add_argument("--device")
-    parser.add_argument(
-        "--jobs",
-        type=number(int, 1),
-        default=1,
-        help="processes that share captions and cores: on a CPU, as many as it has cores (default 1)",
-    )
-    return parser.parse_args(argv)
+@dataclass
+class QualitySettings(Settings):
+    """How often the default model draws what it is asked: captions whose combinations it never saw, read by the judge.
+
+    python benchmarks/quality.py                        # or `make quality`; hours on a CPU: --count 50 for a first look
+
+    For every caption: candidates ranked by CLIP, the best one redrawn by diffusion, for some with CLIP guidance too. An
+    image counts when everything that its caption says is so. Prints a table and writes to --output_dir: `quality.json`,
+    `best_of.png` (the best of N, by N and by attribute), and sheets of the first captions and of failures taken at
+    random. Finished captions are kept in `records.jsonl`: the same command resumes.
+    """
+
+    model: Path = option(DEFAULT_MODEL, "folder of dalle, vae, clip, decoder, judge")
+    count: int = option(500, "captions with one subject, and as many with two", low=1)
+    num_images: int = option(16, "candidates that CLIP ranks", low=1)
+    curve_count: int = option(50, "captions of each group that get --curve_images candidates", low=0)
+    curve_images: int = option(64, "where the curve ends", low=1)
+    guided_count: int = option(50, "captions of each group also diffused with CLIP guidance", low=0)
+    top_p: float | None = option(None, "(default: the model's own)", low=0, high=1, above=True)
+    temperature: float | None = option(None, "(default: the model's own)", low=0)
+    cond_scale: float | None = option(None, "(default: the model's own)", low=0)
+    split: str = option("test", "captions that training never showed, or others", choices=glyphs.SPLITS)
+    steps: str = option("quad25", "diffusion steps")
+    seed: int = option(0, "of candidates and noise")
+    output_dir: Path = option(Path("outputs/quality"), "where the records and tables go")
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
+    jobs: int = option(1, "processes that share captions and cores: on a CPU, as many as it has cores", low=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,40 +75,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Models:
-    """The parts of one model folder, on a device, with the settings its tokens are drawn by."""
+    """The pipeline of a model folder, the judge beside it, and how tokens are sampled."""
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Models:
-        sampling = {name: getattr(arguments, name) for name in ("top_p", "temperature", "cond_scale")}
-        return cls(arguments.model, pick_device(arguments.device), **sampling)
+    def of(cls, settings: QualitySettings) -> Models:
+        sampling = {name: vars(settings)[name] for name in ("top_p", "temperature", "cond_scale")}
+        return cls(settings.model, settings.device, **sampling)
 
-    def __init__(self, folder: Path, device: torch.device, **sampling: float | None):
-        self.dalle = DALLE.from_pretrained(folder / "dalle").to(device).eval()
-        self.dalle.tokenizer = load_tokenizer(beside=folder / "dalle")
-        self.clip = CLIP.from_pretrained(folder / "clip").to(device).eval().requires_grad_(False)
-        self.decoder = DiffusionDecoder.from_pretrained(folder / "decoder").to(device).eval().requires_grad_(False)
+    def __init__(self, folder: Path, device: str | None, **sampling: float | None):
+        self.pipe = TextToImage.from_pretrained(folder, device)
         self.judge = Judge.from_pretrained(folder / "judge").eval()
-        own = json.loads((folder / "sampling.json").read_text("utf-8"))
-        self.guidance = {name: own.pop(name) for name in ("clip_guidance_scale",) if name in own}
-        self.sampling = own | {name: value for name, value in sampling.items() if value is not None}
-        self.device = device
+        self.sampling = sampling
 
-    def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, list[Candidate]]:
+    def recorded(self) -> Record:
+        """How tokens are sampled and images guided."""
+        sampling = {name: value for name, value in asdict(self.pipe.sampling(**self.sampling)).items() if value}
+        scale = self.pipe.model.clip_guidance_scale
+        return sampling if scale is None else sampling | {"clip_guidance_scale": scale}
+
+    def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, list[ResultImage]]:
         """What CLIP and the judge say of `count` candidates, in the order of their numbers, and the candidates."""
-        found = generate_candidates(self.dalle, scene.caption, count, batch_size=min(count, 32),
-                                    scorer=self.clip, seed=seed,
-                                    settings=SamplingSettings(**self.sampling))  # fmt: skip
-        found.sort(key=lambda candidate: candidate.index)
-        seen = self.judge.read(torch.stack([candidate.image for candidate in found]))
+        result = self.pipe.generate(scene.caption, count, seed=seed, **self.sampling)
+        found = sorted(result, key=lambda image: image.index)
+        seen = self.judge.read(torch.stack([image.pixels for image in found]))
         right = [judge_by_attribute(scene, answers) for answers in seen]
-        return {"scores": [candidate.score for candidate in found], "right": right}, found
+        return {"scores": [image.score for image in found], "right": right}, found
 
     def diffuse(
-        self, scene: glyphs.Scene, tokens: torch.Tensor, steps: str, seed: int, guidance: dict | None = None
+        self, tokens: torch.Tensor, steps: str, seed: int, guidance: ClipGuidance | None = None
     ) -> torch.Tensor:
-        """The picture (1, 3, h, w) of one grid of tokens; `guidance` holds the settings of CLIP's, if it guides."""
-        guide = None if guidance is None else ClipGuidance(self.clip, [(scene.caption, 1.0)], **guidance)
-        return self.decoder.decode(tokens[None].to(self.device), steps, seed=seed, guidance=guide).cpu()
+        """The image (1, 3, h, w) of a grid of tokens."""
+        result = self.pipe.upscale(tokens, num_inference_steps=steps, seed=seed, clip_guidance=guidance or False)
+        return result[0].upscaled_pixels[0][None]
 
     @torch.no_grad()
     def opinion(self, scene: glyphs.Scene, picture: torch.Tensor) -> Record:
@@ -133,26 +120,25 @@ class Models:
         }
 
 
-def clip_choice(found: Sequence[Candidate]) -> Candidate:
+def clip_choice(found: Sequence[ResultImage]) -> ResultImage:
     """The candidate that CLIP scores highest; of equals the first drawn."""
     return max(found, key=lambda candidate: (candidate.score, -candidate.index))
 
 
-def measure(arguments: argparse.Namespace, models: Models, group: str, index: int) -> Record:
+def measure(settings: QualitySettings, models: Models, group: str, index: int) -> Record:
     """Draws one caption in every way, writes its strip of pictures, and returns what was seen."""
-    scene = glyphs.make_scene(index, arguments.split, num_subjects=GROUPS[group])
-    longest = max(arguments.num_images, arguments.curve_images)
-    count = longest if index < arguments.curve_count else arguments.num_images
-    record, found = models.candidates(scene, count, arguments.seed)
-    best = clip_choice(found[: arguments.num_images])
+    scene = glyphs.make_scene(index, settings.split, num_subjects=GROUPS[group])
+    longest = max(settings.num_images, settings.curve_images)
+    count = longest if index < settings.curve_count else settings.num_images
+    record, found = models.candidates(scene, count, settings.seed)
+    best = clip_choice(found[: settings.num_images])
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
-    enlarged = resize(best.image[None], 256)
-    diffused = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed)
+    enlarged = resize(best.pixels[None], 256)
+    diffused = models.diffuse(best.tokens, settings.steps, settings.seed)
     # What both decoders make of the tokens of the drawn scene itself: how they differ with nothing else in the way.
-    vae = models.dalle.vae
-    own_tokens = vae.get_codebook_indices(resize(drawn, vae.image_size).to(models.device))
-    own_enlarged = resize(vae.decode_image(own_tokens).cpu(), 256)
-    own_diffused = models.diffuse(scene, own_tokens[0], arguments.steps, arguments.seed)
+    own_tokens = models.pipe.model.prior.encode_image(drawn.to(models.pipe.model.device))[0].cpu()
+    own_enlarged = resize(models.pipe.read(own_tokens)[0].pixels[None], 256)
+    own_diffused = models.diffuse(own_tokens, settings.steps, settings.seed)
     record |= {
         "group": group, "index": index, "caption": scene.caption, "best": best.index,
         "drawn": models.opinion(scene, drawn),
@@ -162,12 +148,13 @@ def measure(arguments: argparse.Namespace, models: Models, group: str, index: in
         "own_diffused": models.opinion(scene, own_diffused),
     }  # fmt: skip
     strip = [drawn, enlarged, diffused]
-    if index < arguments.guided_count:
-        guided = models.diffuse(scene, best.tokens, arguments.steps, arguments.seed, models.guidance)
+    if index < settings.guided_count:
+        guidance = models.pipe.guidance(scene.caption)
+        guided = models.diffuse(best.tokens, settings.steps, settings.seed, guidance)
         record["guided"] = models.opinion(scene, guided)
         strip.append(guided)
     sheet = contact_sheet([picture[0] for picture in strip], len(strip), gap=0)
-    save_image(strip_path(arguments.output_dir, record), sheet)
+    save_image(strip_path(settings.output_dir, record), sheet)
     return record
 
 
@@ -175,16 +162,16 @@ def strip_path(folder: Path, record: Record) -> Path:
     return folder / "pictures" / f"{record['group'].replace(' ', '_')}-{record['index']:04}.png"
 
 
-def all_records(arguments: argparse.Namespace, models: Models) -> list[Record]:
+def all_records(settings: QualitySettings, models: Models) -> list[Record]:
     """Draws what is not in `records.jsonl` yet."""
-    path = arguments.output_dir / "records.jsonl"
-    settings = {name: getattr(arguments, name) for name in ("num_images", "curve_count", "curve_images", "guided_count",
-                                                            "split", "steps", "seed")}  # fmt: skip
-    settings |= {"sampling": models.sampling | models.guidance, "model": str(arguments.model)}
+    path = settings.output_dir / "records.jsonl"
+    names = ("num_images", "curve_count", "curve_images", "guided_count", "split", "steps", "seed")
+    recorded = {name: vars(settings)[name] for name in names}
+    recorded |= {"sampling": models.recorded(), "model": str(settings.model)}
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     if not lines:
-        write_text(path, json.dumps(settings) + "\n")
-    elif json.loads(lines[0]) != settings:
+        write_text(path, json.dumps(recorded) + "\n")
+    elif json.loads(lines[0]) != recorded:
         raise UsageError(f"{path} was made with other settings; move it away or give another --output_dir")
     records = {}
     for line in lines[1:]:
@@ -193,15 +180,15 @@ def all_records(arguments: argparse.Namespace, models: Models) -> list[Record]:
         except json.JSONDecodeError:  # the last line of a run that was broken off
             continue
         records[record["group"], record["index"]] = record
-    wanted = [(group, index) for index in range(arguments.count) for group in GROUPS]
+    wanted = [(group, index) for index in range(settings.count) for group in GROUPS]
     with path.open("a", encoding="utf-8") as file:
         if lines:
             file.write("\n")
         missing = [key for key in wanted if key not in records]
         # A single job is this process, which has its models already.
-        make_models = partial(Models.of, arguments) if arguments.jobs > 1 else lambda: models
-        with Jobs(arguments.jobs, make_models) as jobs:
-            done = jobs.map(partial(measure, arguments), missing)
+        make_models = partial(Models.of, settings) if settings.jobs > 1 else lambda: models
+        with Jobs(settings.jobs, make_models) as jobs:
+            done = jobs.map(partial(measure, settings), missing)
             for record in tqdm(done, "captions", len(missing), dynamic_ncols=True):
                 records[record["group"], record["index"]] = record
                 file.write(json.dumps(record) + "\n")
@@ -360,26 +347,26 @@ def write_sheet(path: Path, records: list[Record], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    models = Models.of(arguments)
+    settings = QualitySettings.parse(argv)
+    models = Models.of(settings)
     read = share_of_scenes_read(models.judge)
-    print(f"the judge reads {read:.1%} of 1,000 drawn test scenes without a mistake; sampling with {models.sampling}")
-    records = all_records(arguments, models)
+    print(f"the judge reads {read:.1%} of 1,000 drawn test scenes without a mistake; sampling with {models.recorded()}")
+    records = all_records(settings, models)
 
-    figures: Record = {"judge": read, "sampling": models.sampling, "groups": {}}
+    figures: Record = {"judge": read, "sampling": models.recorded(), "groups": {}}
     for name in GROUPS:
         chosen = [r for r in records if r["group"] == name]
         figures["groups"][name] = {
-            "shares": shares(chosen, arguments.num_images),
-            "attributes": by_attribute(chosen, arguments.num_images),
-            "best_of": curves(chosen, arguments.curve_images),
+            "shares": shares(chosen, settings.num_images),
+            "attributes": by_attribute(chosen, settings.num_images),
+            "best_of": curves(chosen, settings.curve_images),
         }
     figures |= {"frechet": frechet(records), "guidance": guidance_effect(records)}
     print_tables(figures)
 
-    folder = arguments.output_dir
+    folder = settings.output_dir
     write_text(folder / "quality.json", json.dumps(figures, indent=1) + "\n")
-    if arguments.curve_count:
+    if settings.curve_count:
         plot_curves(folder / "best_of.png", figures["groups"])
     failures = [r for r in records if not all_right(r["diffused"]["right"])]
     random.Random(0).shuffle(failures)

@@ -1,45 +1,47 @@
-"""Which guidance, temperature and top-p the default model is best sampled with, on captions for validation.
-
-    python benchmarks/sweep.py --count 60
-
-Settings are tried one after the other from a starting point: first guidance with temperature, then top-p at the best
-of these. The settings are chosen here, and the test captions of quality.py see only the choice. Prints the table in
-Markdown and writes `sweep.json`.
-"""
+"""The settings that the default model is best sampled with: `python benchmarks/sweep.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jobs import Jobs
 from measures import best_of
-from quality import DEFAULT_MODEL, GROUPS, Models, all_right, with_interval
+from quality import GROUPS, Models, all_right, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, number, run
-from dalle_pytorch.devices import pick_device
+from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.settings import Settings, number, option
+from text_to_image.model import DEFAULT_MODEL
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--count", type=number(int, 1), default=60, help="captions of each kind (default 60)")
-    parser.add_argument("--num_images", type=number(int, 1), default=8, help="candidates a caption (default 8)")
-    parser.add_argument("--cond_scale", type=number(float, 0), nargs="+", default=[1.0, 1.5, 2.0, 3.0])
-    parser.add_argument("--temperature", type=number(float, 0), nargs="+", default=[0.6, 0.8, 1.0])
-    parser.add_argument("--top_p", type=number(float, 0, 1, above=True), nargs="+", default=[0.8, 0.9, 0.95, 1.0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
-    parser.add_argument("--device")
-    parser.add_argument("--jobs", type=number(int, 1), default=1, help="as in quality.py (default 1)")
-    return parser.parse_args(argv)
+@dataclass
+class SweepSettings(Settings):
+    """Which guidance, temperature and top-p the default model is best sampled with, on captions for validation.
+
+    python benchmarks/sweep.py --count 60
+
+    Settings are tried one after the other from a starting point: first guidance with temperature, then top-p at the
+    best of these. The settings are chosen here, and the test captions of quality.py see only the choice. Prints the
+    table in Markdown and writes `sweep.json`.
+    """
+
+    model: Path = option(DEFAULT_MODEL, "folder of the model")
+    count: int = option(60, "captions of each kind", low=1)
+    num_images: int = option(8, "candidates a caption", low=1)
+    cond_scale: list = option([1.0, 1.5, 2.0, 3.0], "guidance", kind=number(float, 0), nargs="+")
+    temperature: list = option([0.6, 0.8, 1.0], "temperatures", kind=number(float, 0), nargs="+")
+    top_p: list = option([0.8, 0.9, 0.95, 1.0], "shares", kind=number(float, 0, 1, above=True), nargs="+")
+    output_dir: Path = option(Path("outputs/sweep"), "where the table goes")
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
+    jobs: int = option(1, "as in quality.py", low=1)
 
 
 def draw_caption(
@@ -54,13 +56,12 @@ def draw_caption(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    device = pick_device(arguments.device)
-    with Jobs(arguments.jobs, partial(Models, arguments.model, device)) as jobs:
-        sweep(arguments, jobs)
+    settings = SweepSettings.parse(argv)
+    with Jobs(settings.jobs, partial(Models, settings.model, settings.device)) as jobs:
+        sweep(settings, jobs)
 
 
-def sweep(arguments: argparse.Namespace, jobs: Jobs) -> None:
+def sweep(settings: SweepSettings, jobs: Jobs) -> None:
     """Tries the settings, prints the table and writes it."""
     tried: dict[tuple[float, float, float], dict] = {}
 
@@ -68,27 +69,27 @@ def sweep(arguments: argparse.Namespace, jobs: Jobs) -> None:
         """The share of single candidates with everything right: the measure that settings are chosen by."""
         key = (top_p, temperature, cond_scale)
         if key not in tried:
-            draw = partial(draw_caption, num_images=arguments.num_images, top_p=top_p, temperature=temperature,
+            draw = partial(draw_caption, num_images=settings.num_images, top_p=top_p, temperature=temperature,
                            cond_scale=cond_scale)  # fmt: skip
-            captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
+            captions = [*itertools.product(GROUPS.values(), range(settings.count))]
             # In the captions' order, for intervals that do not depend on which is done first.
             shares = sorted(tqdm(jobs.map(draw, captions), str(key), len(captions)))
             _, one, best = zip(*shares, strict=True)
             tried[key] = {"one": with_interval(one), "best": with_interval(best)}
         return tried[key]["one"]["mean"]
 
-    grid = itertools.product(arguments.temperature, arguments.cond_scale)
+    grid = itertools.product(settings.temperature, settings.cond_scale)
     temperature, cond_scale = max(grid, key=lambda pair: share(0.9, *pair))
-    top_p = max(arguments.top_p, key=lambda top_p: share(top_p, temperature, cond_scale))
+    top_p = max(settings.top_p, key=lambda top_p: share(top_p, temperature, cond_scale))
 
-    print(f"| top_p | temperature | cond_scale | one candidate | best of {arguments.num_images} |")
+    print(f"| top_p | temperature | cond_scale | one candidate | best of {settings.num_images} |")
     print("|---|---|---|---|---|")
     for key, result in tried.items():
         cells = [f"{r['mean']:.1%} ({r['low']:.0%} to {r['high']:.0%})" for r in result.values()]
         mark = "**" if key == (top_p, temperature, cond_scale) else ""
         print("| " + " | ".join(f"{mark}{value}{mark}" for value in [*key, *cells]) + " |")
     rows = [dict(zip(("top_p", "temperature", "cond_scale"), key, strict=True)) | r for key, r in tried.items()]
-    write_text(arguments.output_dir / "sweep.json", json.dumps(rows, indent=1) + "\n")
+    write_text(settings.output_dir / "sweep.json", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

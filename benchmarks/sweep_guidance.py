@@ -1,66 +1,68 @@
-"""How strongly CLIP guidance is best led, on captions for validation: the judge's likelihood of what the caption says.
-
-    python benchmarks/sweep_guidance.py --count 20
-
-CLIP's best candidate of every caption is diffused without guidance and with every setting, from the same noise. Prints
-the table in Markdown and writes `sweep_guidance.json`.
-"""
+"""How strongly CLIP guidance is best led: `python benchmarks/sweep_guidance.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jobs import Jobs
-from quality import DEFAULT_MODEL, GROUPS, Models, Record, all_right, clip_choice, with_interval
+from quality import GROUPS, Models, Record, all_right, clip_choice, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, number, run
-from dalle_pytorch.devices import pick_device
+from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.settings import Settings, number, option
+from text_to_image.model import DEFAULT_MODEL
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--count", type=number(int, 1), default=20, help="captions of each kind (default 20)")
-    parser.add_argument("--num_images", type=number(int, 1), default=4, help="candidates that CLIP ranks (default 4)")
-    parser.add_argument("--clip_guidance_scale", type=number(float, 0, above=True), nargs="+", default=[1e4, 3e4, 1e5])
-    parser.add_argument("--cut_pow", type=number(float, 0), nargs="+", default=[1.0],
-                        help="small for cutouts of almost the whole picture (default 1)")  # fmt: skip
-    parser.add_argument("--steps", default="quad25", help="diffusion steps (default quad25)")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
-    parser.add_argument("--device")
-    parser.add_argument("--jobs", type=number(int, 1), default=1, help="as in quality.py (default 1)")
-    return parser.parse_args(argv)
+@dataclass
+class GuidanceSettings(Settings):
+    """How strong CLIP guidance is best, on captions for validation: the judge's likelihood of what the caption says.
+
+    python benchmarks/sweep_guidance.py --count 20
+
+    CLIP's best candidate of every caption is diffused without guidance and with every setting, from the same noise.
+    Prints the table in Markdown and writes `sweep_guidance.json`.
+    """
+
+    model: Path = option(DEFAULT_MODEL, "folder of the model")
+    count: int = option(20, "captions of each kind", low=1)
+    num_images: int = option(4, "candidates that CLIP ranks", low=1)
+    clip_guidance_scale: list = option([1e4, 3e4, 1e5], "strengths", kind=number(float, 0, above=True), nargs="+")
+    cut_pow: list = option([1.0], "small for cutouts of almost the whole image", kind=number(float, 0), nargs="+")
+    steps: str = option("quad25", "diffusion steps")
+    output_dir: Path = option(Path("outputs/sweep"), "where the table goes")
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
+    jobs: int = option(1, "as in quality.py", low=1)
 
 
 def guide_caption(
     models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, settings: Sequence[dict | None]
 ) -> tuple[tuple[int, int], list[Record]]:
-    """Which caption it is, and the judge's opinion of its picture with every setting; None is without guidance."""
+    """Which caption it is, and the judge's opinion of its image with every setting; None is without guidance."""
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     _, found = models.candidates(scene, num_images, seed=0)
     opinions = []
-    for guidance in settings:
-        picture = models.diffuse(scene, clip_choice(found).tokens, steps, seed=0, guidance=guidance)
-        opinions.append(models.opinion(scene, picture))
+    for scales in settings:
+        guidance = None if scales is None else models.pipe.guidance(scene.caption, **scales)
+        image = models.diffuse(clip_choice(found).tokens, steps, seed=0, guidance=guidance)
+        opinions.append(models.opinion(scene, image))
     return (num_subjects, index), opinions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    arguments = GuidanceSettings.parse(argv)
     grid = itertools.product(arguments.clip_guidance_scale, arguments.cut_pow)
     settings = [{"clip_guidance_scale": scale, "cut_pow": cut_pow} for scale, cut_pow in grid]
     guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, settings=[None, *settings])
     captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
-    with Jobs(arguments.jobs, partial(Models, arguments.model, pick_device(arguments.device))) as jobs:
+    with Jobs(arguments.jobs, partial(Models, arguments.model, arguments.device)) as jobs:
         # In the captions' order, for intervals that do not depend on which is done first.
         done = sorted(tqdm(jobs.map(guide, captions), "captions", len(captions)), key=lambda pair: pair[0])
     opinions = [row for _, row in done]

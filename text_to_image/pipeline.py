@@ -8,6 +8,7 @@ result.save("outputs")
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +198,7 @@ class TextToImage:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
-        drawn = decoder.unet.image_size
+        drawn = math.isqrt(len(result[0].tokens)) * decoder.unet.image_size // decoder.image_fmap_size
         size = output_size or (drawn if enlarger is None else 4 * drawn)
         if enlarger is not None and size <= drawn:
             raise UsageError(f"super-resolution enlarges: output_size must be above the decoder's {drawn} pixels")
@@ -266,16 +267,18 @@ class TextToImage:
         images = []
         for index, value in enumerate(values):
             if isinstance(value, ResultImage):
-                check_tokens(value.tokens, vae.num_tokens, side)
+                check_tokens(value.tokens, vae.num_tokens)
                 images.append(value)
                 continue
             if isinstance(value, Tensor):
-                tokens = check_tokens(value, vae.num_tokens, side)
+                tokens = check_tokens(value, vae.num_tokens)
             elif isinstance(value, Source) and Path(value).suffix.lower() == ".npy":
                 tokens = load_tokens(value, vae.num_tokens, side**2)
             else:
                 tokens = encode_image(vae, value, side).cpu()
             images.append(ResultImage(index, tokens, vae.decode_image(tokens[None].to(vae.device))[0].cpu()))
+        if len({len(image.tokens) for image in images}) != 1:
+            raise UsageError("expected one or more inputs, all of the same number of tokens")
         return Result(images, inputs.prompt if isinstance(inputs, Result) else None)
 
 
@@ -285,11 +288,12 @@ def encode_image(vae: ImageTokenizer, image: ImageInput, side: int) -> Tensor:
     return vae.get_codebook_indices(pixels.to(vae.device))[0]
 
 
-def check_tokens(tokens: Tensor, num_tokens: int, side: int) -> Tensor:
+def check_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
     """The tokens, if they are a grid (side²,) of codes below `num_tokens`. Raises `UsageError` otherwise."""
-    if tokens.shape != (side**2,) or tokens.min() < 0 or tokens.max() >= num_tokens:
-        raise UsageError(f"expected {side**2} tokens from 0 to {num_tokens - 1}, got tokens of shape "
-                         f"{tuple(tokens.shape)} from {int(tokens.min())} to {int(tokens.max())}")  # fmt: skip
+    square = tokens.ndim == 1 and len(tokens) > 0 and math.isqrt(len(tokens)) ** 2 == len(tokens)
+    if not square or tokens.min() < 0 or tokens.max() >= num_tokens:
+        raise UsageError(f"expected a square grid of tokens, (side²,), from 0 to {num_tokens - 1}, got a tensor "
+                         f"{tuple(tokens.shape)} of others")  # fmt: skip
     return tokens
 
 

@@ -217,6 +217,8 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     if settings["type"] is boolean:
         settings |= {"nargs": "?", "const": True, "metavar": "True|False"}
     if options["positional"]:
+        if options["required"]:
+            settings.pop("default")
         group.add_argument(field.name, **settings)
     else:
         names = [f"--{field.name}", *(flag for flag in options["flags"] if "=" not in flag)]
