@@ -15,55 +15,29 @@ NORM_GROUPS = 32  # of every group norm
 
 @dataclass
 class UNetConfig:
-    """The architecture of a `UNet`.
+    """The architecture of a `UNet`. Raises `UsageError` for values that do not fit together."""
 
-    Attributes:
-        image_size: side in pixels that the network was designed for; it accepts any side that its levels divide.
-        num_channels: channels at the finest level.
-        num_res_blocks: residual blocks per level.
-        channel_mult: multiplies `num_channels` at each level, finest first.
-        attention_resolutions: sides of feature maps, at `image_size`, with attention after every residual block. The
-            middle always has it.
-        num_heads: attention heads; has no effect with `num_head_channels`.
-        num_head_channels: channels per head, or -1.
-        num_heads_upsample: heads in the decoder half, or -1 for `num_heads`.
-        learn_sigma: double the output channels; the second half places the variance between its bounds (Nichol &
-            Dhariwal 2021).
-        class_cond: condition on ImageNet classes.
-        use_scale_shift_norm: the timestep scales and shifts features instead of being added.
-        resblock_updown: resample inside residual blocks instead of by convolutions.
-        use_new_attention_order: layout of the attention weights, see `AttentionBlock`.
-        emb_condition: condition on codebook rows, a grid `emb_stride` times as fine as the middle's feature map.
-        emb_input_dims: channels of a codebook row.
-        emb_output_dims: channels that join the middle.
-        low_res_condition: condition on an image of any size.
-        patch_size: fold squares of this many pixels a side into channels.
-        gated: one more output channel, the gate of `Denoiser`.
-
-    Raises `UsageError` for channels that do not fit group norm.
-    """
-
-    image_size: int = 256
-    num_channels: int = 64
-    num_res_blocks: int = 2
-    channel_mult: Sequence[float] = (1, 2, 3)
-    attention_resolutions: Sequence[int] = ()
+    image_size: int = 256  # side in pixels it is designed for; it accepts any side that its levels divide
+    num_channels: int = 64  # at the finest level
+    num_res_blocks: int = 2  # per level
+    channel_mult: Sequence[float] = (1, 2, 3)  # channels of each level, finest first, in multiples of `num_channels`
+    attention_resolutions: Sequence[int] = ()  # sides of feature maps, at `image_size`; the middle always attends
     num_heads: int = 4
-    num_head_channels: int = -1
-    num_heads_upsample: int = -1
+    num_head_channels: int = -1  # channels per head, in place of `num_heads`
+    num_heads_upsample: int = -1  # heads of the decoder half, if different
     dropout: float = 0.0
-    learn_sigma: bool = False
-    class_cond: bool = False
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = True
-    use_new_attention_order: bool = True
-    emb_condition: bool = False
-    emb_input_dims: int = 256
-    emb_output_dims: int = 512
-    emb_stride: int = 2
-    low_res_condition: bool = False
-    patch_size: int = 1
-    gated: bool = False
+    learn_sigma: bool = False  # twice the output channels: the variance too (Nichol & Dhariwal 2021)
+    class_cond: bool = False  # condition on ImageNet classes
+    use_scale_shift_norm: bool = True  # the timestep scales and shifts features instead of being added
+    resblock_updown: bool = True  # resample inside residual blocks instead of by convolutions
+    use_new_attention_order: bool = True  # see `AttentionBlock`
+    emb_condition: bool = False  # condition on codebook rows
+    emb_input_dims: int = 256  # channels of a codebook row
+    emb_output_dims: int = 512  # channels that join the middle
+    emb_stride: int = 2  # side of the token grid in multiples of the middle's
+    low_res_condition: bool = False  # condition on an image of any size
+    patch_size: int = 1  # fold squares of this side into channels
+    gated: bool = False  # one more output channel, the gate of `Denoiser`
 
     def __post_init__(self) -> None:
         self.channel_mult = tuple(self.channel_mult)

@@ -16,6 +16,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 from torch import Tensor
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tarfile_samples
 
 from dalle_pytorch.data.loading import BrokenSample, SampleStream
 from dalle_pytorch.data.samples import CaptionProblem, load_image, pick_caption, read_captions, usable_captions
@@ -73,12 +75,10 @@ class ShardStream(SampleStream):
 
     def read_shard(self, url: str) -> Iterator[RawSample]:
         """The samples of one archive in order, followed by a `BrokenSample` if it is damaged."""
-        from webdataset.tariterators import tarfile_samples
-
         problems: list[BrokenSample] = []
-        wanted = ["__key__", "__url__", *self.image_suffixes, *self.caption_suffixes]
+        names = ["__key__", "__url__", *self.image_suffixes, *self.caption_suffixes]
         for sample in tarfile_samples([{"url": url}], handler=functools.partial(_note_problem, problems, url)):
-            yield {name: sample[name] for name in wanted if name in sample}
+            yield {name: sample[name] for name in names if name in sample}
         yield from problems[:1]
 
     def decode(self, raw: RawSample, generator: np.random.Generator | None = None) -> dict[str, Any]:
@@ -127,8 +127,6 @@ def list_shards(urls: str | os.PathLike) -> list[str]:
     A name is a path, an address (http, https, or another that webdataset opens) or `pipe:COMMAND`, whose output is an
     archive. Raises `FileError` if there is no such folder or none of the files.
     """
-    from webdataset.shardlists import expand_urls
-
     if os.path.isdir(urls):
         folder = Path(urls)
         found = sorted(str(path) for path in folder.rglob("*") if path.name.endswith(ARCHIVE_SUFFIXES))
@@ -158,7 +156,8 @@ def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> b
     """A handler for webdataset that notes what a damaged or missing archive raises, and raises the rest."""
     if not isinstance(error, (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, LZMAError)):
         raise error
-    detail = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).split(" @ ")[0]
+    detail = error.strerror if isinstance(error, OSError) else None
+    detail = detail or str(error.args[0] if error.args else error).split(" @ ")[0]
     if ended := re.search(r": exit (\d+) \(", detail):  # webdataset adds the whole command
         detail = f"the command ended with exit code {ended[1]}"
     problems.append(BrokenSample("damaged archive", url, detail))

@@ -52,9 +52,10 @@ def decode_image(
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format" if unknown else getattr(error, "strerror", None) or error
-        raise FileError(str(reason)) from None
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise FileError(
+            "unknown format" if isinstance(error, UnidentifiedImageError) else str(reason or error)
+        ) from None
 
 
 def _convert(image: Image.Image, transparent: bool) -> Image.Image:
