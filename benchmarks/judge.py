@@ -8,8 +8,8 @@ models/default/judge.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, run
+from dalle_pytorch.cli import run
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
-from dalle_pytorch.training.cli import add_training_arguments, run_training, training_options
+from dalle_pytorch.settings import again
+from dalle_pytorch.training import TrainingSettings, TrainingTask
+from dalle_pytorch.training.commands.progress import run_training
 
 # What is asked of a scene, and the possible answers. The first subject is the left or upper one.
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -147,7 +149,7 @@ def likeliest(logits: dict[str, Tensor]) -> list[dict[str, str]]:
     return [{name: QUESTIONS[name][index] for name, index in zip(indices, row, strict=True)} for row in rows]
 
 
-class JudgeTask(nn.Module):
+class JudgeTask(TrainingTask):
     def __init__(self, judge: Judge):
         super().__init__()
         self.judge = judge
@@ -203,13 +205,20 @@ def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAG
     return right / count
 
 
+@dataclass
+class TrainJudgeSettings(TrainingSettings):
+    __doc__ = __doc__
+
+    steps: int | None = again(TrainingSettings, "steps", 3600)
+    batch_size: int = again(TrainingSettings, "batch_size", 64)
+    learning_rate: float = again(TrainingSettings, "learning_rate", 2e-3)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, steps=3600, batch_size=64, learning_rate=2e-3)
-    arguments = parser.parse_args(argv)
-    torch.manual_seed(arguments.seed)
+    settings = TrainJudgeSettings.parse(argv)
+    torch.manual_seed(settings.seed)
     judge = Judge()
-    run_training("judge", JudgeTask(judge), QuestionDataset(), training_options(arguments))
+    run_training("judge", JudgeTask(judge), QuestionDataset(), settings)
     for resolution in (IMAGE_SIZE // 2, IMAGE_SIZE):
         share = share_of_scenes_read(judge, resolution=resolution)
         print(f"reads {share:.1%} of 1,000 test scenes at {resolution} px without a mistake")

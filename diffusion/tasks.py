@@ -1,4 +1,4 @@
-"""What the diffusions are trained on: pictures under noise, and what the network is told of them."""
+"""The training tasks of the diffusions: images under noise, and what the network is conditioned on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch.data.loading import random_crops
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import resize
-from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.pretrained import PretrainedModel, load_state
+from dalle_pytorch.published.load import load_vae
+from dalle_pytorch.published.unpickler import read_torch, tensor_dict
+from dalle_pytorch.published.vaes import load_vqgan
+from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from diffusion.decoder import DiffusionDecoder, to_unit
 from diffusion.denoiser import Denoiser
-from diffusion.published import DIFFUSION_NAME, make_denoiser
+from diffusion.published import DIFFUSION_NAME, make_denoiser, read_diffusion
+from diffusion.settings import DiffusionSettings, TrainDiffusionSettings, UNetArchitecture
 from diffusion.super_resolution import SuperResolution
 from diffusion.unet import UNet
-
-Loss = tuple[Tensor, dict[str, Tensor]]
 
 PREVIEWS = 3  # pictures of a batch in a preview, and with what it shows of each a square sheet
 PREVIEW_STEPS = 10
@@ -87,7 +91,7 @@ STEP_SAMPLERS = {"uniform": UniformSteps, "quadratic": QuadraticSteps, "loss-sec
 # Tasks
 
 
-class DiffusionTask(nn.Module):
+class DiffusionTask(TrainingTask):
     """A batch of pictures `image` (b, 3, h, w) uint8 to the mean loss of a denoiser that is told something of them.
 
     `crop_size` trains on squares of that many pixels, cut along the grid of `conditioning_side` cells together with
@@ -109,11 +113,11 @@ class DiffusionTask(nn.Module):
         self.crop_size, self.full_share, self.use_kl = crop_size, full_share, use_kl
         self.steps = STEP_SAMPLERS[step_sampler](denoiser.num_steps)
 
-    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the network is told of pictures (b, 3, h, w) in [0, 1]: maps, each a whole number of cells a side."""
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Tensor]) -> Loss:
+    def forward(self, batch: Batch) -> Loss:
         pictures = batch["image"].float() / 255
         with torch.no_grad():
             conditioning = self.conditioning(pictures, batch)
@@ -132,13 +136,13 @@ class DiffusionTask(nn.Module):
 class DecoderTask(DiffusionTask):
     """`DiffusionTask` of a decoder, which is told the tokens that its VAE finds, at the VAE's own size, in a picture.
 
-    The remaining arguments are those of `DiffusionTask`. Raises `ValueError` if the tokens do not fit the network.
+    The remaining arguments are those of `DiffusionTask`. Raises `UsageError` if the tokens do not fit the network.
     """
 
     def __init__(self, decoder: DiffusionDecoder, crop_size: int | None = None, full_share: float = 0.25, **settings):
         side = decoder.vae.image_size // 2**decoder.vae.num_layers
         if decoder.image_fmap_size != side:
-            raise ValueError(
+            raise UsageError(
                 f"this U-Net draws {decoder.unet.image_size} pixels from a grid of {decoder.image_fmap_size} × "
                 f"{decoder.image_fmap_size} tokens, and the VAE makes {side} × {side}; more levels (channel_mult), or "
                 "larger patches, bring the middle of the network to the grid's side"
@@ -152,13 +156,13 @@ class DecoderTask(DiffusionTask):
         self.decoder.vae.eval()
         return self
 
-    def tokens(self, pictures: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def tokens(self, pictures: Tensor, batch: Batch) -> Tensor:
         """(b, side²) int64: those of the batch, or what the VAE finds."""
         if "tokens" in batch:
             return batch["tokens"]
         return self.decoder.vae.get_codebook_indices(resize(pictures, self.decoder.vae.image_size))
 
-    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
         return self.decoder.conditioning(self.tokens(pictures, batch))
 
     def native_parts(self) -> dict[str, PretrainedModel]:
@@ -167,7 +171,7 @@ class DecoderTask(DiffusionTask):
     def write_companions(self, folder: Path) -> None:
         self.decoder.vae.save_pretrained(folder / "vae", dtype=torch.float16)
 
-    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def preview(self, batch: Batch) -> Preview:
         """Of each picture three: itself, the VAE's reconstruction of it, and what the decoder draws in its place."""
         batch = {name: batch[name][:PREVIEWS] for name in ("image", "tokens") if name in batch}
         pictures = batch["image"].float() / 255
@@ -186,11 +190,11 @@ class SuperResolutionTask(DiffusionTask):
     def __init__(self, unet: UNet, small_size: int, diffusion: Mapping[str, Any], crop_size: int | None = None,
                  full_share: float = 0.25, **settings):  # fmt: skip
         if unet.image_size % small_size:
-            raise ValueError(f"{unet.image_size} pixels are no multiple of the small picture's {small_size}")
+            raise UsageError(f"the image size {unet.image_size} is no multiple of the small size {small_size}")
         super().__init__(make_denoiser(unet, **diffusion), small_size, crop_size, full_share, **settings)
         self.unet, self.diffusion = unet, dict(diffusion)
 
-    def conditioning(self, pictures: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
         small = F.interpolate(pictures, (self.conditioning_side, self.conditioning_side), mode="area")
         return {"low_res": small * 2 - 1}
 
@@ -201,7 +205,7 @@ class SuperResolutionTask(DiffusionTask):
         """Writes how the network was trained, which its own configuration does not say."""
         write_text(folder / DIFFUSION_NAME, json.dumps(self.diffusion, indent=2) + "\n")
 
-    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def preview(self, batch: Batch) -> Preview:
         """Of each picture three: itself, the small one enlarged by interpolation, and by the network."""
         pictures = batch["image"][:PREVIEWS].float() / 255
         small = to_unit(self.conditioning(pictures, batch)["low_res"])
@@ -213,3 +217,60 @@ class SuperResolutionTask(DiffusionTask):
 def _side_by_side(*columns: Tensor) -> Tensor:
     """Several (b, 3, h, w), picture by picture: (b · number of them, 3, h, w)."""
     return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# From settings
+
+
+def make_decoder_task(settings: TrainDiffusionSettings) -> DecoderTask:
+    """The task of a decoder. Raises `UsageError` for settings that do not go together."""
+    vae = None
+    if settings.vae_path is not None:
+        config = settings.vqgan_config_path
+        vae = load_vqgan(settings.vae_path, config) if config else load_vae(settings.vae_path)
+    if _from_folder(settings):
+        overrides = {} if vae is None else {"vae": vae}
+        decoder = DiffusionDecoder.from_pretrained(settings.resume_checkpoint, **overrides)
+    elif vae is None:
+        raise UsageError("--vae_path is missing: the VAE whose tokens are to be decoded")
+    elif vae.channels != 3:
+        raise UsageError(f"{settings.vae_path} is a VAE of images with opacity, and the decoder draws opaque ones")
+    else:
+        middle = settings.image_size // settings.patch_size // 2 ** (len(settings.channel_mult) - 1)
+        unet = _make_unet(
+            settings,
+            emb_condition=settings.emb_condition,
+            emb_input_dims=vae.embed(torch.zeros(1, 1, dtype=torch.long)).shape[1],
+            emb_output_dims=settings.emb_output_dims,
+            emb_stride=max(1, vae.image_size // 2**vae.num_layers // max(1, middle)),
+            low_res_condition=settings.low_res_condition,
+        )
+        decoder = DiffusionDecoder(unet, vae, **settings.values(DiffusionSettings))
+    decoder.unet.to(memory_format=torch.channels_last)
+    return DecoderTask(decoder, settings.crop_size, step_sampler=settings.schedule_sampler, use_kl=settings.use_kl)
+
+
+def make_super_resolution_task(settings: TrainDiffusionSettings) -> SuperResolutionTask:
+    """The task of a super-resolution network. Raises `UsageError` for settings that do not go together."""
+    diffusion = settings.values(DiffusionSettings)
+    if _from_folder(settings):
+        unet = UNet.from_pretrained(settings.resume_checkpoint)
+        diffusion |= read_diffusion(settings.resume_checkpoint)
+    else:
+        unet = _make_unet(settings, low_res_condition=True)
+    unet.to(memory_format=torch.channels_last)
+    return SuperResolutionTask(unet, settings.small_size or unet.image_size // 4, diffusion, settings.crop_size,
+                               step_sampler=settings.schedule_sampler, use_kl=settings.use_kl)  # fmt: skip
+
+
+def _from_folder(settings: TrainDiffusionSettings) -> bool:
+    return settings.resume_checkpoint is not None and Path(settings.resume_checkpoint).is_dir()
+
+
+def _make_unet(settings: TrainDiffusionSettings, **conditioning: Any) -> UNet:
+    """The network of the settings, with the weights of `--resume_checkpoint`."""
+    unet = UNet(**settings.values(UNetArchitecture), gated=settings.residual_std is not None, **conditioning)
+    if path := settings.resume_checkpoint:
+        load_state(unet, tensor_dict(read_torch(path), path), source=path)
+    return unet

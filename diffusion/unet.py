@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.checkpointing import Checkpointed
 from dalle_pytorch.pretrained import PretrainedModel
 from diffusion.config import NORM_GROUPS, UNetConfig
 
@@ -160,13 +161,11 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(attended).reshape(b, c, h, w)
 
 
-class Stage(nn.Sequential):
+class Stage(Checkpointed, nn.Sequential):
     """A sequence of layers; the ResBlocks also take the timestep.
 
     With `activation_checkpointing` only the input of each layer is kept for the backward pass; the rest is recomputed.
     """
-
-    activation_checkpointing = False
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         for layer in self:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
-from dalle_pytorch.training import TrainingOptions
+from dalle_pytorch.training import TrainingSettings, TrainingTask
 
 
 class Numbers(SampleDataset):
@@ -36,7 +36,7 @@ class Net(PretrainedModel):
         return self.layers(x)
 
 
-class Task(nn.Module):
+class Task(TrainingTask):
     """A task whose loss draws random numbers, as dropout or noise would. `pause` seconds make it slow."""
 
     def __init__(self, noise=1.0, pause=0.0, **sizes):
@@ -59,10 +59,10 @@ class Task(nn.Module):
         return {"drawn": torch.rand(3, 3, 6, 4), "said": "a red seven"}
 
 
-def options(folder, steps=12, batch_size=8, **settings):
-    """Options for a few steps, each of them logged."""
+def few_steps(folder, steps=12, batch_size=8, **settings):
+    """Settings of a few steps, each of them logged."""
     settings = {"warmup_steps": 2, "save_every": 4, "log_every": 1, "num_workers": 0, **settings}
-    return TrainingOptions(folder, steps, batch_size, **settings)
+    return TrainingSettings(output_dir=folder, steps=steps, batch_size=batch_size, **settings)
 
 
 def rows(folder):

@@ -18,5 +18,9 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class TrainingDiverged(UserError):
+    """The loss or gradient of a training was not finite in too many steps in a row."""
+
+
 class FileError(UserError):
     """An image, token or data file that cannot be used."""

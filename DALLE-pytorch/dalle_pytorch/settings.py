@@ -26,6 +26,8 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser as JsonArgumentParser
 
+from dalle_pytorch.errors import UsageError
+
 USER_ERROR = 2
 
 SettingsType = TypeVar("SettingsType", bound="Settings")
@@ -184,6 +186,8 @@ class Settings:
         namespace = parser.parse_args(argv)
         values = {field.name: namespace[field.name] for field in fields}
         for field in fields:
+            if field.metadata["nargs"] in ("+", "*") and isinstance(values[field.name], list):
+                values[field.name] = _flat(values[field.name])
             if field.metadata["instead_of"]:
                 _decide(values, levels, field.name, field.metadata["instead_of"])
         return cls(**values)
@@ -204,9 +208,20 @@ class Settings:
             _add(groups[title], field, hints[field.name])
         return parser
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if value is not None and choices and value not in choices:
+                raise UsageError(f"--{field.name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+    def values(self, part: type[Settings]) -> dict[str, Any]:
+        """The settings that a base class declares, such as the arguments of a network."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(part)}
+
     def as_dict(self) -> dict[str, Any]:
-        """The settings as YAML can hold them, which `--config` reads again; those that are None are left out."""
-        return {key: _plain(value) for key, value in vars(self).items() if value is not None}
+        """The settings as YAML can hold them, which `--config` reads again; hidden ones and None are left out."""
+        shown = [field.name for field in dataclasses.fields(self) if field.metadata["help"] != argparse.SUPPRESS]
+        return {name: _plain(getattr(self, name)) for name in shown if getattr(self, name) is not None}
 
 
 def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
@@ -282,8 +297,9 @@ def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentP
     values = {}
     for key, value in content.items():
         name = str(key).lstrip("-")
-        if value is True and f"--{name}" in short:
-            name, _, value = short[f"--{name}"][2:].partition("=")
+        if isinstance(value, bool) and name not in names and f"--{name}" in short:
+            name, _, told = short[f"--{name}"][2:].partition("=")
+            value = told if value else None
         if name not in names:
             parser.error(f"{path}: {key}: there is no such option")
         if value is None:
@@ -315,6 +331,11 @@ def _decide(values: dict[str, Any], levels: list[list[str]], name: str, other: s
         if found:
             values[other if found[-1] == name else name] = None
             return
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    """Values given between blanks, between commas, or both."""
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 def _plain(value: Any) -> Any:

@@ -21,8 +21,8 @@ from torch import nn
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.launch import make_accelerator
-from dalle_pytorch.training.options import TrainingOptions
 
 STEPS = 4
 ZERO = pytest.mark.skipif(
@@ -33,10 +33,13 @@ ZERO = pytest.mark.skipif(
 
 def launch(script, *argv):
     """Runs a script in two processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [Path(__file__).with_name("fsdp_on_cpu.py"), script] if "--fsdp" in argv else [script]
     path = os.pathsep.join([str(ROOT / "DALLE-pytorch"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run([*command, *map(str, argv)], env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [*map(str, command), *map(str, argv)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr[-4000:]
 
 
@@ -62,7 +65,8 @@ def parts(tmp_path_factory):
 def train_prior(parts, output, *argv, start=launch, steps=STEPS):
     """Trains a tiny prior without any randomness but its first weights; its loss at every step."""
     settings = {
-        "vae_path": parts / "vae", "bpe_path": parts / "tokenizer.json", "output_dir": output, "steps": steps,
+        "image_text_folder": "glyphs", "vae_path": parts / "vae", "bpe_path": parts / "tokenizer.json",
+        "output_dir": output, "steps": steps,
         "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "text_seq_len": 8, "null_cond_prob": 0,
         "lr_decay": "constant", "warmup_steps": 1, "learning_rate": 1e-2, "log_every": 1, "num_workers": 0,
         "save_every": STEPS,
@@ -161,10 +165,19 @@ def test_checkpointed_layers_compute_the_same_again():
 # What cannot work
 
 
-class TransformerTask(nn.Module):
+class TransformerTask(TrainingTask):
     def __init__(self, **settings):
         super().__init__()
         self.transformer = Transformer(dim=8, depth=2, heads=1, dim_head=8, **settings)
+
+    def forward(self, batch):
+        raise NotImplementedError
+
+
+class LinearTask(TransformerTask):
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.Linear(2, 2)
 
 
 PLAIN, REVERSIBLE = {}, {"reversible": True}
@@ -175,17 +188,17 @@ SHARED = {"shared_attn_ids": (0, 0), "shared_ff_ids": (0, 1)}
     ("layers", "settings", "processes", "says"),
     [
         (REVERSIBLE | SHARED, {}, 2, "reversible layers that share weights"),
-        (REVERSIBLE, {"fsdp": True}, 2, "reversible layers want whole parameters"),
-        (REVERSIBLE, {"zero_stage": 3}, 2, "reversible layers want whole parameters"),
+        (REVERSIBLE, {"fsdp": True}, 2, "reversible layers need whole parameters"),
+        (REVERSIBLE, {"zero_stage": 3}, 2, "reversible layers need whole parameters"),
         (REVERSIBLE, {"activation_checkpointing": True}, 1, "leave out --activation_checkpointing"),
-        (SHARED, {"fsdp": True}, 2, "FSDP cannot split layers that share weights"),
+        (SHARED, {"fsdp": True}, 2, "FSDP cannot shard layers that share weights"),
         (PLAIN, {"muon": True, "fsdp": True}, 2, "leave out --muon"),
-        (PLAIN, {"muon": True, "distributed": "deepspeed"}, 2, "leave out --muon"),
+        (PLAIN, {"muon": True, "distributed_backend": "deepspeed"}, 2, "leave out --muon"),
         (PLAIN, {"sample_every": 5, "zero_stage": 3}, 2, "--sample_every 0"),
-        (PLAIN, {"fsdp": True}, 1, "start the script with torchrun"),
-        (PLAIN, {"fsdp": True, "zero_stage": 2}, 2, "ask for one of them"),
-        (PLAIN, {"distributed": "horovod"}, 2, "torchrun"),
-        (PLAIN, {"distributed": "smoke-signals"}, 2, "is none of ddp, fsdp, deepspeed"),
+        (PLAIN, {"fsdp": True}, 1, "start the command with torchrun"),
+        (PLAIN, {"fsdp": True, "zero_stage": 2}, 2, "choose one of them"),
+        (PLAIN, {"distributed_backend": "horovod"}, 2, "torchrun"),
+        (PLAIN, {"distributed_backend": "smoke-signals"}, 2, "expected ddp, fsdp or deepspeed"),
         (PLAIN, {"deepspeed_config": "nowhere.json"}, 2, "nowhere.json cannot be read"),
         pytest.param(PLAIN, {"mixed_precision": "fp16"}, 1, "fp16 needs a GPU",
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
@@ -193,9 +206,9 @@ SHARED = {"shared_attn_ids": (0, 0), "shared_ff_ids": (0, 1)}
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, layers, settings, processes, says):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    options = TrainingOptions(output_dir=tmp_path, steps=1, batch_size=1, **settings)
+    settings = TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, **settings)
     with pytest.raises(UsageError, match=says) as error:
-        make_accelerator(options, TransformerTask(**layers))
+        make_accelerator(settings, TransformerTask(**layers))
     assert "\n" not in str(error.value)
 
 
@@ -210,17 +223,17 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, layers, 
 def test_deepspeed_file_that_cannot_be_used(tmp_path, text, says):
     path = tmp_path / "deepspeed.json"
     path.write_text(text)
-    options = TrainingOptions(output_dir=tmp_path, steps=1, batch_size=1, deepspeed_config=str(path))
+    settings = TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, deepspeed_config=str(path))
     with pytest.raises(UsageError, match=says):
-        make_accelerator(options, TransformerTask())
+        make_accelerator(settings, TransformerTask())
 
 
-def test_single_numbers_are_not_split(tmp_path, monkeypatch):
+def test_scalars_are_not_sharded(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     task = TransformerTask()
     task.temperature = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(UsageError, match="single numbers, which temperature is"):
-        make_accelerator(TrainingOptions(output_dir=tmp_path, steps=1, batch_size=1, zero_stage=1), task)
+    with pytest.raises(UsageError, match="scalar parameters such as temperature"):
+        make_accelerator(TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, zero_stage=1), task)
 
 
 def test_network_that_must_stay_whole_is_not_split(tmp_path, monkeypatch):
@@ -228,10 +241,17 @@ def test_network_that_must_stay_whole_is_not_split(tmp_path, monkeypatch):
     task = TransformerTask()
     task.replicated = True
     with pytest.raises(UsageError, match="whole in every process"):
-        make_accelerator(TrainingOptions(output_dir=tmp_path, steps=1, batch_size=1, fsdp=True), task)
+        make_accelerator(TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, fsdp=True), task)
 
 
 def test_checkpointing_of_a_network_without_transformer_layers_is_refused(tmp_path):
-    options = TrainingOptions(output_dir=tmp_path, steps=1, batch_size=1, activation_checkpointing=True)
+    settings = TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, activation_checkpointing=True)
     with pytest.raises(UsageError, match="has none"):
-        make_accelerator(options, nn.Linear(2, 2))
+        make_accelerator(settings, LinearTask())
+
+
+def test_fsdp_on_cpus_is_refused_in_one_line(parts, tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    with pytest.raises(AssertionError, match="error: FSDP needs GPUs"):
+        train_prior(parts, tmp_path, "--batch_size=4", "--distributed_backend=fsdp")

@@ -13,7 +13,7 @@ import zlib
 import pytest
 import torch
 from torch import nn
-from training_helpers import Numbers, Task, checkpoints, losses, options
+from training_helpers import Numbers, Task, checkpoints, few_steps, losses
 
 from dalle_pytorch.data.loading import SampleStream
 from dalle_pytorch.errors import CheckpointError, UsageError
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 def stop_at(number):
-    def report(step, figures):
+    def report(step, metrics):
         if step == number:
             raise Stopped
 
@@ -54,10 +54,10 @@ def assert_same_end(a, b, step=12):
     [{}, {"ema_decay": 0.9}, {"muon": True}, {"ga_steps": 2, "num_workers": 1}, {"lr_decay": "plateau"}],
 )
 def test_resumed_run_equals_unbroken_run(tmp_path, settings):
-    whole = train(Task(), Numbers(), options(tmp_path / "whole", **settings))
+    whole = train(Task(), Numbers(), few_steps(tmp_path / "whole", **settings))
     with pytest.raises(Stopped):
-        train(Task(), Numbers(), options(tmp_path / "broken", **settings), stop_at(7))
-    resumed = train(Task(), Numbers(), options(tmp_path / "broken", **settings))
+        train(Task(), Numbers(), few_steps(tmp_path / "broken", **settings), stop_at(7))
+    resumed = train(Task(), Numbers(), few_steps(tmp_path / "broken", **settings))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -65,9 +65,9 @@ def test_resumed_run_equals_unbroken_run(tmp_path, settings):
 
 
 def test_finished_run_is_not_run_again(tmp_path):
-    whole = train(Task(), Numbers(), options(tmp_path))
+    whole = train(Task(), Numbers(), few_steps(tmp_path))
     shutil.rmtree(tmp_path / "net")
-    again = train(Task(), Numbers(), options(tmp_path), lambda *_: pytest.fail("a step was made"))
+    again = train(Task(), Numbers(), few_steps(tmp_path), lambda *_: pytest.fail("a step was made"))
     assert torch.equal(whole.net.layers[0].weight, again.net.layers[0].weight)
     assert (tmp_path / "net" / "config.json").exists()
 
@@ -77,7 +77,7 @@ def test_finished_run_is_not_run_again(tmp_path):
 
 def run_slowly(folder):
     # Some checkpoints of 8 MB, so that there is time to be killed in.
-    train(Task(pause=0.004, ballast=2_000_000), Numbers(), options(folder, STEPS, save_every=3, ema_decay=0.9))
+    train(Task(pause=0.004, ballast=2_000_000), Numbers(), few_steps(folder, STEPS, save_every=3, ema_decay=0.9))
 
 
 def start(folder):
@@ -155,38 +155,38 @@ def test_killed_while_it_writes(tmp_path, unbroken, pattern):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_ends(tmp_path, number):
-    train(Task(), Numbers(), options(tmp_path / "whole"))
+    train(Task(), Numbers(), few_steps(tmp_path / "whole"))
 
-    def ask(step, figures):
+    def ask(step, metrics):
         if step == 6:
             os.kill(os.getpid(), number)
 
     handler = signal.getsignal(number)
     with pytest.raises(Interrupted, match=rf"{number.name}: stopped and saved after step 7") as caught:
-        train(Task(), Numbers(), options(tmp_path / "broken"), ask)
+        train(Task(), Numbers(), few_steps(tmp_path / "broken"), ask)
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) is handler
     assert checkpoints(tmp_path / "broken")[-1] == "step-00000007"
-    train(Task(), Numbers(), options(tmp_path / "broken"))
+    train(Task(), Numbers(), few_steps(tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_signal_to_the_whole_group_with_workers(tmp_path):
-    train(Task(), Numbers(), options(tmp_path / "whole", num_workers=1))
+    train(Task(), Numbers(), few_steps(tmp_path / "whole", num_workers=1))
     process = processes.Process(target=run_in_its_own_group, args=(tmp_path / "broken",))
     process.start()
     wait_for(lambda: noted(tmp_path / "broken") > 3, process)
     os.killpg(process.pid, signal.SIGTERM)
     process.join(300)
     assert process.exitcode == 143
-    train(Task(), Numbers(), options(tmp_path / "broken", num_workers=1))
+    train(Task(), Numbers(), few_steps(tmp_path / "broken", num_workers=1))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def run_in_its_own_group(folder):
     os.setpgid(0, 0)
     try:
-        train(Task(pause=0.1), Numbers(), options(folder, num_workers=1))
+        train(Task(pause=0.1), Numbers(), few_steps(folder, num_workers=1))
     except Interrupted as interruption:
         raise SystemExit(interruption.exit_code) from None
 
@@ -195,7 +195,7 @@ def run_in_its_own_group(folder):
 
 
 def test_newest_are_kept(tmp_path):
-    train(Task(), Numbers(), options(tmp_path, save_every=2, keep_n_checkpoints=3))
+    train(Task(), Numbers(), few_steps(tmp_path, save_every=2, keep_n_checkpoints=3))
     assert checkpoints(tmp_path) == ["step-00000008", "step-00000010", "step-00000012"]
 
 
@@ -218,44 +218,43 @@ def damage_file(folder):
 
 
 @pytest.mark.parametrize("damage", [damage_bytes, damage_length, damage_manifest, damage_file])
-def test_damaged_checkpoint_is_passed_over(tmp_path, damage):
-    train(Task(), Numbers(), options(tmp_path / "whole"))
+def test_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
+    train(Task(), Numbers(), few_steps(tmp_path / "whole"))
     with pytest.raises(Stopped):
-        train(Task(), Numbers(), options(tmp_path / "broken"), stop_at(10))
+        train(Task(), Numbers(), few_steps(tmp_path / "broken"), stop_at(10))
     damage(tmp_path / "broken" / "checkpoints" / "step-00000008")
-    said = []
-    train(Task(), Numbers(), options(tmp_path / "broken", notice=said.append))
-    assert len(said) == 1
-    assert "step-00000008 is damaged" in said[0]
-    assert "going on from step 4" in said[0]
+    train(Task(), Numbers(), few_steps(tmp_path / "broken"))
+    (message,) = caplog.messages
+    assert "step-00000008 is damaged" in message
+    assert "resuming from step 4" in message
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     for name in checkpoints(tmp_path / "broken"):
         damage(tmp_path / "broken" / "checkpoints" / name)
     with pytest.raises(CheckpointError, match=r"step-00000012 is damaged.*no older one"):
-        train(Task(), Numbers(), options(tmp_path / "broken"))
+        train(Task(), Numbers(), few_steps(tmp_path / "broken"))
 
 
 def test_checkpoint_of_another_training_is_refused(tmp_path):
-    train(Task(), Numbers(), options(tmp_path, ema_decay=0.9))
+    train(Task(), Numbers(), few_steps(tmp_path, ema_decay=0.9))
     with pytest.raises(CheckpointError, match=r"step-00000012 does not continue this training .*size mismatch"):
-        train(Task(hidden=9), Numbers(), options(tmp_path, ema_decay=0.9))
+        train(Task(hidden=9), Numbers(), few_steps(tmp_path, ema_decay=0.9))
     with pytest.raises(CheckpointError, match="made with --ema_decay"):
-        train(Task(), Numbers(), options(tmp_path))
+        train(Task(), Numbers(), few_steps(tmp_path))
     with pytest.raises(CheckpointError, match="does not continue this training"):
-        train(Task(), Numbers(), options(tmp_path, ema_decay=0.9, muon=True))
+        train(Task(), Numbers(), few_steps(tmp_path, ema_decay=0.9, muon=True))
 
 
 def test_file_of_an_earlier_version_is_refused(tmp_path):
     torch.save({"step": 4}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is a checkpoint of an earlier version"):
-        train(Task(), Numbers(), options(tmp_path))
+        train(Task(), Numbers(), few_steps(tmp_path))
 
 
 def test_starting_anew(tmp_path):
-    train(Task(), Numbers(), options(tmp_path, 4))
+    train(Task(), Numbers(), few_steps(tmp_path, 4))
     with pytest.raises(UsageError, match=r"up to step 4.*--overwrite"):
-        train(Task(), Numbers(), options(tmp_path, 8, resume=False))
-    train(Task(), Numbers(), options(tmp_path, 3, resume=False, overwrite=True))
+        train(Task(), Numbers(), few_steps(tmp_path, 8, resume=False))
+    train(Task(), Numbers(), few_steps(tmp_path, 3, resume=False, overwrite=True))
     assert list(losses(tmp_path)) == [1, 2, 3]
     assert checkpoints(tmp_path) == ["step-00000003"]
 
@@ -268,7 +267,7 @@ class Harm:
 @pytest.mark.parametrize("name", ["state.pt", "process-00000.pt"])
 def test_nothing_in_a_checkpoint_is_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    train(Task(), Numbers(), options(tmp_path, 4))
+    train(Task(), Numbers(), few_steps(tmp_path, 4))
     folder = tmp_path / "checkpoints" / "step-00000004"
     torch.save({**torch.load(folder / name), "harm": Harm()}, folder / name)
     data = (folder / name).read_bytes()
@@ -277,7 +276,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path, monkeypatch, name):
     manifest[name] = [len(data), zlib.crc32(data)]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="does not continue"):
-        train(Task(), Numbers(), options(tmp_path, 4))
+        train(Task(), Numbers(), few_steps(tmp_path, 4))
     assert not (tmp_path / "harmed").exists()
 
 
@@ -289,8 +288,8 @@ def test_another_batch_size_goes_on_with_the_samples_that_are_left(tmp_path):
             seen.extend(batch["x"][:, 0].tolist())
             return super().forward(batch)
 
-    train(Watched(), Numbers(), options(tmp_path, 4, 8))
-    train(Watched(), Numbers(), options(tmp_path, 12, 4))
+    train(Watched(), Numbers(), few_steps(tmp_path, 4, 8))
+    train(Watched(), Numbers(), few_steps(tmp_path, 12, 4))
     assert len(set(seen)) == len(seen) == 64
 
 
@@ -306,10 +305,10 @@ class Stream(SampleStream):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_goes_on_in_the_same_place(tmp_path, workers):
-    train(Task(), Stream(), options(tmp_path / "whole", num_workers=workers))
+    train(Task(), Stream(), few_steps(tmp_path / "whole", num_workers=workers))
     with pytest.raises(Stopped):
-        train(Task(), Stream(), options(tmp_path / "broken", num_workers=workers), stop_at(7))
-    train(Task(), Stream(), options(tmp_path / "broken", num_workers=workers))
+        train(Task(), Stream(), few_steps(tmp_path / "broken", num_workers=workers), stop_at(7))
+    train(Task(), Stream(), few_steps(tmp_path / "broken", num_workers=workers))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -318,13 +317,13 @@ def test_random_numbers_of_every_kind_go_on(tmp_path):
         def forward(self, batch):
             import numpy as np
 
-            loss, figures = super().forward(batch)
-            return loss * (1 + random.random() + float(np.random.rand())), figures
+            loss, metrics = super().forward(batch)
+            return loss * (1 + random.random() + float(np.random.rand())), metrics
 
-    train(Mixed(), Numbers(), options(tmp_path / "whole"))
+    train(Mixed(), Numbers(), few_steps(tmp_path / "whole"))
     with pytest.raises(Stopped):
-        train(Mixed(), Numbers(), options(tmp_path / "broken"), stop_at(7))
-    train(Mixed(), Numbers(), options(tmp_path / "broken"))
+        train(Mixed(), Numbers(), few_steps(tmp_path / "broken"), stop_at(7))
+    train(Mixed(), Numbers(), few_steps(tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -336,6 +335,6 @@ def test_frozen_parts_are_neither_trained_nor_averaged(tmp_path):
 
     task = Partly()
     before = task.frozen.weight.clone()
-    train(task, Numbers(), options(tmp_path, ema_decay=0.9))
+    train(task, Numbers(), few_steps(tmp_path, ema_decay=0.9))
     assert torch.equal(task.frozen.weight, before)
     assert len(state(tmp_path, 12)["average"]["tensors"]) == 4

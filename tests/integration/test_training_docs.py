@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,18 +18,34 @@ from helpers import ROOT
 from PIL import Image
 
 from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.scenes.__main__ import DrawSettings
+from dalle_pytorch.training.commands.train_clip import TrainClipSettings
+from dalle_pytorch.training.commands.train_dalle import TrainDalleSettings
+from dalle_pytorch.training.commands.train_tokenizer import TrainTokenizerSettings
+from dalle_pytorch.training.commands.train_vae import TrainVaeSettings
+from dalle_pytorch.training.commands.train_vqgan import TrainVQGanSettings
+from diffusion.settings import TrainDiffusionSettings
 from text_to_image.commands.generate import GenerateSettings
 from text_to_image.commands.upscale import UpscaleSettings
 
 PAGE = (ROOT / "docs/training.md").read_text("utf-8")
-SCRIPTS = ("DALLE-pytorch/train_tokenizer.py", "DALLE-pytorch/train_vae.py", "DALLE-pytorch/train_vqgan.py",
-           "DALLE-pytorch/train_dalle.py", "DALLE-pytorch/train_clip.py", "diffusion/train.py")  # fmt: skip
-SETTINGS = {"generate.py": GenerateSettings, "upscale.py": UpscaleSettings}
+SCENES = "DALLE-pytorch/dalle_pytorch/scenes/__main__.py"
+SETTINGS = {
+    "DALLE-pytorch/train_tokenizer.py": TrainTokenizerSettings,
+    "DALLE-pytorch/train_vae.py": TrainVaeSettings,
+    "DALLE-pytorch/train_vqgan.py": TrainVQGanSettings,
+    "DALLE-pytorch/train_dalle.py": TrainDalleSettings,
+    "DALLE-pytorch/train_clip.py": TrainClipSettings,
+    "diffusion/train.py": TrainDiffusionSettings,
+    "generate.py": GenerateSettings,
+    "upscale.py": UpscaleSettings,
+    SCENES: DrawSettings,
+}
 OF_OTHERS = {"--logdir"}  # options on the page that are TensorBoard's
 
 # The last of an option counts: the commands of the page in a few steps.
 SHORT = {
-    "draw_glyphs.py": "--count 2000 --resolution 64",
+    "__main__.py": "--count 2000 --resolution 64",
     "train_tokenizer.py": "",
     "generate.py": "--num_images 4 --keep 2",
     "upscale.py": "--steps 2 --cutn 2 --keep 1",
@@ -41,6 +58,7 @@ def script(path: str):
     """The module of a script, which is in no package."""
     spec = importlib.util.spec_from_file_location("page_" + re.sub(r"\W", "_", path), ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look
     spec.loader.exec_module(module)
     return module
 
@@ -49,6 +67,7 @@ def commands(text: str) -> list[list[str]]:
     """The arguments of every `python` command in the fenced sh blocks of a page, from the script's path on."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [line.replace("python -m dalle_pytorch.scenes", f"python {SCENES}") for line in lines]
     words = (shlex.split(line, comments=True) for line in lines)
     return [line[1:] for line in words if line[:1] == ["python"]]
 
@@ -92,14 +111,14 @@ def test_settings_of_dalle_pytorch(tmp_path):
     """The defaults that the page names are options with such values."""
     path = tmp_path / "upstream.yaml"
     path.write_text(settings_files(PAGE)[path.name])
-    arguments = script("DALLE-pytorch/train_dalle.py").parse_arguments(["--config", str(path)])
+    arguments = TrainDalleSettings.parse(["--image_text_folder", "pictures", "--config", str(path)])
     assert (arguments.dim, arguments.depth, arguments.steps, arguments.epochs) == (512, 2, None, 20)
     assert not arguments.rotary_emb and not arguments.shift_tokens and arguments.lr_decay == "constant"
 
 
 def test_options_exist():
     """Every option in the text is one of a script's."""
-    known = frozenset().union(*map(options, (*SCRIPTS, "generate.py", "upscale.py"))) | OF_OTHERS
+    known = frozenset().union(*map(options, SETTINGS)) | OF_OTHERS
     prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose))
     assert named and named <= known, named - known
@@ -114,7 +133,7 @@ def test_the_way_from_pictures_to_pictures(tmp_path, monkeypatch):
         more = SHORT.get(Path(path).name, TRAINING)
         script(path).main([*arguments, *more.split()])
         used.add(path)
-    assert used >= {*SCRIPTS} - {"DALLE-pytorch/train_vae.py"} | {"generate.py", "upscale.py"}
+    assert used >= {*SETTINGS} - {"DALLE-pytorch/train_vae.py"} | {"generate.py", "upscale.py"}
     assert len(list(Path("pictures").glob("*.png"))) == 2000
     for metrics in Path("runs").glob("*/metrics.jsonl"):
         assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2], metrics

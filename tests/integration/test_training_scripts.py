@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT
 from PIL import Image
 
 import generate
 import upscale
-from dalle_pytorch.errors import FileError, UsageError
+from dalle_pytorch.errors import FileError, UsageError, UserError
 from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.scenes import write_folder
+from dalle_pytorch.training.commands.train_dalle import TrainDalleSettings
+from diffusion.settings import TrainDiffusionSettings
 
 
 def script(path: str):
@@ -33,7 +37,7 @@ def call(path: str, *arguments: object) -> None:
     script(path).main([str(argument) for argument in arguments])
 
 
-def figures(folder: Path) -> list[dict]:
+def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -45,7 +49,7 @@ def runs(tmp_path_factory):
     """A folder with 24 pictures, and what the six scripts make of them in a few steps each."""
     folder = tmp_path_factory.mktemp("training")
     pictures = folder / "pictures"
-    call("DALLE-pytorch/draw_glyphs.py", pictures, "--count", 24, "--resolution", 64)
+    write_folder(pictures, 24, resolution=64)
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "broken.txt").write_text("a red seven on brick\n")
     data = ("--image_text_folder", pictures, *LOOP)
@@ -85,10 +89,10 @@ def test_the_trained_models_draw(runs, tmp_path):
 
 def test_each_run_says_what_it_did(runs):
     for name in ("vae", "vqgan", "dalle", "clip", "decoder", "super_res"):
-        rows = figures(runs / name)
+        rows = metrics(runs / name)
         assert [row["step"] for row in rows] == [1, 2, 3], name
         assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
-    assert all("accuracy" in row for row in figures(runs / "clip"))
+    assert all("accuracy" in row for row in metrics(runs / "clip"))
     previews = {path.relative_to(runs).as_posix() for path in runs.glob("*/samples/*")}
     assert previews >= {
         "dalle/samples/drawn-00000002.png", "dalle/samples/captions-00000002.txt",
@@ -138,7 +142,7 @@ def test_cached_tokens_give_the_same_losses(runs, tmp_path):
     cached = ("--cache_tokens", tmp_path / "tokens")
     for name, flags in (("plain", ()), ("made", cached), ("found", cached)):
         call("DALLE-pytorch/train_dalle.py", *common, *flags, "--output_dir", tmp_path / name)
-    losses = [[row["loss"] for row in figures(tmp_path / name)] for name in ("plain", "made", "found")]
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "made", "found")]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 3
 
 
@@ -183,8 +187,10 @@ REFUSED = [
     ("diffusion/train.py --class_cond True", "class_cond is not supported"),
     ("diffusion/train.py --timestep_respacing ddim25", "upscale.py takes --steps"),
     ("diffusion/train.py --batch_size 6 --microbatch 4", "does not divide"),
-    ("diffusion/train.py", "--vae_path is wanted"),
-    ("DALLE-pytorch/train_dalle.py --vqgan_config_path model.yaml", "without the VQGAN's weights"),
+    ("diffusion/train.py", "--vae_path is missing"),
+    ("diffusion/train.py --super_res --image_text_folder glyphs?sky=2", "data set glyphs: no option sky=2"),
+    ("diffusion/train.py --super_res --image_text_folder glyphs?twins=2", "data set glyphs: no option twins=2"),
+    ("DALLE-pytorch/train_dalle.py --vqgan_config_path model.yaml", "needs the weights of its VQGAN"),
     ("DALLE-pytorch/train_dalle.py --vae_path nowhere", "nowhere"),
     ("DALLE-pytorch/train_dalle.py --cache_tokens DIR --random_resize_crop_lower_ratio 0.8", "--cache_tokens"),
     ("DALLE-pytorch/train_dalle.py --dalle_output_file_name models/mine", "is the name of a folder"),
@@ -196,7 +202,9 @@ REFUSED = [
 def test_refusals_are_one_line(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path, *arguments = line.split()
-    with pytest.raises(ValueError, match=message) as error:
+    if "--image_text_folder" not in arguments:
+        arguments += ["--image_text_folder", "glyphs"]
+    with pytest.raises(UserError, match=message) as error:
         call(path, *arguments)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("checkpoint*"))
@@ -204,18 +212,16 @@ def test_refusals_are_one_line(line, message, tmp_path, monkeypatch, capsys):
 
 def test_settings_of_a_run_are_settings_for_another(runs):
     """The config.yaml in a run's folder means the same arguments again."""
-    for path, run in (("DALLE-pytorch/train_dalle.py", "dalle"), ("diffusion/train.py", "super_res")):
-        module = script(path)
-        once = module.parse_arguments(["--config", str(runs / run / "config.yaml")])
-        lines = (runs / run / "config.yaml").read_text()
-        for name in ("steps", "batch_size", "image_text_folder", "sample_every", "seed"):
-            assert f"\n{name}: {getattr(once, name)}\n" in f"\n{lines}"
+    for settings, run in ((TrainDalleSettings, "dalle"), (TrainDiffusionSettings, "decoder"),
+                          (TrainDiffusionSettings, "super_res")):  # fmt: skip
+        once = settings.parse(["--config", str(runs / run / "config.yaml")])
+        assert once.as_dict() == yaml.safe_load((runs / run / "config.yaml").read_text())
     assert once.learn_sigma is True and once.super_res is True and once.emb_condition is True
 
 
 def test_every_option_of_upstream_is_there():
     """The flags of lucidrains' train_dalle.py and of guided-diffusion's image_train.py."""
-    dalle = script("DALLE-pytorch/train_dalle.py").parse_arguments(shlex.split(
+    dalle = TrainDalleSettings.parse(shlex.split(
         "--vae_path v --image_text_folder data-{000..009}.tar --wds jpg,txt --truncate_captions --hug --bpe_path b "
         "--random_resize_crop_lower_ratio 0.8 --dalle_output_file_name mine --fp16 --amp --wandb_name n "
         "--wandb_entity e --stable_softmax --epochs 2 --save_every_n_steps 10 --keep_n_checkpoints 3 --batch_size 4 "
@@ -226,8 +232,7 @@ def test_every_option_of_upstream_is_there():
         "deepspeed --flops_profiler --taming --chinese --vqgan_model_path m --vqgan_config_path c --bf16"
     ))  # fmt: skip
     assert dalle.attn_types == ["full", "axial_row"] and dalle.shared_attn_ids == [0, 1, 0, 1] and dalle.rotary_emb
-    train = script("diffusion/train.py")
-    decoder = train.settle(train.parse_arguments(shlex.split(
+    decoder = TrainDiffusionSettings.parse(shlex.split(
         "--data_dir d --image_size 128 --num_channels 128 --num_res_blocks 3 --num_heads 4 --num_head_channels 64 "
         "--attention_resolutions 32,16,8 --channel_mult 1,1,2,3,4 --dropout 0.1 --class_cond False --use_checkpoint "
         "True --use_scale_shift_norm True --resblock_updown True --use_fp16 True --learn_sigma True --diffusion_steps "
@@ -235,7 +240,7 @@ def test_every_option_of_upstream_is_there():
         "--weight_decay 0.05 --lr_anneal_steps 500 --batch_size 8 --microbatch 2 --ema_rate 0.9999 --log_interval 10 "
         "--save_interval 1000 --schedule_sampler uniform --emb_condition True --lr_warmup_steps 20 --resume_checkpoint "
         "x.pt --use_new_attention_order False"
-    )))  # fmt: skip
+    ))  # fmt: skip
     assert decoder.attention_resolutions == [32, 16, 8] and decoder.channel_mult == [1, 1, 2, 3, 4]
     assert decoder.learn_sigma and not decoder.predict_xstart and decoder.mixed_precision == "fp16"
     assert decoder.predict == "eps" and decoder.residual_std is None and decoder.schedule_sampler == "uniform"
@@ -245,15 +250,13 @@ def test_every_option_of_upstream_is_there():
 
 
 def test_decoder_predicts_residuals_where_it_is_told_a_picture():
-    train = script("diffusion/train.py")
-
     def settled(line):
-        return train.settle(train.parse_arguments(shlex.split(line)))
+        return TrainDiffusionSettings.parse(["--image_text_folder", "pictures", *shlex.split(line)])
 
     ours = settled("")
     assert (ours.predict, ours.residual_std, ours.schedule_sampler) == ("residual", 0.15, "quadratic")
     for line in ("--low_res_condition False", "--predict x_0", "--predict_xstart"):
         assert settled(line).predict_xstart and settled(line).residual_std is None
     assert settled("--super_res --low_res_condition False").predict == "residual"
-    with pytest.raises(UsageError, match="--predict residual wants"):
+    with pytest.raises(UsageError, match="--predict residual needs"):
         settled("--predict residual --low_res_condition False")

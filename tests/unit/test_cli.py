@@ -1,13 +1,15 @@
 """What scripts share: mistakes are one line and exit code 2, bugs keep their traceback."""
 
 import errno
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.cli import run
 from dalle_pytorch.devices import pick_device
-from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.errors import CheckpointError, TrainingDiverged, UsageError
+from dalle_pytorch.settings import Settings, option
 
 
 def outcome(error, capsys):
@@ -26,7 +28,7 @@ def outcome(error, capsys):
     [
         (UsageError("--this and --that"), "--this and --that"),
         (CheckpointError("two\nlines"), "two lines"),
-        (FloatingPointError("the loss is nan"), "the loss is nan"),
+        (TrainingDiverged("the loss is nan"), "the loss is nan"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/closed"), "/closed may not be written"),
         (FileExistsError(errno.EEXIST, "File exists", "/there"), "/there cannot be a folder"),
@@ -51,7 +53,16 @@ def test_interrupting_is_no_mistake(capsys):
     assert outcome(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug"), AssertionError("a bug")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        RuntimeError("a bug"),
+        KeyError("a bug"),
+        AssertionError("a bug"),
+        FloatingPointError("a bug"),
+    ],
+)
 def test_bugs_keep_their_traceback(error):
     def main(argv):
         raise error
@@ -64,14 +75,17 @@ def test_done_is_done():
     run(lambda argv: None, [])
 
 
+@dataclass
+class Amounts(Settings):
+    count: int = option(1, low=1)
+    share: float = option(0.5, low=0, high=1, above=True)
+
+
 def test_numbers_and_their_bounds(capsys):
-    parser = ArgumentParser(prog="script")
-    parser.add_argument("--count", type=number(int, 1))
-    parser.add_argument("--share", type=number(float, 0, 1, above=True))
-    assert parser.parse_args(["--count", "3", "--share", "1"]).share == 1
+    assert Amounts.parse(["--count", "3", "--share", "1"]) == Amounts(3, 1.0)
     for options in ("--count 0", "--count 1.5", "--count x", "--share 0", "--share 1.01", "--share nan", "--share inf"):
         with pytest.raises(SystemExit) as exit:
-            parser.parse_args(options.split())
+            Amounts.parse(options.split())
         err = capsys.readouterr().err
         assert exit.value.code == 2 and options.split()[0] in err and err.count("\n") == 1
 

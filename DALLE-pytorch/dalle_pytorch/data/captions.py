@@ -6,27 +6,27 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.loading import BrokenSample, Skipped
+from dalle_pytorch.data.registry import open_registered
 from dalle_pytorch.data.samples import read_captions
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
 
-GLYPHS_CAPTIONS = 20_000  # of the scenes without end, unless told
+REGISTERED_CAPTIONS = 20_000  # of a registered data set, which may be endless, unless told
 
 
 def all_captions(
     source: str, skipped: Skipped, *, wds: str = "", caption_key: str = "caption", count: int | None = None
 ) -> Iterator[str]:
     """The captions, or the first `count`, of a text file, one a line; of the `.txt` files in a folder; with `wds` of
-    shards, whose pictures and captions have these suffixes; or of `glyphs`.
+    shards, whose images and captions have these suffixes; or of a registered data set.
 
     What cannot be read is skipped and counted in `skipped`. Raises `FileError` if there is nothing at `source`, and if
     over half of what is there cannot be read.
     """
-    if source == "glyphs":
-        yield from (glyphs.make_scene(index).caption for index in range(count or GLYPHS_CAPTIONS))
+    if (registered := open_registered(source, 1)) is not None:
+        yield from islice(registered.captions(), count or REGISTERED_CAPTIONS)
         return
     samples = _shards(source, wds, caption_key) if wds else _text_files(Path(source))
     yield from islice(_usable(samples, skipped), count)

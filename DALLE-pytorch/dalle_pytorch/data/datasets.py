@@ -6,10 +6,10 @@ import os
 
 from dalle_pytorch.data.folder import ImageTextFolder
 from dalle_pytorch.data.loading import SampleDataset, SampleStream
+from dalle_pytorch.data.registry import open_registered
 from dalle_pytorch.data.samples import CaptionProblem
 from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
 from dalle_pytorch.errors import FileError
-from dalle_pytorch.scenes.dataset import GlyphsDataset
 
 
 def open_dataset(
@@ -22,27 +22,23 @@ def open_dataset(
     crop_ratio: float = 1.0,
     transparent: bool = False,
     caption_problem: CaptionProblem | None = None,
-    terse_every: int | None = None,
-    wrong_captions: int = 0,
-    twins: bool = False,
 ) -> SampleDataset | SampleStream:
-    """Opens the data that a training names: `glyphs`, the drawn world; WebDataset shards; or a folder of pictures.
+    """Opens the data that a training names: a registered data set, WebDataset shards, or a folder of images.
 
     Args:
-        name: what `--image_text_folder` says: `glyphs`, a folder, or with `wds` archives as `list_shards` takes them.
-        resolution: side of the pictures, in pixels.
-        wds: suffixes of pictures and captions in the shards, `jpg,txt` or `jpg,json`; empty for a folder.
+        name: `--image_text_folder`: a registered name, a folder, or with `wds` archives as `list_shards` takes them.
+        resolution: side of the images, in pixels.
+        wds: suffixes of images and captions in the shards, `jpg,txt` or `jpg,json`; empty for a folder.
         caption_key: the field of JSON captions.
-        captions: False if pictures alone will do.
-        crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; the drawn world does without.
-        terse_every, wrong_captions, twins: of the drawn world alone, as in `GlyphsDataset`.
+        captions: False if images alone will do.
+        crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; registered data sets do without.
 
     Raises `FileError` for what is not there, or is not what `wds` says.
     """
-    if str(name) == "glyphs":
+    if (registered := open_registered(str(name), resolution)) is not None:
         if wds or transparent:
-            raise FileError("glyphs are drawn, opaque and not from archives: they go without --wds and --transparent")
-        return GlyphsDataset(resolution, terse_every=terse_every, wrong_captions=wrong_captions, twins=twins)
+            raise FileError(f"{name} is a registered data set, which takes no --wds or --transparent")
+        return registered
     settings = {"crop_ratio": crop_ratio, "transparent": transparent, "caption_problem": caption_problem}
     if wds:
         image, *rest = [suffix.strip().lower().lstrip(".") for suffix in wds.split(",")]

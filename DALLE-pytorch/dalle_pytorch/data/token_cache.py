@@ -92,7 +92,7 @@ def cache_tokens(
     cannot be used.
     """
     if not isinstance(dataset, ImageTextFolder | ShardStream):
-        raise FileError("--cache_tokens is for folders and archives; draw_glyphs.py writes a folder of glyphs")
+        raise FileError("--cache_tokens is for folders and archives, not for registered data sets")
     folder = Path(folder)
     _claim(folder, {"version": 1, "vae": vae_fingerprint(vae), "data": data_fingerprint(dataset)})
     if not (folder / "index.json").exists():

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_pytorch.nn.attention import Attention
 from dalle_pytorch.nn.cache import KVCache, LayerCache, TransformerCache
+from dalle_pytorch.nn.checkpointing import Checkpointed
 from dalle_pytorch.nn.masks import make_pattern
 from dalle_pytorch.nn.module_list import ModuleList
 from dalle_pytorch.nn.reversible import ReversibleSequence
@@ -65,14 +66,12 @@ class Branch(nn.Module, Generic[Inner]):
         return self.norm_out(self.fn(x, **kwargs)) * self.scale
 
 
-class Layer(nn.Module):
+class Layer(Checkpointed):
     """One attention branch and one feed-forward branch, run one after the other unless the layers are reversible.
 
     With `activation_checkpointing`, which a training may set, only the input is kept for the gradient and the rest is
     computed again (arXiv:1604.06174).
     """
-
-    activation_checkpointing = False
 
     def __init__(self, attn: Branch[Attention], ff: Branch[FeedForward]):
         super().__init__()

@@ -1,22 +1,24 @@
-"""The drawn world as a data set."""
+"""The drawn world as a data set, registered as `glyphs`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.data.loading import SampleDataset
+from dalle_pytorch.data.registry import RegisteredDataset
+from dalle_pytorch.errors import UsageError
 
 
-class GlyphsDataset(SampleDataset):
+class GlyphsDataset(RegisteredDataset):
     """Scenes of the glyphs world, drawn when asked for.
 
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
-    little, often nothing but what the subject is: single words are learned from these. If `wrong_captions` are wanted,
-    `other_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as well,
-    under the same keys after `twin_`, that differs in one fact and is captioned accordingly.
+    little, often nothing but what the subject is: single words are learned from these. With `wrong_captions`,
+    `negative_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as
+    well, under the same keys after `second_`, that differs in one fact and is captioned accordingly.
     """
 
     def __init__(
@@ -28,19 +30,24 @@ class GlyphsDataset(SampleDataset):
         wrong_captions: int = 0,
         twins: bool = False,
     ):
+        if split not in glyphs.SPLITS:
+            raise UsageError(f"expected a split of {', '.join(glyphs.SPLITS)}, got {split!r}")
         self.resolution, self.count, self.split = resolution, count, split
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
 
     def __len__(self) -> int:
         return self.count
 
+    def captions(self) -> Iterator[str]:
+        return (glyphs.make_scene(index, self.split).caption for index in range(self.count))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = glyphs.make_scene(index, self.split)
         terse = bool(self.terse_every) and index % self.terse_every == 0
         if self.twins:
             scene, twin, _ = glyphs.make_twins(scene, index, terse)
-            other = self._sample(twin, self.count + index)
-            return self._sample(scene, index) | {f"twin_{key}": value for key, value in other.items()}
+            second = self._sample(twin, self.count + index)
+            return self._sample(scene, index) | {f"second_{key}": value for key, value in second.items()}
         return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)
 
     def _sample(self, scene: glyphs.Scene, index: int) -> dict[str, Any]:
@@ -50,5 +57,5 @@ class GlyphsDataset(SampleDataset):
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }
         if wrong := self.wrong_captions:
-            item["other_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
+            item["negative_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
         return item

@@ -1,6 +1,6 @@
 """The one training loop, on accelerate: every network is trained by it.
 
-Names are imported when they are first used: the scripts read their arguments without torch.
+Names are imported when they are first used: the commands read their arguments without torch.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_HOME = {"train": "loop", "Task": "tasks.base", "TrainingOptions": "options"}
+_HOME = {"train": "loop", "TrainingTask": "tasks.base", "TrainingSettings": "settings"}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from dalle_pytorch.training.loop import train
-    from dalle_pytorch.training.options import TrainingOptions
-    from dalle_pytorch.training.tasks.base import Task
+    from dalle_pytorch.training.settings import TrainingSettings
+    from dalle_pytorch.training.tasks.base import TrainingTask
 
 
 def __getattr__(name: str) -> Any:

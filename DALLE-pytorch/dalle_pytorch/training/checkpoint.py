@@ -1,30 +1,31 @@
 """The checkpoints of a run: folders that are whole or not there, of which the newest few are kept.
 
 A checkpoint is built under a temporary name and gets its own when everything is on the disk, with a manifest of sizes
-and checksums by which damage is known from a checkpoint of something else.
+and checksums by which a damaged checkpoint is told from one of something else.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from dalle_pytorch.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from dalle_pytorch.training.state import RunState
+from dalle_pytorch.training.state import RunState
 
 FOLDER_NAME = "checkpoints"
 MANIFEST_NAME = "manifest.json"
 EARLIER_NAME = "checkpoint.pt"  # what earlier versions wrote
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -34,12 +35,12 @@ class Checkpoints:
         self.output_dir, self.folder = Path(output_dir), Path(output_dir) / FOLDER_NAME
         self.keep, self.accelerator = keep, accelerator
 
-    def newest(self, notice: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is whole, or None if there has been none; tells of damaged ones.
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, or None if there has been none; warns of damaged ones.
 
-        Raises `CheckpointError` if all are damaged, or there is but the file of an earlier version.
+        Raises `CheckpointError` if all are damaged, or there is only the file of an earlier version.
         """
-        return self._decide(lambda: self._newest(notice))
+        return self._decide(self._newest)
 
     def start_anew(self, overwrite: bool) -> None:
         """Deletes all checkpoints if `overwrite`; otherwise raises `UsageError` if there are any."""
@@ -49,7 +50,7 @@ class Checkpoints:
             if steps and not overwrite:
                 raise UsageError(
                     f"{self.folder} holds checkpoints up to step {max(steps)}: "
-                    "leave out --no-resume to go on from there, or add --overwrite to delete them"
+                    "leave out --no-resume to resume from there, or add --overwrite to delete them"
                 )
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -79,7 +80,7 @@ class Checkpoints:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name))]
 
-    def _newest(self, notice: Callable[[str], None]) -> Path | None:
+    def _newest(self) -> Path | None:
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         damaged = []
@@ -88,22 +89,20 @@ class Checkpoints:
             problem = _problem(path)
             if problem is None:
                 for line in damaged:
-                    notice(f"{line}; going on from step {step}")
+                    logger.warning("%s; resuming from step %d", line, step)
                 return path
             damaged.append(f"{path} is damaged ({problem})")
         if damaged:
             raise CheckpointError(f"{damaged[0]}, and there is no older one; move {self.folder} away to start anew")
         if (self.output_dir / EARLIER_NAME).exists():
             raise CheckpointError(
-                f"{self.output_dir / EARLIER_NAME} is a checkpoint of an earlier version, which cannot be gone on from;"
-                " move it away to start anew, or take another --output_dir"
+                f"{self.output_dir / EARLIER_NAME} is a checkpoint of an earlier version, which cannot be resumed from;"
+                " move it away to start anew, or choose another --output_dir"
             )
         return None
 
     def _decide(self, decide: Callable[[], Path | None]) -> Path | None:
         """What `decide` returns or raises in the main process, the only one to look, in all of them."""
-        from accelerate.utils import broadcast_object_list
-
         outcome: list[Path | Exception | None] = [None]
         if self.accelerator.is_main_process:
             try:

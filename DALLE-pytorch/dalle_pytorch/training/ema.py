@@ -1,4 +1,4 @@
-"""The running average of the weights, which draws better than the last of them."""
+"""The exponential moving average of the weights, which samples better than the last weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.training.launch import local_tensors
 
 
-class Average:
+class EMA:
     """An exponential moving average, in float32, of what this process holds of each trained parameter of `model`.
 
-    The average works element by element, so a process that holds a part of a parameter averages that part.
+    It works element by element, so a process that holds a shard of a parameter averages that shard.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -25,7 +26,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights as they are after a step; those of the first are where the average begins."""
+        """Takes in the weights after a step; those after the first step are the initial average."""
         current = [tensor.float() for tensor in local_tensors(self.model)]
         if self.updates == 0:
             torch._foreach_copy_(self.tensors, current)
@@ -35,7 +36,7 @@ class Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Puts the average in place of the weights."""
+        """Replaces the weights by the average."""
         for tensor, average in zip(local_tensors(self.model), self.tensors, strict=True):
             tensor.copy_(average)
 
@@ -56,8 +57,8 @@ class Average:
         return {"updates": self.updates, "tensors": self.tensors}
 
     def load_state_dict(self, state: dict[str, int | list[Tensor]]) -> None:
-        """Raises `ValueError` for the averages of another model, or of another number of processes."""
+        """Raises `CheckpointError` for the averages of another model, or of another number of processes."""
         if [tensor.shape for tensor in state["tensors"]] != [tensor.shape for tensor in self.tensors]:
-            raise ValueError("its averaged weights have other shapes")
+            raise CheckpointError("its averaged weights have other shapes")
         torch._foreach_copy_(self.tensors, state["tensors"])
         self.updates = state["updates"]

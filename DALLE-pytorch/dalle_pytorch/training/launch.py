@@ -1,56 +1,59 @@
 """How a training is spread over processes: DDP, FSDP or DeepSpeed ZeRO, precision and memory, through accelerate.
 
-Whoever starts the processes (nobody, torchrun, accelerate launch, deepspeed) leaves its marks in the environment, and
-the script is the same. What cannot work is refused here, with one line, before anything is trained.
+The launcher of the processes (none, torchrun, accelerate launch, deepspeed) is known by the environment that it sets;
+the command is the same. What cannot work is refused here, with one line, before anything is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.nn.checkpointing import Checkpointed
 from dalle_pytorch.nn.transformer import Layer, Transformer
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from dalle_pytorch.training.options import TrainingOptions
+from dalle_pytorch.training.settings import TrainingSettings
+from dalle_pytorch.training.tasks.base import TrainingTask
 
 DDP, FSDP, DEEPSPEED = "ddp", "fsdp", "deepspeed"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 SHARDED_NAME = "sharded.pt"
 DEEPSPEED_TAG = "deepspeed"
 
+logger = logging.getLogger(__name__)
 
-def make_accelerator(options: TrainingOptions, task: nn.Module) -> Accelerator:
-    """The `Accelerator` that `options` ask for, and `task` made ready for it.
+
+def make_accelerator(settings: TrainingSettings, task: TrainingTask) -> Accelerator:
+    """The `Accelerator` that `settings` ask for, and `task` made ready for it.
 
     Raises `UsageError`, with one line, for what cannot work: on this machine, or together.
     """
     has_gpu = torch.accelerator.is_available()
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that there is none
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    backend = _backend(options)
+    backend = _backend(settings)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = _deepspeed_settings(options, processes) if backend == DEEPSPEED else None
-    precision = _precision(options, settings)
-    sharded = backend == FSDP or (settings is not None and settings["zero_optimization"]["stage"] == 3)
-    _refuse(options, task, backend, sharded, processes)
-    _check_precision(precision, options)
-    if options.activation_checkpointing:
+    deepspeed = _deepspeed_settings(settings, processes) if backend == DEEPSPEED else None
+    precision = _precision(settings, deepspeed)
+    sharded = backend == FSDP or (deepspeed is not None and deepspeed["zero_optimization"]["stage"] == 3)
+    _refuse(settings, task, backend, sharded, processes)
+    _check_precision(precision)
+    if settings.activation_checkpointing:
         _checkpoint_activations(task)
 
     if backend != DDP:
@@ -58,9 +61,10 @@ def make_accelerator(options: TrainingOptions, task: nn.Module) -> Accelerator:
             # Neither FSDP nor DeepSpeed takes channels_last weights.
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
-    arguments: dict[str, Any] = {"gradient_accumulation_steps": options.ga_steps}
+    arguments: dict[str, Any] = {"gradient_accumulation_steps": settings.ga_steps, "log_with": settings.tracker,
+                                 "project_dir": settings.output_dir}  # fmt: skip
     if backend == DEEPSPEED:
-        plugin = _deepspeed_plugin(settings, precision)
+        plugin = _deepspeed_plugin(deepspeed, precision)
         if not has_gpu:
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", **arguments)
@@ -68,8 +72,8 @@ def make_accelerator(options: TrainingOptions, task: nn.Module) -> Accelerator:
     arguments.update(mixed_precision=precision, cpu=not has_gpu)
     if backend == FSDP:
         return _fsdp_accelerator(task, precision, arguments)
-    unused = getattr(task, "find_unused_parameters", False)
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=task.find_unused_parameters,
+                                        gradient_as_bucket_view=True)  # fmt: skip
     return Accelerator(kwargs_handlers=[ddp], **arguments)
 
 
@@ -77,47 +81,49 @@ def make_accelerator(options: TrainingOptions, task: nn.Module) -> Accelerator:
 # What was asked for
 
 
-def _backend(options: TrainingOptions) -> str:
-    """What the options name, or else what `accelerate launch` was configured for."""
-    name = (options.distributed or "").lower()
+def _backend(settings: TrainingSettings) -> str:
+    """What the settings name, or else what `accelerate launch` was configured for."""
+    name = (settings.distributed_backend or "").lower()
     if name == "horovod":
-        raise UsageError("horovod is not supported; start the script with torchrun instead (docs/scale.md)")
+        raise UsageError("horovod is not supported; start the command with torchrun instead (docs/scale.md)")
     if name not in ("", "dummy", DDP, FSDP, DEEPSPEED):
-        raise UsageError(f"--distributed_backend {options.distributed} is none of {DDP}, {FSDP}, {DEEPSPEED}")
-    wants_deepspeed = name == DEEPSPEED or options.deepspeed_config or options.zero_stage is not None
-    if wants_deepspeed and (options.fsdp or name == FSDP):
-        raise UsageError("FSDP and DeepSpeed both split the model over processes; ask for one of them")
+        raise UsageError(f"--distributed_backend: expected {DDP}, {FSDP} or {DEEPSPEED}, got {name!r}")
+    wants_deepspeed = name == DEEPSPEED or settings.deepspeed_config or settings.zero_stage is not None
+    if wants_deepspeed and (settings.fsdp or name == FSDP):
+        raise UsageError("FSDP and DeepSpeed both shard the model over processes; choose one of them")
     if wants_deepspeed or _environment("ACCELERATE_USE_DEEPSPEED"):
         return DEEPSPEED
-    return FSDP if options.fsdp or name == FSDP or _environment("ACCELERATE_USE_FSDP") else DDP
+    return FSDP if settings.fsdp or name == FSDP or _environment("ACCELERATE_USE_FSDP") else DDP
 
 
 def _environment(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def _precision(options: TrainingOptions, settings: dict[str, Any] | None) -> str:
-    """What the options say, or else DeepSpeed's file, or else `accelerate launch`."""
-    if options.mixed_precision != "no":
-        return options.mixed_precision
+def _precision(settings: TrainingSettings, deepspeed: dict[str, Any] | None) -> str:
+    """What the settings say, or else DeepSpeed's file, or else `accelerate launch`."""
+    if settings.mixed_precision != "no":
+        return settings.mixed_precision
     for name in DTYPES:
-        if settings is not None and settings.get(name, {}).get("enabled") is True:
+        if deepspeed is not None and deepspeed.get(name, {}).get("enabled") is True:
             return name
     named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return named if named in DTYPES else "no"
 
 
-def _refuse(options: TrainingOptions, task: nn.Module, backend: str, sharded: bool, processes: int) -> None:
+def _refuse(settings: TrainingSettings, task: TrainingTask, backend: str, sharded: bool, processes: int) -> None:
     transformers = [module for module in task.modules() if isinstance(module, Transformer)]
     reversible = any(transformer.reversible for transformer in transformers)
     shared = any(_shares_layers(transformer) for transformer in transformers)
     if backend == FSDP and processes == 1:
-        raise UsageError("--fsdp splits the model over processes, and there is one: start the script with torchrun")
-    if sharded and getattr(task, "replicated", False):
+        raise UsageError("--fsdp shards the model over processes, and there is one: start the command with torchrun")
+    if settings.tracker and LoggerType(settings.tracker) not in get_available_trackers():
+        raise UsageError(f"--report_to {settings.tracker} needs a package: pip install {settings.tracker}")
+    if sharded and task.replicated:
         raise UsageError("this network is needed whole in every process; use DDP or ZeRO 1 or 2, not FSDP or ZeRO-3")
     if reversible and sharded:
         raise UsageError(
-            "reversible layers want whole parameters, which FSDP and ZeRO-3 split; use ZeRO 1 or 2, or "
+            "reversible layers need whole parameters, which FSDP and ZeRO-3 shard; use ZeRO 1 or 2, or "
             "--activation_checkpointing instead of --reversible"
         )
     if reversible and shared and processes > 1:
@@ -125,17 +131,17 @@ def _refuse(options: TrainingOptions, task: nn.Module, backend: str, sharded: bo
             "reversible layers that share weights (--shared_attn_ids, --shared_ff_ids) train in one process only; "
             "leave out --reversible or the sharing"
         )
-    if reversible and options.activation_checkpointing:
+    if reversible and settings.activation_checkpointing:
         raise UsageError("reversible layers keep no activations already; leave out --activation_checkpointing")
     scalar = next((name for name, parameter in task.named_parameters() if parameter.ndim == 0), None)
     if scalar and backend != DDP:
-        raise UsageError(f"FSDP and DeepSpeed have no way with single numbers, which {scalar} is; train it with DDP")
+        raise UsageError(f"FSDP and DeepSpeed do not support scalar parameters such as {scalar}; train with DDP")
     if shared and backend == FSDP:
-        raise UsageError("FSDP cannot split layers that share weights (--shared_attn_ids, --shared_ff_ids)")
-    if options.muon and backend != DDP:
-        raise UsageError("Muon works on whole matrices, which FSDP and DeepSpeed split; leave out --muon")
-    if options.sample_every and sharded:
-        raise UsageError("pictures cannot be drawn while the parameters are split (FSDP, ZeRO-3): --sample_every 0")
+        raise UsageError("FSDP cannot shard layers that share weights (--shared_attn_ids, --shared_ff_ids)")
+    if settings.muon and backend != DDP:
+        raise UsageError("Muon needs whole matrices, which FSDP and DeepSpeed shard; leave out --muon")
+    if settings.sample_every and sharded:
+        raise UsageError("previews need whole parameters, which FSDP and ZeRO-3 shard: --sample_every 0")
 
 
 def _shares_layers(transformer: Transformer) -> bool:
@@ -143,16 +149,15 @@ def _shares_layers(transformer: Transformer) -> bool:
     return len({id(fn) for fn in branches}) < len(branches)
 
 
-def _check_precision(precision: str, options: TrainingOptions) -> None:
+def _check_precision(precision: str) -> None:
     if precision == "fp16" and not (torch.cuda.is_available() or torch.xpu.is_available()):
         raise UsageError("fp16 needs a GPU; on a CPU train in bf16, or without --fp16")
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        notice = getattr(options, "notice", None) or warnings.warn
-        notice("this GPU has no bfloat16 of its own, which makes it slow; --fp16 is faster here")
+        logger.warning("this GPU has no native bfloat16, which makes it slow; --fp16 is faster here")
 
 
-def _checkpoint_activations(task: nn.Module) -> None:
-    modules = [module for module in task.modules() if hasattr(module, "activation_checkpointing")]
+def _checkpoint_activations(task: TrainingTask) -> None:
+    modules = [module for module in task.modules() if isinstance(module, Checkpointed)]
     if not modules:
         raise UsageError("--activation_checkpointing is for transformer layers, and this network has none")
     for module in modules:
@@ -163,12 +168,8 @@ def _checkpoint_activations(task: nn.Module) -> None:
 # FSDP
 
 
-def _fsdp_accelerator(task: nn.Module, precision: str, arguments: dict[str, Any]) -> Accelerator:
+def _fsdp_accelerator(task: TrainingTask, precision: str, arguments: dict[str, Any]) -> Accelerator:
     """FSDP2: each transformer layer is gathered when it is needed, the rest at once; frozen networks stay whole."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-    from accelerate.utils import DistributedType
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     has_layers = any(isinstance(module, Layer) for module in task.modules())
     frozen = [module for module in task.modules() if _is_frozen(module)]
     policy = None
@@ -187,10 +188,8 @@ def _fsdp_accelerator(task: nn.Module, precision: str, arguments: dict[str, Any]
         ignored_modules=frozen,
     )
     accelerator = Accelerator(fsdp_plugin=plugin, **arguments)
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate takes FSDP for GPUs only; torch's works on CPUs too, where it can be tried.
-        accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UsageError("FSDP needs GPUs: accelerate does not run it on CPUs")
     for module in frozen:
         module.to(accelerator.device)
     return accelerator
@@ -205,28 +204,28 @@ def _is_frozen(module: nn.Module) -> bool:
 # DeepSpeed
 
 
-def _deepspeed_settings(options: TrainingOptions, processes: int) -> dict[str, Any]:
-    """DeepSpeed's settings: those of its file, with batch size, accumulation and clipping from the options."""
-    path = options.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    settings = {} if path == "none" else _read_settings(path)
+def _deepspeed_settings(settings: TrainingSettings, processes: int) -> dict[str, Any]:
+    """DeepSpeed's settings: those of its file, with batch size, accumulation and clipping from the settings."""
+    path = settings.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    deepspeed = {} if path == "none" else _read_settings(path)
     for section in ("optimizer", "scheduler"):
-        if section in settings:
-            raise UsageError(f"{path} has a section {section!r}: remove it, the script's options say that")
-    zero = settings.setdefault("zero_optimization", {})
+        if section in deepspeed:
+            raise UsageError(f"{path} has a section {section!r}: remove it, the options of the command replace it")
+    zero = deepspeed.setdefault("zero_optimization", {})
     zero.setdefault("stage", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
-    if options.zero_stage is not None:
-        zero["stage"] = options.zero_stage
+    if settings.zero_stage is not None:
+        zero["stage"] = settings.zero_stage
     zero["stage3_gather_16bit_weights_on_model_save"] = True  # or whole weights could not be written
-    if options.ema_decay:
+    if settings.ema_decay:
         # A parameter that is kept whole beside its shard would not see the average come and go.
         zero["stage3_param_persistence_threshold"] = 0
-    settings.update(
-        train_batch_size=options.batch_size * options.ga_steps * processes,
-        train_micro_batch_size_per_gpu=options.batch_size,
-        gradient_accumulation_steps=options.ga_steps,
-        gradient_clipping=options.clip_grad_norm,
+    deepspeed.update(
+        train_batch_size=settings.batch_size * settings.ga_steps * processes,
+        train_micro_batch_size_per_gpu=settings.batch_size,
+        gradient_accumulation_steps=settings.ga_steps,
+        gradient_clipping=settings.clip_grad_norm,
     )
-    return settings
+    return deepspeed
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -246,8 +245,6 @@ def _deepspeed_plugin(settings: dict[str, Any], precision: str) -> Any:
         import deepspeed  # noqa: F401
     except ImportError:
         raise UsageError("--deepspeed needs the package deepspeed: pip install deepspeed") from None
-    from accelerate import DeepSpeedPlugin
-
     if "RANK" not in os.environ:
         # One process that nobody started: DeepSpeed wants to be told that it is alone.
         with socket.socket() as free:
@@ -265,10 +262,13 @@ def _deepspeed_plugin(settings: dict[str, Any], precision: str) -> Any:
 # Parameters and state, wherever they are
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether every process holds but a part of each parameter (FSDP, ZeRO-3)."""
-    from accelerate.utils import DistributedType
+def is_apart(accelerator: Accelerator) -> bool:
+    """Whether FSDP or DeepSpeed keeps weights and optimizers, and writes and reads them."""
+    return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether every process holds only a shard of each parameter (FSDP, ZeRO-3)."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
@@ -280,7 +280,7 @@ def local_tensors(model: nn.Module) -> list[Tensor]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             local = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard
-            local = local.to_local() if hasattr(local, "to_local") else local  # FSDP's
+            local = local.to_local() if isinstance(local, DTensor) else local  # FSDP's
             tensors.append(local.detach())
     return tensors
 
@@ -298,13 +298,9 @@ def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] 
 
 def save_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Any], folder: Path) -> None:
     """Writes model and optimizers into `folder`, which all processes see, under FSDP or DeepSpeed. All must call it."""
-    from accelerate.utils import DistributedType
-
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
         return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, [optimizer.optimizer for optimizer in optimizers], options=whole)
     if accelerator.is_main_process:
@@ -314,14 +310,10 @@ def save_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequenc
 
 def load_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Any], folder: Path) -> None:
     """Reads what `save_sharded` wrote; DeepSpeed's wants as many processes as wrote it. All processes must call it."""
-    from accelerate.utils import DistributedType
-
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         with _tensors_only():
             model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
     state = torch.load(Path(folder) / SHARDED_NAME, map_location="cpu", weights_only=True, mmap=True)
     set_state_dict(
         model,

@@ -1,4 +1,4 @@
-"""Losses that judge a picture as eyes would: a discriminator of patches, and the features of a CLIP.
+"""Losses that judge an image as eyes would: a discriminator of patches, and the features of a CLIP.
 
 Both are VQGAN's (Esser et al. 2021, arXiv:2012.09841), which has LPIPS where a CLIP is here: pixels alone are content
 with the mean of all that could be there, which is a blur.
@@ -39,10 +39,10 @@ class EqualizedConv2d(nn.Module):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """The PatchGAN of Isola et al. 2017: pictures (b, channels, h, w) in [-1, 1] → a score of every patch, (b, 1, …).
+    """The PatchGAN of Isola et al. 2017: images (b, channels, h, w) in [-1, 1] → a score of every patch, (b, 1, …).
 
     With 2, 3 and 4 `num_layers` a patch has 34, 70 and 142 pixels a side. Its norms are of groups, not of the batch:
-    a picture's score is then the same whatever is beside it, on this process or on others.
+    an image's score is then the same whatever is beside it, on this process or on others.
     """
 
     def __init__(self, channels: int = 3, ch: int = 64, num_layers: int = 3):
@@ -66,7 +66,7 @@ class Adversary(nn.Module):
     The autoencoder's term is weighed so that its gradient is `weight` times as long as the reconstruction's. VQGAN
     compares the two at the last layer's weights; here it is at the output itself, one layer on: parameters that are
     wrapped, or split over processes, are left alone, and the lengths are those of the whole batch of all processes.
-    VQGAN's weight of 0.8 strews speckles over pictures that are not yet learned well; 0.2 does not.
+    VQGAN's weight of 0.8 strews speckles over images that are not yet learned well; 0.2 does not.
     """
 
     def __init__(self, discriminator: PatchDiscriminator, weight: float = 0.2):
@@ -76,7 +76,7 @@ class Adversary(nn.Module):
     def forward(
         self, images: Tensor, output: Tensor, reconstruction: Tensor, strength: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to add, and figures, for pictures and outputs (b, c, h, w) in [0, 1].
+        """The loss to add, and metrics, for images and outputs (b, c, h, w) in [0, 1].
 
         `reconstruction` is the loss so far, a function of `output`; `strength` in [0, 1] scales the weight.
         """
@@ -87,8 +87,8 @@ class Adversary(nn.Module):
         discrimination = (F.relu(1 - real).mean() + F.relu(1 + drawn).mean()) / 2
         ratio = _gradient_length(reconstruction, output) / _gradient_length(deceit, output).clamp(min=1e-6)
         weight = self.weight * strength * ratio.clamp(max=1e4)
-        figures = {"discriminator": discrimination, "deceit": deceit, "adversary_weight": weight}
-        return weight * deceit + discrimination, {name: value.detach() for name, value in figures.items()}
+        metrics = {"discriminator": discrimination, "deceit": deceit, "adversary_weight": weight}
+        return weight * deceit + discrimination, {name: value.detach() for name, value in metrics.items()}
 
     def idle(self) -> Tensor:
         """A loss of 0 that depends on every parameter, which data-parallel training insists on."""
@@ -107,7 +107,7 @@ def _gradient_length(loss: Tensor, output: Tensor) -> Tensor:
 
 
 class PerceptualLoss:
-    """How far two pictures are apart for a CLIP: the squared distance of the normalised features of each patch, the
+    """The distance of two images for a CLIP: the squared distance of the normalised features of each patch, the
     mean over patches and over all layers of the visual transformer.
 
     Pictures larger than the CLIP's are compared in a window of its size, at random: fine detail is what it is for.
@@ -118,12 +118,12 @@ class PerceptualLoss:
         self.clip = clip.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor, output: Tensor) -> Tensor:
-        """A scalar in [0, 4], of pictures and outputs (b, 3, h, w) about [0, 1]."""
+        """A scalar in [0, 4], of images and outputs (b, 3, h, w) about [0, 1]."""
         if self.clip.device != output.device:
             self.clip.to(output.device)
         size = self.clip.image_size
         top, left = (int(torch.randint(max(1, side - size + 1), ())) for side in output.shape[-2:])
-        pair = (pictures[..., top : top + size, left : left + size] for pictures in (images, output))
-        wanted, found = (self.clip.visual_features(resize(pictures, size)) for pictures in pair)
+        pair = (images[..., top : top + size, left : left + size] for images in (images, output))
+        wanted, found = (self.clip.visual_features(resize(images, size)) for images in pair)
         distances = [(a - b).square().sum(-1).mean() for a, b in zip(wanted, found, strict=True)]
         return torch.stack(distances).mean()

@@ -1,8 +1,7 @@
-"""What can be seen of a run: `config.yaml`, `metrics.jsonl`, pictures in `samples`, TensorBoard, Weights & Biases."""
+"""What can be seen of a run: `config.yaml`, `metrics.jsonl`, previews in `samples`, and accelerate's trackers."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import statistics
@@ -10,65 +9,77 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from PIL import Image
+from accelerate import Accelerator
 from torch import Tensor
 
-from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, save_image
-from dalle_pytorch.training.options import TrainingOptions
+from dalle_pytorch.training.settings import TrainingSettings
 from dalle_pytorch.training.state import Progress
+from dalle_pytorch.training.tasks.base import Preview
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
+WANDB_ID_NAME = "wandb-id"  # by which a resumed training continues the same run
 
 
 class Reporter:
-    """Writes the settings of a run, and figures and pictures of its steps after `first_step`; what an earlier run noted
-    of those is dropped."""
+    """Writes the settings of a run, and the metrics and previews of its steps after `first_step`; those that an earlier
+    run recorded of these steps are dropped. For the main process alone."""
 
-    def __init__(self, options: TrainingOptions, first_step: int = 0):
-        self.folder = Path(options.output_dir)
-        self.metrics = self.folder / METRICS_NAME
-        if options.settings is not None:
-            write_text(self.folder / CONFIG_NAME, yaml.safe_dump(options.settings, sort_keys=False, allow_unicode=True))
-        self.tracker = _open_tracker(options, first_step)
-        kept = [row for row in _rows(self.metrics) if row["step"] <= first_step]
-        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, first_step: int = 0):
+        self.folder, self.accelerator = Path(settings.output_dir), accelerator
+        self.metrics_path = self.folder / METRICS_NAME
+        config = yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / CONFIG_NAME, config)
+        kept = [row for row in _rows(self.metrics_path) if row["step"] <= first_step]
+        write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        if settings.tracker:
+            self._start_tracker(settings, first_step)
 
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Notes the figures of a step; what is no finite number becomes null."""
-        finite = {name: round(value, 6) for name, value in figures.items() if math.isfinite(value)}
-        row = {"step": step, **dict.fromkeys(figures), **finite}
-        with open(self.metrics, "a", encoding="utf-8") as file:
+    def _start_tracker(self, settings: TrainingSettings, first_step: int) -> None:
+        if settings.tracker == "tensorboard":  # event files in output_dir/tensorboard
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+            return
+        id_file = self.folder / WANDB_ID_NAME
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex[:12])
+        run = {"entity": settings.wandb_entity, "dir": str(self.folder), "resume": "allow",
+               "id": id_file.read_text("utf-8").strip(), "config": settings.as_dict()}  # fmt: skip
+        self.accelerator.init_trackers(settings.wandb_name, init_kwargs={"wandb": run})
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of a step; what is not finite becomes null."""
+        finite = {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
+        row = {"step": step, **dict.fromkeys(metrics), **finite}
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.tracker:
-            self.tracker.scalars(step, finite)
+        self.accelerator.log(finite, step)
 
-    def previews(self, step: int, previews: dict[str, Tensor | str]) -> None:
-        """Writes pictures (n, 3, h, w) in [0, 1] as one sheet each, and texts, to `samples/NAME-STEP`."""
+    def log_previews(self, step: int, previews: Preview) -> None:
+        """Writes images (n, 3, h, w) in [0, 1] as one sheet each, and texts, to `samples/NAME-STEP`."""
         for name, preview in previews.items():
             path = self.folder / SAMPLES_NAME / f"{name}-{step:08}"
             if isinstance(preview, str):
                 write_text(path.with_suffix(".txt"), preview + "\n")
-                if self.tracker:
-                    self.tracker.text(step, name, preview)
+                self.accelerator.log({name: preview}, step)
             else:
                 sheet = contact_sheet(list(preview))
                 save_image(path.with_suffix(".png"), sheet)
-                if self.tracker:
-                    self.tracker.picture(step, name, sheet)
+                for tracker in self.accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({name: np.asarray(sheet)[None]}, step, **layout)
 
     def close(self) -> None:
         """Sends what is still on its way."""
-        if self.tracker:
-            self.tracker.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -84,79 +95,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Tracker(Protocol):
-    """A place that draws curves."""
+def mean_metrics(rows: Sequence[dict[str, Tensor | float]], processes: int = 1) -> dict[str, float]:
+    """The mean of each metric over the batches of a step and over all processes, which must call together.
 
-    def scalars(self, step: int, figures: dict[str, float]) -> None: ...
-    def picture(self, step: int, name: str, picture: Image.Image) -> None: ...
-    def text(self, step: int, name: str, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def _open_tracker(options: TrainingOptions, first_step: int) -> Tracker | None:
-    trackers = {"none": lambda *_: None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    if options.report_to not in trackers:
-        raise UsageError(f"--report_to is one of {', '.join(trackers)}, not {options.report_to!r}")
-    try:
-        return trackers[options.report_to](options, first_step)
-    except ImportError:
-        raise UsageError(f"--report_to {options.report_to} needs a package: pip install {options.report_to}") from None
-
-
-class TensorBoard:
-    """Event files in `output_dir/tensorboard`; `tensorboard --logdir` on any folder above shows them."""
-
-    def __init__(self, options: TrainingOptions, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(Path(options.output_dir) / "tensorboard"), purge_step=first_step + 1)
-
-    def scalars(self, step: int, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-
-    def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self.writer.add_text(name, text, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A run of the project `wandb_name`; a resumed training goes on with the same run, whose id its folder keeps."""
-
-    def __init__(self, options: TrainingOptions, first_step: int):
-        import wandb
-
-        id_file = Path(options.output_dir) / "wandb-id"
-        if not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex[:12])
-        self.wandb = wandb
-        self.run = wandb.init(
-            project=options.wandb_name, entity=options.wandb_entity, dir=options.output_dir, resume="allow",
-            id=id_file.read_text("utf-8").strip(), config=options.settings,
-        )  # fmt: skip
-
-    def scalars(self, step: int, figures: dict[str, float]) -> None:
-        self.run.log(figures, step=step)
-
-    def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        self.run.log({name: self.wandb.Image(picture)}, step=step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self.run.log({name: self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def mean_figures(rows: Sequence[dict[str, Tensor | float]], processes: int = 1) -> dict[str, float]:
-    """The mean of each figure over the batches of a step and over all processes, which must call together.
-
-    Where a batch, or a process, does not have a figure, the others decide.
+    Batches and processes without a metric do not count in its mean.
     """
     means = _means([{name: float(value) for name, value in row.items()} for row in rows])
     if processes == 1:
@@ -172,13 +114,13 @@ def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 class Rate:
-    """How fast a run is, between one look and the next."""
+    """The speed of a run between two calls."""
 
     def __init__(self, progress: Progress):
         self.step, self.samples, self.time = progress.step, progress.samples, time.monotonic()
 
     def since_last(self, progress: Progress) -> dict[str, float]:
-        """Seconds a step and images a second, in all processes together."""
+        """Seconds per step, and images per second in all processes together."""
         seconds = max(time.monotonic() - self.time, 1e-9)
         steps, images = progress.step - self.step, progress.samples - self.samples
         self.__init__(progress)

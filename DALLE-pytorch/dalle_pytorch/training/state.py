@@ -1,4 +1,4 @@
-"""All that a resumed run needs to go on as if it had never stopped, in and out of a checkpoint's folder.
+"""All that a resumed run needs to continue as if it had never stopped, in and out of a checkpoint's folder.
 
 Whole models are kept in one file by the main process; FSDP and DeepSpeed write theirs themselves (launch.py). Each
 process keeps its random state and its place in the data in a file of its own. Reading never runs anything that a file
@@ -7,29 +7,30 @@ holds, which is why accelerate's `load_state` is not used: it unpickles what is 
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.training.ema import Average
-from dalle_pytorch.training.launch import is_sharded, load_sharded, save_sharded
-from dalle_pytorch.training.optimizers import Schedule
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from dalle_pytorch.training.ema import EMA
+from dalle_pytorch.training.launch import is_apart, is_sharded, load_sharded, save_sharded
+from dalle_pytorch.training.lr_schedule import LRSchedule
 
 STATE_NAME = "state.pt"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int = 0  # steps of the optimizer done, skipped ones among them
     samples: int = 0  # taken by them, in all processes together
@@ -37,56 +38,57 @@ class Progress:
     bad_steps: int = 0  # how many of the last steps, in a row, were skipped
 
     def count(self, samples: int, epoch: int, bad: bool) -> None:
-        """Takes note of one more step."""
+        """Counts one more step."""
         self.step, self.samples, self.epoch = self.step + 1, self.samples + samples, epoch
         self.bad_steps = self.bad_steps + 1 if bad else 0
 
 
 @dataclass
 class RunState:
-    """The parts of a run that have a state. `model` is `task` as accelerate prepared it; `positions` is where the data
-    of this process stands, if it is a stream."""
+    """The parts of a run that have a state. `model` is `task` as accelerate prepared it; `positions` is the place of
+    this process in the data, if they are a stream."""
 
     accelerator: Accelerator
     task: nn.Module
     model: nn.Module
     optimizers: list[Any]
-    schedule: Schedule
-    average: Average | None
+    lr_schedule: LRSchedule
+    ema: EMA | None
     progress: Progress = field(default_factory=Progress)
     positions: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Writes all of it into `folder`, which every process sees. All processes must call it."""
-        accelerator, average = self.accelerator, self.average.state_dict() if self.average else None
-        if self._apart:
+        accelerator, ema = self.accelerator, self.ema.state_dict() if self.ema else None
+        apart = is_apart(accelerator)
+        if apart:
             save_sharded(accelerator, self.model, self.optimizers, folder)
         if accelerator.is_main_process:
             state = {
                 "progress": asdict(self.progress),
                 "processes": accelerator.num_processes,
-                "schedule": self.schedule.state_dict(),
+                "schedule": self.lr_schedule.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "averaged": average is not None,
+                "averaged": ema is not None,
             }
-            if not self._apart:
+            if not apart:
                 state["model"] = self.task.state_dict()
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             if not is_sharded(accelerator):
-                state["average"] = average
+                state["average"] = ema
             torch.save(state, folder / STATE_NAME)
         own = {"random": random_state(accelerator.device), "positions": self.positions}
         if is_sharded(accelerator):
-            own["average"] = average
+            own["average"] = ema
         torch.save(own, folder / _process_name(accelerator.process_index))
 
-    def load(self, folder: Path) -> str | None:
-        """Takes over what `save` wrote; all processes must call it. Returns a line if that was by other processes.
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote; all processes must call it.
 
         Raises `CheckpointError` if it is of another training.
         """
         try:
-            return self._load(folder)
+            self._load(folder)
         except Exception as error:  # torch, accelerate and DeepSpeed raise a dozen kinds
             # torch begins with a heading, and tells what does not fit below it.
             lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
@@ -95,16 +97,16 @@ class RunState:
                 f"{folder} does not continue this training ({reason}); move it away to start anew"
             ) from error
 
-    def _load(self, folder: Path) -> str | None:
+    def _load(self, folder: Path) -> None:
         accelerator = self.accelerator
         state = _read(folder / STATE_NAME)
-        if state["averaged"] != (self.average is not None):
-            raise ValueError(f"it was made {'with' if state['averaged'] else 'without'} --ema_decay")
+        if state["averaged"] != (self.ema is not None):
+            raise CheckpointError(f"it was made {'with' if state['averaged'] else 'without'} --ema_decay")
         if (state["scaler"] is not None) != (accelerator.scaler is not None):
-            raise ValueError("it was made in another --mixed_precision")
-        if ("model" not in state) != self._apart:
-            raise ValueError("its weights were spread over processes in another way")
-        if self._apart:
+            raise CheckpointError("it was made in another --mixed_precision")
+        if ("model" not in state) != is_apart(accelerator):
+            raise CheckpointError("its weights were sharded over processes in another way")
+        if is_apart(accelerator):
             load_sharded(accelerator, self.model, self.optimizers, folder)
         else:
             self.task.load_state_dict(state["model"])
@@ -112,26 +114,21 @@ class RunState:
                 optimizer.load_state_dict(saved)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.lr_schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
 
         same = state["processes"] == accelerator.num_processes
         own = _read(folder / _process_name(accelerator.process_index if same else 0))
         self.positions = own["positions"]
-        if self.average is not None:
-            self.average.load_state_dict(own["average"] if is_sharded(accelerator) else state["average"])
+        if self.ema is not None:
+            self.ema.load_state_dict(own["average"] if is_sharded(accelerator) else state["average"])
         if same:
             set_random_state(own["random"], accelerator.device)
-            return None
+            return
         # The seeds of this start, moved on: those of step 0 have been used.
         torch.manual_seed(torch.initial_seed() + self.progress.step)
-        return f"{accelerator.num_processes} processes go on where {state['processes']} left: new random numbers"
-
-    @property
-    def _apart(self) -> bool:
-        from accelerate.utils import DistributedType
-
-        return self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        logger.info("resuming in %d processes what %d began: new random numbers", accelerator.num_processes,
+                    state["processes"])  # fmt: skip
 
 
 def _process_name(index: int) -> str:
@@ -154,7 +151,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Goes back to a `random_state`."""
+    """Restores a `random_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -30,32 +30,34 @@ def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
     """The command of every stage, in order; `longer` multiplies the steps of training."""
     tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
     scripts = "DALLE-pytorch"
+    captioned = "glyphs?terse_every=6"
+    contrasted = "glyphs?terse_every=2&wrong_captions=4&twins=true"
 
-    def steps(count: int) -> list[str]:
-        return ["--steps", str(round(count * longer))]
+    def training(script: str, data: str, name: str, count: int) -> list[str]:
+        return [script, "--image_text_folder", data, "--output_dir", str(runs / name),
+                "--steps", str(round(count * longer))]  # fmt: skip
 
     return {
         "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", "glyphs", "--count", "20000",
                       "--vocab_size", "384", "--output", tokenizer],
-        "vqgan": [f"{scripts}/train_vqgan.py", "--output_dir", str(runs / "vqgan"), *steps(2500),
-                  "--learning_rate", "1.5e-3", "--num_tokens", "2048", "--local_encoder", "--disc_weight", "0",
-                  "--perceptual_weight", "0", "--save_every", "200"],
+        "vqgan": [*training(f"{scripts}/train_vqgan.py", "glyphs", "vqgan", 2500), "--learning_rate", "1.5e-3",
+                  "--num_tokens", "2048", "--local_encoder", "--disc_weight", "0", "--perceptual_weight", "0",
+                  "--save_every", "200"],
         # Tokens of other pictures among those it is shown: it learns to go by the caption rather than by what it drew.
-        "dalle": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "dalle"), "--vae_path", vae,
-                  "--bpe_path", tokenizer, *steps(4000), "--batch_size", "16", "--learning_rate", "2e-3",
-                  "--dim", "192", "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
+        "dalle": [*training(f"{scripts}/train_dalle.py", captioned, "dalle", 4000), "--vae_path", vae,
+                  "--bpe_path", tokenizer, "--batch_size", "16", "--learning_rate", "2e-3", "--dim", "192",
+                  "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
-        "tuned": [f"{scripts}/train_dalle.py", "--output_dir", str(runs / "tuned"), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), *steps(2400),
-                  "--batch_size", "16", "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
+        "tuned": [*training(f"{scripts}/train_dalle.py", captioned, "tuned", 2400), "--vae_path", vae,
+                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--batch_size", "16",
+                  "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
         # 32 scenes and their twins: 64 pictures a step.
-        "clip": [f"{scripts}/train_clip.py", "--output_dir", str(runs / "clip"), "--bpe_path", tokenizer,
-                 "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", *steps(2400),
-                 "--batch_size", "32", "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon",
-                 "--save_every", "100"],
-        "decoder": ["diffusion/train.py", "--output_dir", str(runs / "decoder"), "--vae_path", vae,
-                    *steps(3000), "--save_every", "100"],
+        "clip": [*training(f"{scripts}/train_clip.py", contrasted, "clip", 2400), "--bpe_path", tokenizer,
+                 "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", "--batch_size", "32",
+                 "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
+        "decoder": [*training("diffusion/train.py", "glyphs", "decoder", 3000), "--vae_path", vae,
+                    "--save_every", "100"],
         "judge": ["benchmarks/judge.py", "--output_dir", str(runs / "judge")],
     }  # fmt: skip
 

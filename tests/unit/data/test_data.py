@@ -12,7 +12,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.folder import ImageTextFolder
 from dalle_pytorch.data.loading import BatchLoader, BrokenSample, SampleDataset
-from dalle_pytorch.errors import FileError
+from dalle_pytorch.errors import FileError, UsageError
 from dalle_pytorch.files.images import image_to_tensor
 
 
@@ -301,15 +301,18 @@ def test_what_cannot_be_opened_is_said(tmp_path):
         open_dataset(tmp_path, 16, wds="jpg,txt,cls")
     with pytest.raises(FileError, match="suffixes of pictures and captions"):
         open_dataset(tmp_path, 16, wds="jpg")
-    with pytest.raises(FileError, match="without --wds"):
+    with pytest.raises(FileError, match="takes no --wds"):
         open_dataset("glyphs", 16, wds="jpg,txt")
+    for query in ("sky=2", "twins=2", "terse_every=often"):
+        with pytest.raises(UsageError, match=f"data set glyphs: no option {query}; there are .*terse_every: int"):
+            open_dataset(f"glyphs?{query}", 16)
 
 
 def test_glyphs_have_no_end_but_a_door():
     batch = next(iter(BatchLoader(open_dataset("glyphs", 32), 2, last_step=1)))
-    assert batch["image"].shape == (2, 3, 32, 32) and batch["mask"].ndim == 3 and "other_captions" not in batch
-    batch = next(iter(BatchLoader(open_dataset("glyphs", 32, wrong_captions=4), 2, last_step=1)))
-    assert [len(row) for row in batch["other_captions"]] == [4, 4]
+    assert batch["image"].shape == (2, 3, 32, 32) and batch["mask"].ndim == 3 and "negative_captions" not in batch
+    batch = next(iter(BatchLoader(open_dataset("glyphs?wrong_captions=4", 32), 2, last_step=1)))
+    assert [len(row) for row in batch["negative_captions"]] == [4, 4]
 
 
 def test_endless_without_a_last_step():

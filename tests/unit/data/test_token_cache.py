@@ -182,7 +182,7 @@ def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae):
     (folder / "00.txt").write_text("a caption of another length")
     with pytest.raises(FileError, match="the image tokens of other data"):
         cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
-    with pytest.raises(FileError, match="draw_glyphs"):
+    with pytest.raises(FileError, match="not for registered data sets"):
         cache_tokens(tmp_path / "cache", open_dataset("glyphs", 64), tiny_vae)
 
 

@@ -250,11 +250,11 @@ def test_captions_are_terse_as_often_as_wanted():
     plain, terse = GlyphsDataset(32), GlyphsDataset(32, terse_every=2, wrong_captions=4)
     same = [plain[i]["caption"] == terse[i]["caption"] for i in range(20)]
     assert all(same[1::2]) and sum(same[::2]) < 3
-    assert all(len(set(terse[i]["other_captions"]) - {terse[i]["caption"]}) > 1 for i in range(20))
+    assert all(len(set(terse[i]["negative_captions"]) - {terse[i]["caption"]}) > 1 for i in range(20))
 
 
 def test_items_have_twins_when_wanted():
     item = GlyphsDataset(32, terse_every=2, wrong_captions=2, twins=True)[4]
-    assert item["image"].shape == item["twin_image"].shape and not item["image"].equal(item["twin_image"])
-    assert item["caption"] != item["twin_caption"]
-    assert len(item["other_captions"]) == len(item["twin_other_captions"]) == 2
+    assert item["image"].shape == item["second_image"].shape and not item["image"].equal(item["second_image"])
+    assert item["caption"] != item["second_caption"]
+    assert len(item["negative_captions"]) == len(item["second_negative_captions"]) == 2

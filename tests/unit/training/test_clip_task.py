@@ -78,7 +78,7 @@ def test_loss_counts_every_caption_of_the_batch_and_every_negative_once(clip):
     colours = torch.tensor([[1.0, 0, 0], [0, 0.6, 0], [0, 0, 1]])  # which no blur or crop changes
     images = colours[:, :, None, None].expand(3, 3, 16, 16)
     captions, others = ["ab", "cd", "ef"], [["gh", "ij"], ["kl", "mn"], ["op", "qr"]]
-    batch = {"image": to_bytes(images), "caption": captions, "other_captions": others}
+    batch = {"image": to_bytes(images), "caption": captions, "negative_captions": others}
     loss, found = ClipTask(clip, noise=0.0)(batch)
 
     def features(texts):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.training import TrainingOptions
+from dalle_pytorch.training import TrainingSettings
 from dalle_pytorch.training.optimizers import make_optimizers
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
@@ -26,7 +26,9 @@ class Small(nn.Module):
 
 
 def make_options(tmp_path, **settings):
-    return TrainingOptions(tmp_path, 10, 4, learning_rate=2e-3, weight_decay=0.3, **settings)
+    return TrainingSettings(
+        output_dir=tmp_path, steps=10, batch_size=4, learning_rate=2e-3, weight_decay=0.3, **settings
+    )
 
 
 def names(module, parameters):

@@ -9,6 +9,7 @@ from factories import clip_batch, make_clip
 from torch import nn
 
 from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.tokenizers.hug import HugTokenizer, train_bpe
 from dalle_pytorch.tokenizers.load import load_tokenizer
@@ -89,7 +90,7 @@ def test_foreign_tokenizer_is_refused(dalle):
     class Larger:
         vocab_size = 1000
 
-    with pytest.raises(ValueError, match="the tokenizer has 1000 tokens, and this prior knows"):
+    with pytest.raises(UsageError, match="expected a tokenizer of at most 45 tokens, got 1000"):
         DalleTask(dalle, Larger())
 
 
@@ -142,14 +143,18 @@ def test_clip_task_counts_what_it_finds(tokenizer, tmp_path):
     clip = make_clip(num_text_tokens=tokenizer.vocab_size, text_seq_len=12)
     clip.tokenizer = tokenizer
     task = ClipTask(clip)
-    batch = {"image": pictures(2, 16), "caption": CAPTIONS, "other_captions": [[caption] for caption in CAPTIONS[::-1]]}
+    batch = {
+        "image": pictures(2, 16),
+        "caption": CAPTIONS,
+        "negative_captions": [[caption] for caption in CAPTIONS[::-1]],
+    }
     optimizer = torch.optim.Adam(task.parameters(), 3e-3)
     for _ in range(60):
-        loss, figures = task(batch)
+        loss, metrics = task(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert figures["accuracy"] == 1 and loss < 0.5
+    assert metrics["accuracy"] == 1 and loss < 0.5
     clip.save_pretrained(tmp_path / "clip")
     task.write_companions(tmp_path / "clip")
     again = CLIP.from_pretrained(tmp_path / "clip")
@@ -160,9 +165,9 @@ def test_twins_are_pairs_of_the_batch_like_others(tokenizer):
     clip = make_clip(num_text_tokens=tokenizer.vocab_size, text_seq_len=12)
     clip.tokenizer = tokenizer
     images, wrong = pictures(4, 16), [[caption] for caption in (CAPTIONS * 2)[::-1]]
-    plain = {"image": images, "caption": CAPTIONS * 2, "other_captions": wrong}
-    halves = {"image": images[:2], "caption": CAPTIONS, "other_captions": wrong[:2], "twin_image": images[2:],
-              "twin_caption": CAPTIONS, "twin_other_captions": wrong[2:]}  # fmt: skip
+    plain = {"image": images, "caption": CAPTIONS * 2, "negative_captions": wrong}
+    halves = {"image": images[:2], "caption": CAPTIONS, "negative_captions": wrong[:2], "second_image": images[2:],
+              "second_caption": CAPTIONS, "second_negative_captions": wrong[2:]}  # fmt: skip
     losses = []
     for batch in (plain, halves):
         torch.manual_seed(0)
@@ -193,9 +198,9 @@ def small_unet(**settings) -> UNet:
 def test_decoder_takes_any_vae_whose_grid_fits(tiny_vae):
     decoder = DiffusionDecoder(small_unet(emb_condition=True, emb_input_dims=8, emb_output_dims=32), tiny_vae)
     task = DecoderTask(decoder, crop_size=32).train()
-    loss, figures = task({"image": pictures()})
+    loss, metrics = task({"image": pictures()})
     loss.backward()
-    assert loss.isfinite() and figures
+    assert loss.isfinite() and metrics
     assert not task.decoder.vae.training and all(p.grad is None for p in decoder.vae.parameters())
     with pytest.raises(ValueError, match=r"from a grid of 8 × 8 tokens, and the VAE makes 16 × 16"):
         DecoderTask(DiffusionDecoder(small_unet(emb_condition=True, emb_input_dims=8, emb_stride=1), tiny_vae))

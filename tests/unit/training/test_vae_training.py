@@ -16,7 +16,7 @@ from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.data.loading import collate
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.scenes.dataset import GlyphsDataset
-from dalle_pytorch.training import TrainingOptions, train
+from dalle_pytorch.training import TrainingSettings, train
 from dalle_pytorch.training.codebook import codebook_use
 from dalle_pytorch.training.losses import Adversary, PatchDiscriminator, PerceptualLoss
 from dalle_pytorch.training.tasks.discrete import DiscreteVAETask
@@ -33,11 +33,11 @@ def glyphs(count, size=64, split="train"):
 def fit(task, batch, steps, learning_rate=4e-3):
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=learning_rate)
     for _ in range(steps):
-        loss, figures = task(batch)
+        loss, metrics = task(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield float(loss.detach()), {name: float(value) for name, value in figures.items()}
+        yield float(loss.detach()), {name: float(value) for name, value in metrics.items()}
 
 
 def rows(output):
@@ -59,10 +59,10 @@ def small_clip(size=16):
 def test_vqgan_lowers_the_error_and_uses_the_codebook(tiny_vae):
     torch.manual_seed(0)
     task = VQGanTask(tiny_vae.train(), steps=200, crop_size=32, warmup_steps=80)
-    figures = [figures for _, figures in fit(task, glyphs(16), 200)]
-    first = sum(f["psnr"] for f in figures[:5]) / 5
-    assert sum(f["psnr"] for f in figures[-5:]) / 5 > first + 3
-    assert figures[-1]["codes_used"] > 0.5 and figures[-1]["temperature"] == 0 < figures[100]["temperature"]
+    metrics = [metrics for _, metrics in fit(task, glyphs(16), 200)]
+    first = sum(f["psnr"] for f in metrics[:5]) / 5
+    assert sum(f["psnr"] for f in metrics[-5:]) / 5 > first + 3
+    assert metrics[-1]["codes_used"] > 0.5 and metrics[-1]["temperature"] == 0 < metrics[100]["temperature"]
     # What was trained is what is used: on scenes never seen, most codes occur, and they decode to the picture.
     images = glyphs(16, split="test")["image"].float() / 255
     tokens = tiny_vae.eval().get_codebook_indices(images)
@@ -76,7 +76,7 @@ def test_vqgan_with_adversary_and_perception(tiny_vae):
     task = VQGanTask(tiny_vae.train(), steps=60, warmup_steps=20, adversary=adversary,
                      perceptual=PerceptualLoss(small_clip()), adversary_start=30)  # fmt: skip
     before = adversary.discriminator[0].weight.clone()
-    ran = [figures for _, figures in fit(task, glyphs(4), 60)]
+    ran = [metrics for _, metrics in fit(task, glyphs(4), 60)]
     assert "deceit" not in ran[30] and ran[31]["adversary_weight"] < ran[-1]["adversary_weight"]
     assert not torch.equal(before, adversary.discriminator[0].weight)
     assert ran[-1]["psnr"] > ran[0]["psnr"] + 2 and ran[-1]["codes_used"] > 0.5
@@ -124,7 +124,7 @@ def test_resumed_vqgan_equals_an_unbroken_one(tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop(step, figures):
+    def stop(step, metrics):
         if step == 13:
             raise Stopped
 
@@ -134,7 +134,8 @@ def test_resumed_vqgan_equals_an_unbroken_one(tmp_path):
                        patch_size=4, mid_attention=False)  # fmt: skip
         task = VQGanTask(vae, steps=16, crop_size=16, perceptual=PerceptualLoss(small_clip()),
                          adversary=Adversary(PatchDiscriminator(ch=8, num_layers=1)))  # fmt: skip
-        options = TrainingOptions(tmp_path / name, 16, 4, warmup_steps=2, save_every=5, log_every=1, num_workers=0)
+        options = TrainingSettings(output_dir=tmp_path / name, steps=16, batch_size=4, warmup_steps=2, save_every=5,
+                                   log_every=1, num_workers=0)  # fmt: skip
         return train(task, GlyphsDataset(32, count=16), options, report)
 
     whole = run("whole")
@@ -204,7 +205,7 @@ def test_adversary_trains_both_sides_in_one_pass():
     images, output = torch.rand(2, 2, 3, 16, 16)
     output.requires_grad_()
     reconstruction = (output - images).square().mean()
-    loss, figures = adversary(images, output, reconstruction)
+    loss, metrics = adversary(images, output, reconstruction)
     loss.backward()
     (wanted,) = torch.autograd.grad((output - images).square().mean(), output)
     # The autoencoder's side: towards a higher score, half as long as the reconstruction's gradient.
@@ -216,7 +217,7 @@ def test_adversary_trains_both_sides_in_one_pass():
     gradients = [parameter.grad.clone() for parameter in adversary.parameters()]
     real, drawn = adversary.discriminator(images * 2 - 1), adversary.discriminator(output.detach() * 2 - 1)
     hinge = ((1 - real).relu().mean() + (1 + drawn).relu().mean()) / 2
-    assert figures["discriminator"] == pytest.approx(hinge.item(), rel=1e-5)
+    assert metrics["discriminator"] == pytest.approx(hinge.item(), rel=1e-5)
     for gradient, alone in zip(gradients, torch.autograd.grad(hinge, list(adversary.parameters())), strict=True):
         assert torch.allclose(gradient, alone, atol=1e-6)
 
@@ -267,7 +268,7 @@ def test_temperature_falls_as_upstream():
 @pytest.mark.parametrize("settings", [{}, {"straight_through": True, "smooth_l1_loss": True}])
 def test_discrete_vae_learns(settings):
     task = DiscreteVAETask(small_discrete(**settings).train(), anneal_rate=1e-4)
-    ran = [figures for _, figures in fit(task, glyphs(8, 32), 150, 3e-3)]
+    ran = [metrics for _, metrics in fit(task, glyphs(8, 32), 150, 3e-3)]
     assert ran[-1]["psnr"] > ran[0]["psnr"] + 3
     assert ran[-1]["perplexity"] > 4 and ran[-1]["temperature"] < 1
 
@@ -331,7 +332,7 @@ def test_train_vqgan_says_its_losses_and_writes_a_vae(pictures, tmp_path, tiny_b
              "--perceptual_clip", str(tiny_bundle / "clip"))  # fmt: skip
     said = run_script("train_vqgan.py", pictures, output, *sizes, "--epochs", "4", "--local_encoder")
     assert f"features of {tiny_bundle / 'clip'}" in said
-    figures = rows(output)[-1]
-    assert figures["step"] == 8 and {"perplexity", "codes_used", "perceptual", "discriminator"} <= figures.keys()
+    metrics = rows(output)[-1]
+    assert metrics["step"] == 8 and {"perplexity", "codes_used", "perceptual", "discriminator"} <= metrics.keys()
     vae = PretrainedModel.from_pretrained(output / "vae")
     assert isinstance(vae, VQGanVAE) and vae.config["local_encoder"]

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.pretrained import PretrainedModel
-from dalle_pytorch.training.tasks.base import Batch, Loss, write_tokenizer
+from dalle_pytorch.training.tasks.base import Batch, Loss, TrainingTask, write_tokenizer
 
 
-class ClipTask(nn.Module):
-    """The contrastive loss of CLIP over the batch of all processes, with hard negatives where the data has them:
-    captions with one fact wrong, as many for each picture, and twins, pictures with a caption that differ in one fact
-    from another of the batch.
+class ClipTask(TrainingTask):
+    """The contrastive loss of CLIP over the batch of all processes, with hard negatives where the data have them:
+    `negative_captions`, equally many for each image, and a second pair, under the same keys after `second_`, which
+    differs a little from the first.
 
-    Pictures are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled pictures, and
-    guide on cutouts of half-denoised ones. `accuracy` is the share of the pictures whose caption is the likeliest of
-    all that they are told apart from.
+    Images are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled images, and guide on
+    cutouts of half-denoised ones. `accuracy` is the share of the images whose caption is the likeliest of all that they
+    are compared with.
     """
 
     def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06):
@@ -28,15 +28,15 @@ class ClipTask(nn.Module):
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
 
     def forward(self, batch: Batch) -> Loss:
-        images, captions, others = batch["image"], batch["caption"], batch.get("other_captions", [])
-        if "twin_image" in batch:
-            images = torch.cat((images, batch["twin_image"]))
-            captions = captions + batch["twin_caption"]
-            others = others + batch.get("twin_other_captions", [])
+        images, captions, others = batch["image"], batch["caption"], batch.get("negative_captions", [])
+        if "second_image" in batch:
+            images = torch.cat((images, batch["second_image"]))
+            captions = captions + batch["second_caption"]
+            others = others + batch.get("second_negative_captions", [])
         images = self._augment(images.float() / 255)
         captions = captions + [caption for row in others for caption in row]
         text = self.clip.tokenize(captions)
-        # What is padding in all of them is work for nothing.
+        # Columns of padding alone are wasted work.
         text = text[:, : int((text != 0).any(0).sum())].to(images.device)
         text, others = text[: len(images)], text[len(images) :]
         negatives = others.unflatten(0, (len(images), -1)) if len(others) else None

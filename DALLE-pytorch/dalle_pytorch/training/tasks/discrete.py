@@ -1,14 +1,15 @@
-"""What a DiscreteVAE is trained on: its own loss, at a temperature that falls as in DALLE-pytorch."""
+"""The training task of a DiscreteVAE: its own loss, at a temperature that falls as in DALLE-pytorch."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.training.codebook import codebook_use, count_codes
+from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 ANNEAL_EVERY = 100  # steps
@@ -16,8 +17,8 @@ COUNT_EVERY = 10  # steps: counting the likeliest codes runs the encoder once mo
 COUNT_DECAY = 0.9
 
 
-class DiscreteVAETask(nn.Module):
-    """A batch of pictures `image` (b, channels, h, w) uint8 to the VAE's loss.
+class DiscreteVAETask(TrainingTask):
+    """The VAE's loss of a batch `image` (b, channels, h, w) uint8.
 
     Every 100 steps the temperature, `starting_temp` at first, is multiplied by exp(−`anneal_rate` · step), down to
     `temp_min`. That is DALLE-pytorch's rule: at its rate of 1e-6 the temperature halves in 11,800 steps.
@@ -41,12 +42,12 @@ class DiscreteVAETask(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """That of the step to come."""
+        """The temperature of the next step."""
         times = int(self.step) // ANNEAL_EVERY
         exponent = self.anneal_rate * ANNEAL_EVERY * times * (times + 1) / 2  # the sum of the steps it was lowered at
         return max(self.starting_temp * math.exp(-exponent), self.temp_min)
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> Loss:
         images = batch["image"].float() / 255
         temperature = self.temperature
         if self.step % COUNT_EVERY == 0:
@@ -61,8 +62,8 @@ class DiscreteVAETask(nn.Module):
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"vae": self.vae}
 
-    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each picture over its reconstruction from codes as drawn in training, over the one from its tokens."""
+    def preview(self, batch: Batch) -> Preview:
+        """Each image over its reconstruction from codes drawn as in training, over that from its tokens."""
         images = batch["image"][: self.num_images_save].float() / 255
         drawn = self._to_unit(self.vae(images, temp=self.temperature)).clamp(0, 1)
         hard = self.vae.decode_image(self.vae.get_codebook_indices(images))
@@ -73,7 +74,7 @@ class DiscreteVAETask(nn.Module):
 
 
 def _over_white(images: Tensor) -> Tensor:
-    """(b, 3, h, w) of pictures with an alpha channel (b, 4, h, w) or without."""
+    """(b, 3, h, w) of images with an alpha channel (b, 4, h, w) or without."""
     if images.shape[1] == 3:
         return images
     colour, alpha = images[:, :3], images[:, 3:]

@@ -6,25 +6,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.tokenizers.base import Tokenizer
-from dalle_pytorch.training.tasks.base import Batch, Loss, write_tokenizer
+from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask, write_tokenizer
 
-PREVIEWS = 4  # captions of a batch that the prior draws for a preview
+PREVIEWS = 4  # captions of a batch in a preview
 
 
-class DalleTask(nn.Module):
-    """The next-token loss of the prior over captions and the VAE's tokens of their pictures.
+class DalleTask(TrainingTask):
+    """The next-token loss of the prior over captions and the VAE's tokens of their images.
 
-    `null_cond_prob` of the captions are dropped, so that the prior can be guided. Where the data says what part of each
-    token's square the subject covers, tokens under the subject weigh `subject_weight` times as much: a plain mean is
-    all texture, and hears little of the shape that the caption names. `image_noise` is `DALLE.forward`'s.
+    `null_cond_prob` of the captions are dropped, for classifier-free guidance. Where the data have a `mask` of the
+    subject, tokens under it weigh `subject_weight` times as much: a plain mean is dominated by texture, and learns
+    little of the shape that the caption names. `image_noise` is `DALLE.forward`'s.
 
-    A batch has the tokens (b, image_seq_len) of its pictures, or the pictures (b, 3, h, h) uint8. The trained prior is
-    the part `name`. Raises `ValueError` for a tokenizer with more tokens than the prior knows.
+    A batch has the `tokens` (b, image_seq_len) of its images, or the images `image` (b, 3, h, h) uint8. The trained
+    prior is the part `name`. Raises `UsageError` for a tokenizer with more tokens than the prior knows.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class DalleTask(nn.Module):
         super().__init__()
         known = dalle.num_text_tokens - dalle.text_seq_len
         if tokenizer.vocab_size > known:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, and this prior knows {known}; it wants the one that "
-                "it was trained with (--bpe_path)"
+            raise UsageError(
+                f"expected a tokenizer of at most {known} tokens, got {tokenizer.vocab_size}; this prior needs the one "
+                "that it was trained with (--bpe_path)"
             )
         self.dalle, self.tokenizer = dalle, tokenizer
         self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
@@ -72,8 +73,8 @@ class DalleTask(nn.Module):
     def write_companions(self, folder: Path) -> None:
         write_tokenizer(self.tokenizer, folder)
 
-    def preview(self, batch: Batch) -> dict[str, Tensor | str]:
-        """Pictures drawn for the first captions of the batch, and those captions."""
+    def preview(self, batch: Batch) -> Preview:
+        """Images sampled for the first captions of the batch, and those captions."""
         captions = batch["caption"][:PREVIEWS]
-        pictures = self.dalle.generate_images(self._text(captions, self.dalle.device), top_p=0.9, seed=0)
-        return {"drawn": pictures, "captions": "\n".join(captions)}
+        images = self.dalle.generate_images(self._text(captions, self.dalle.device), top_p=0.9, seed=0)
+        return {"drawn": images, "captions": "\n".join(captions)}

@@ -1,9 +1,9 @@
-"""What a VQGAN is trained on: reconstruction, with a codebook that follows the encoder and does not collapse.
+"""The training task of a VQGAN: reconstruction, with a codebook that follows the encoder and does not collapse.
 
 Codes are drawn by the Gumbel-max trick from logits that are minus squared distances, at a temperature that falls to
 zero (Jang et al. 2017); the gradient goes straight through (van den Oord et al. 2017). The codebook is not learned by
-gradient: it is the running mean of the encodings that chose each code, it starts from k-means, and a code that nobody
-chooses any more is moved to an encoding at random: a Gumbel quantizer whose projection is tied to its codebook.
+gradient: it is the moving average of the encodings that chose each code, starts from k-means, and a code that nothing
+chooses any more is moved to a random encoding: a Gumbel quantizer whose projection is tied to its codebook.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_pytorch.data.loading import random_crops
 from dalle_pytorch.pretrained import PretrainedModel
@@ -23,22 +23,23 @@ from dalle_pytorch.training.codebook import (
     unused_codes,
 )
 from dalle_pytorch.training.losses import Adversary, PerceptualLoss
+from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from dalle_pytorch.vae.vqgan import VQGanVAE
 
-PREVIEWS = 8  # pictures of a batch in a preview
+PREVIEWS = 8  # images of a batch in a preview
 
 
-class VQGanTask(nn.Module):
-    """A batch of pictures `image` (b, 3, h, w) uint8 to a loss. `steps` counts the batches of the whole run.
+class VQGanTask(TrainingTask):
+    """The loss of a batch `image` (b, 3, h, w) uint8. `steps` counts the batches of the whole run.
 
     The first `warmup_steps` train a plain autoencoder, for k-means to start from; left out, they are 300, or a quarter
     of a short run. The temperature, `starting_temp` at first, is zero for the last 30 % of the steps.
 
     `crop_size` trains on token-aligned crops of that many pixels, a quarter of the work at half the side; the share
-    `full_share` of the steps sees a part of the batch whole, so that the borders of a picture are learned too.
+    `full_share` of the steps sees a part of the batch whole, so that the borders of an image are learned too.
 
     The adversary joins at the step `adversary_start`, left out half way, and comes to its full weight over a tenth of
-    the steps: before there is a picture, there is nothing to tell apart.
+    the steps: before there is an image, there is nothing to discriminate.
     """
 
     replicated = True  # the codebook is not learned by gradient, and every process writes all of it
@@ -76,41 +77,41 @@ class VQGanTask(nn.Module):
         self.register_buffer("counts", torch.zeros(num_tokens))
         self.register_buffer("sums", torch.zeros(num_tokens, dim))
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> Loss:
         images = batch["image"].float() / 255
         side = images.shape[-1] // self.vae.downsampling
         (images,) = random_crops([images], self.crop_size, side, self.full_share)
         step = int(self.step)
         rows = z = self.vae.encode(images)
-        loss, figures = z.new_zeros(()), {}
+        loss, metrics = z.new_zeros(()), {}
         if step >= self.warmup_steps:
             # Distances decide between codes, and half precision would not tell near ones apart.
             with torch.autocast(z.device.type, enabled=False):
-                rows, loss, figures = self._quantize(z.float(), step)
+                rows, loss, metrics = self._quantize(z.float(), step)
         output = self.vae.decode_embeddings(rows).float()
         error = output - images
         loss = loss + error.abs().mean() + 4 * error.square().mean() + self.gradient_weight * _gradient_error(error)
-        figures["psnr"] = -10 * torch.log10(error.detach().square().mean())
+        metrics["psnr"] = -10 * torch.log10(error.detach().square().mean())
         if self.perceptual:
             perceptual = self.perceptual(images, output)
             loss = loss + self.perceptual_weight * perceptual
-            figures["perceptual"] = perceptual.detach()
+            metrics["perceptual"] = perceptual.detach()
         if self.adversary:
             strength = min(1.0, (step - self.adversary_start) / max(1, 0.1 * self.steps))
             if strength <= 0:
                 adversarial = self.adversary.idle()
             else:
                 adversarial, more = self.adversary(images, output, loss, strength)
-                figures |= more
+                metrics |= more
             loss = loss + adversarial
         self.step += 1
-        return loss, figures
+        return loss, metrics
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"vae": self.vae}
 
-    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each picture over its reconstruction: from tokens, or while there is no codebook from the encoding."""
+    def preview(self, batch: Batch) -> Preview:
+        """Each image over its reconstruction: from tokens, or while there is no codebook from the encoding."""
         images = batch["image"][:PREVIEWS].float() / 255
         if self.counts.any():
             output = self.vae.decode_image(self.vae.get_codebook_indices(images))
@@ -122,7 +123,7 @@ class VQGanTask(nn.Module):
     # Codes
 
     def _quantize(self, z: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The codes drawn for encodings (b, dim, h, w), with the encodings' gradient; a loss; and figures."""
+        """The codes drawn for encodings (b, dim, h, w), with the encodings' gradient; a loss; metrics."""
         flat = rearrange(z.detach(), "b c h w -> (b h w) c")
         if not self.counts.any():
             self._start_codebook(flat)
@@ -131,8 +132,8 @@ class VQGanTask(nn.Module):
         codes = rearrange(self.vae.codebook_weight[tokens], "(b h w) c -> b c h w", b=z.shape[0], h=z.shape[2])
         commitment = F.mse_loss(z, codes)
         self._follow(flat, tokens, step)
-        figures = {"commitment": commitment.detach(), "temperature": temperature, **codebook_use(self.counts)}
-        return z + (codes - z).detach(), self.commitment_weight * commitment, figures
+        metrics = {"commitment": commitment.detach(), "temperature": temperature, **codebook_use(self.counts)}
+        return z + (codes - z).detach(), self.commitment_weight * commitment, metrics
 
     def _temperature(self, step: int) -> float:
         done = (step - self.warmup_steps) / max(1, 0.7 * (self.steps - self.warmup_steps))

@@ -1,0 +1,11 @@
+"""Activation checkpointing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Checkpointed(nn.Module):
+    """A module that can keep its inputs alone in training, and recompute the rest in the backward pass."""
+
+    activation_checkpointing: bool = False

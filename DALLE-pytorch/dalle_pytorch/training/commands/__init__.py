@@ -1,0 +1,1 @@
+"""The training commands: arguments in, one training, a native folder out."""

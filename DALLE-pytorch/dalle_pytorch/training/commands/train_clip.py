@@ -1,0 +1,82 @@
+"""Trains a CLIP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_pytorch.settings import Settings, again, option
+from dalle_pytorch.training.settings import CaptionSettings, ImageSettings, TrainingSettings
+
+
+@dataclass
+class ClipArchitecture(Settings):
+    """Arguments of `CLIP`."""
+
+    title = "model"
+
+    dim_text: int = option(128, "width of the text transformer", low=1)
+    dim_image: int = option(192, "width of the image transformer", low=1)
+    dim_latent: int = option(128, "width of the features", low=1)
+    text_seq_len: int = option(32, "tokens of a caption", low=1)
+    text_enc_depth: int = option(2, "layers", low=1)
+    text_heads: int = option(2, "attention heads", low=1)
+    text_dim_head: int = option(64, "width of a head", low=1)
+    visual_enc_depth: int = option(4, "layers", low=1)
+    visual_heads: int = option(3, "attention heads", low=1)
+    visual_dim_head: int = option(64, "width of a head", low=1)
+    visual_image_size: int = option(128, "side of an image in pixels", low=1)
+    visual_patch_size: int = option(16, "side of a patch in pixels", low=1)
+    visual_patch_dropout: float = option(0.0, "share of the patches dropped in training", low=0, high=1)
+    visual_conv_stem: bool = option(False, "embed patches by convolutions, which learn shapes sooner than one linear "
+                                           "map")  # fmt: skip
+    visual_attention_pool: bool = option(False, "pool patches by attention, which finds small things sooner than their "
+                                                "mean")  # fmt: skip
+
+
+@dataclass
+class TrainClipSettings(ClipArchitecture, CaptionSettings, ImageSettings, TrainingSettings):
+    """Trains a CLIP, for ranking and guidance, on images with captions and writes it as a native folder.
+
+    python DALLE-pytorch/train_clip.py --image_text_folder pictures --bpe_path tokenizer.json --output_dir runs/clip
+    """
+
+    title = "model"
+
+    output_dir: Path = again(TrainingSettings, "output_dir", Path("runs/clip"))
+    steps: int | None = again(TrainingSettings, "steps", 2000)
+    batch_size: int = again(TrainingSettings, "batch_size", 128)
+    learning_rate: float = again(TrainingSettings, "learning_rate", 1e-3)
+
+    layer_scale: float | None = option(None, "initial scale of every residual branch (default: 0.1 in the first 18 "
+                                             "layers; 1 learns faster with few layers)", low=0, above=True)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = TrainClipSettings.parse(argv)
+    import torch
+
+    from dalle_pytorch.clip.trainable import CLIP
+    from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.tokenizers.load import load_tokenizer
+    from dalle_pytorch.training.commands.progress import run_training
+    from dalle_pytorch.training.tasks.base import LongCaption
+    from dalle_pytorch.training.tasks.clip import ClipTask
+
+    torch.manual_seed(settings.seed)
+    tokenizer = load_tokenizer(settings.bpe_path, hug=settings.hug, chinese=settings.chinese)
+    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **settings.values(ClipArchitecture))
+    clip.tokenizer = tokenizer
+    if settings.layer_scale is not None:
+        clip.text_transformer.set_layer_scale(settings.layer_scale)
+        clip.visual_transformer.set_layer_scale(settings.layer_scale)
+    clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
+    dataset = open_dataset(
+        settings.image_text_folder,
+        settings.visual_image_size,
+        **settings.dataset_options(),
+        caption_problem=None if settings.truncate_captions else LongCaption(tokenizer, settings.text_seq_len),
+    )
+    run_training("CLIP", ClipTask(clip), dataset, settings)

@@ -1,0 +1,150 @@
+"""What every training is told: one table of names, defaults, ranges and help.
+
+The commands in `commands/` derive from these dataclasses, and the loop takes them. torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.settings import Settings, option
+
+
+@dataclass
+class OptimizationSettings(Settings):
+    title = "training"
+
+    output_dir: Path = option(help="where checkpoints, metrics.jsonl and the trained model go; the same command again "
+                                   "resumes from the last checkpoint")  # fmt: skip
+    steps: int | None = option(None, "steps of the optimizer", low=1, flags=["--lr_anneal_steps"])
+    epochs: int | None = option(None, "passes over the data, instead of --steps", low=1, instead_of="steps")
+    batch_size: int = option(8, "images per process and forward pass", low=1)
+    ga_steps: int = option(1, "gradient accumulation: batches of every process that make one step", low=1)
+    learning_rate: float = option(3e-4, low=0, above=True, flags=["--lr"])
+    warmup_steps: int = option(100, "steps of linear warm-up", low=0, flags=["--lr_warmup_steps"])
+    lr_decay: str = option("cosine", "learning rate after the warm-up; without a value plateau: halved when the loss "
+                                     "no longer falls", nargs="?", const="plateau",
+                           choices=["cosine", "constant", "plateau", "exponential"])  # fmt: skip
+    lr_decay_rate: float = option(0.98, "factor of --lr_decay exponential, every 100 steps", low=0, high=1, above=True)
+    weight_decay: float = option(0.01, "of matrices; vectors have none", low=0)
+    clip_grad_norm: float = option(1.0, "largest norm of the gradient", low=0, above=True)
+    ema_decay: float = option(0.0, "decay of the exponential moving average of the weights; 0 keeps none", low=0,
+                              high=1, flags=["--ema_rate"])  # fmt: skip
+    muon: bool = option(False, "Muon for the matrices of transformers, AdamW for the rest")
+    max_bad_steps: int = option(10, "stop after this many steps in a row with a loss or gradient that is not finite",
+                                low=1)  # fmt: skip
+    num_workers: int = option(1, "processes that load data", low=0)
+    seed: int = option(0)
+
+
+@dataclass
+class PrecisionSettings(Settings):
+    title = "precision and memory"
+
+    mixed_precision: str = option("no", "precision of the forward pass; --fp16 (or --amp) and --bf16 are short forms",
+                                  choices=["no", "fp16", "bf16"],
+                                  flags=["--fp16=fp16", "--amp=fp16", "--bf16=bf16"])  # fmt: skip
+    activation_checkpointing: bool = option(False, "keep only the input of each transformer layer and recompute the "
+                                                   "rest in the backward pass", flags=["--use_checkpoint"])  # fmt: skip
+
+
+@dataclass
+class DistributionSettings(Settings):
+    title = "several processes (docs/scale.md)"
+
+    distributed_backend: str | None = option(
+        None, "ddp, fsdp or deepspeed (default: ddp); --deepspeed is a short form", metavar="NAME",
+        flags=["--distr_backend", "--distributed", "--deepspeed=deepspeed"])  # fmt: skip
+    deepspeed_config: str | None = option(None, "JSON file of DeepSpeed settings", metavar="FILE")
+    zero_stage: int | None = option(None, "ZeRO stage of DeepSpeed (default: 2)", choices=[0, 1, 2, 3])
+    fsdp: bool = option(False, "shard parameters, gradients and optimizer state over processes")
+    flops_profiler: bool = option(False, "count the FLOPs of one step after the first few, print them and stop")
+    local_rank: int | None = option(None, argparse.SUPPRESS, flags=["--local-rank"])  # passed by launchers; unused
+
+
+@dataclass
+class ReportSettings(Settings):
+    title = "checkpoints and reports"
+
+    save_every: int = option(500, "steps between checkpoints", low=1, flags=["--save_every_n_steps", "--save_interval"])
+    keep_n_checkpoints: int = option(2, "how many of the newest to keep", low=1)
+    resume: bool = option(True, "resume from the newest checkpoint in --output_dir; --no-resume starts anew",
+                          flags=["--no-resume=False"])  # fmt: skip
+    overwrite: bool = option(False, "with --no-resume, delete the checkpoints that are there")
+    log_every: int = option(20, "steps between entries in metrics.jsonl", low=1, flags=["--log_interval"])
+    sample_every: int = option(0, "steps between previews; 0 makes none", low=0)
+    report_to: str | None = option(None, "tracker (default: wandb if it is given a name, else none)",
+                                   choices=["none", "tensorboard", "wandb"])  # fmt: skip
+    wandb_name: str | None = option(None, "Weights & Biases project")
+    wandb_entity: str | None = option(None, "team or user that owns the project")
+
+
+@dataclass
+class TrainingSettings(ReportSettings, DistributionSettings, PrecisionSettings, OptimizationSettings):
+    """What the loop is told. The run has `steps` steps or, where that is None, `epochs` passes over the data."""
+
+    takes_config = True
+
+    @property
+    def tracker(self) -> str | None:
+        """`tensorboard`, `wandb` or None."""
+        if self.report_to is None and (self.wandb_name or self.wandb_entity):
+            return "wandb"
+        return None if self.report_to == "none" else self.report_to
+
+
+@dataclass
+class DataSettings(Settings):
+    title = "data"
+
+    image_text_folder: str = option(
+        help="folder of images, each with its captions in a .txt of the same name; with --wds, WebDataset shards "
+             "(data-{000..099}.tar, a URL, pipe:COMMAND); or a registered data set, NAME or NAME?option=value&...",
+        flags=["--image_folder", "--data_dir"])  # fmt: skip
+    wds: str = option("", "read shards whose images and captions have these suffixes, such as jpg,txt",
+                      metavar="IMAGE,TEXT")  # fmt: skip
+    caption_key: str = option("caption", "field of the caption, with --wds jpg,json")
+
+
+@dataclass
+class ImageSettings(DataSettings):
+    """Data of which the images are used, not only the captions."""
+
+    title = "data"
+
+    random_resize_crop_lower_ratio: float = option(1.0, "cut a random square of at least this share of the image; 1 "
+                                                        "cuts the middle", low=0, high=1, above=True)  # fmt: skip
+
+    def dataset_options(self) -> dict[str, str | float]:
+        """Keyword arguments of `open_dataset`."""
+        crop_ratio = self.random_resize_crop_lower_ratio
+        return {"wds": self.wds, "caption_key": self.caption_key, "crop_ratio": crop_ratio}
+
+
+@dataclass
+class CaptionSettings(Settings):
+    title = "captions"
+
+    bpe_path: str | None = option(None, "tokenizer: a tokenizer.json (of train_tokenizer.py) or a .model of "
+                                        "YouTokenToMe (default: CLIP's)")  # fmt: skip
+    hug: bool = option(False, "--bpe_path is a tokenizer.json, whatever its name")
+    chinese: bool = option(False, "the BERT Chinese tokenizer")
+    truncate_captions: bool = option(False, "truncate captions of more than --text_seq_len tokens instead of skipping "
+                                            "them")  # fmt: skip
+
+
+def total_steps(settings: TrainingSettings, dataset: object) -> int | None:
+    """Steps of the optimizer in the run; None for a stream that is only told its epochs."""
+    if settings.steps is not None:
+        return settings.steps
+    if settings.epochs is None:
+        raise UsageError("the length of the training is missing: give --steps or --epochs")
+    if not isinstance(dataset, Sized):
+        return None
+    per_step = settings.batch_size * settings.ga_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    return -(-settings.epochs * len(dataset) // per_step)
