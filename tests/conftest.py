@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-PARITY = ROOT.parent / "shared" / "parity"
+REFERENCES = (ROOT / "tests/golden/data", ROOT.parent / "shared/parity")  # those committed, and the larger set
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -18,10 +18,10 @@ def parity():
     """The path of a recorded reference case, `parity("unet/adm_superres")`; a test is skipped where it is not there."""
 
     def find(name: str) -> Path:
-        path = PARITY / name
-        if not path.exists():
-            pytest.skip(f"the reference outputs {name} are not beside this checkout")
-        return path
+        for folder in REFERENCES:
+            if (folder / name).exists():
+                return folder / name
+        pytest.skip(f"the reference outputs {name} are not beside this checkout")
 
     return find
 

@@ -33,7 +33,7 @@ CASES = [
     "dalle/axial_conv/dalle.pt",
     "dalle/dvae_gumbel/vae.pt",
     "dalle/clip_trainable/clip.pt",
-    "vqgan/vq_f16",
+    "vqgan/gumbel_f8",
     "vqgan/gumbel_f8/last.ckpt",
     "openai_dvae/openai_dvae/encoder.pkl",
     "clip/clip_vit_jit/clip_jit.pt",

@@ -28,7 +28,7 @@ def bpe(parity):
 def prior(parity, path, image_tokens: int = 64, own_vae: bool = True):
     """The recorded dalle.pt with as many text tokens as the tokenizer has, and image tokens as asked for."""
     torch.manual_seed(0)
-    content = torch.load(parity("dalle/full_rotary_shift") / "dalle.pt", weights_only=True)
+    content = torch.load(parity("dalle/axial_conv") / "dalle.pt", weights_only=True)
     weights, rows = content["weights"], TEXT_TOKENS + PADDING
     content["hparams"]["num_text_tokens"] = TEXT_TOKENS
     weights["text_emb.weight"] = torch.randn(rows, 48)
@@ -102,9 +102,9 @@ def test_tamings_vqgan_and_openais_clip(parity, tmp_path, command, bpe, monkeypa
 def test_a_vqgan_that_does_not_fit_and_a_tokenizer_that_does_not(parity, tmp_path, bpe, capsys):
     options = ("--text", "an armchair", "--bpe_path", bpe, "--outputs_dir", tmp_path / "out")
     path = prior(parity, tmp_path / "dalle.pt")
-    vqgan = ("--vqgan_model_path", parity("vqgan/vq_f16") / "last.ckpt")
+    vqgan = ("--vqgan_model_path", parity("vqgan/gumbel_f8") / "last.ckpt")
     message = refused(capsys, generate.main, *options, "--dalle_path", path, *vqgan)
-    assert "expected a VAE of 64 image tokens, got 80" in message
+    assert "expected a VAE of 64 image tokens, got 96" in message
     message = refused(capsys, generate.main, *options, "--dalle_path", path, "--vqgan_config_path", "model.yaml")
     assert "goes with --vqgan_model_path" in message
     assert not (tmp_path / "out").exists()

@@ -121,10 +121,10 @@ def test_going_on_from_a_prior(runs, tmp_path):
 
 def test_going_on_from_a_published_prior(runs, tmp_path, parity):
     common = ("--image_text_folder", runs / "pictures", *LOOP, "--output_dir", tmp_path, "--dalle_path",
-              parity("dalle/reversible") / "dalle.pt", "--bpe_path", runs / "tokenizer.json")  # fmt: skip
+              parity("dalle/axial_conv") / "dalle.pt", "--bpe_path", runs / "tokenizer.json")  # fmt: skip
     call("DALLE-pytorch/train_dalle.py", *common, "--truncate_captions")
     dalle = PretrainedModel.from_pretrained(tmp_path / "dalle")
-    assert dalle.transformer.reversible and dalle.image_fmap_size == 4 and dalle.text_seq_len == 12
+    assert "conv_like" in dalle.config["attn_types"] and dalle.image_fmap_size == 4 and dalle.text_seq_len == 12
 
 
 def test_captions_that_are_too_long(runs, tmp_path):

@@ -55,7 +55,7 @@ def test_classes(tmp_path):
 
 
 def test_other_unets_are_refused(parity, case):
-    for name in ("adm_fixed_variance_4000", "adm_tokens_64_style"):
+    for name in ("adm_fixed_variance_4000", "adm_tokens_256_style"):
         with pytest.raises(CheckpointError, match=r"model\.pt: this U-Net is not for super-resolution"):
             load_super_resolution(parity(f"unet/{name}") / "model.pt")
     with pytest.raises(CheckpointError, match="takes no class"):

@@ -15,8 +15,8 @@ from diffusion.unet import Upsample, timestep_embedding
     [
         ("num_channels", 64, "num_channels=32"),
         ("num_res_blocks", 2, "num_res_blocks=1"),
-        ("channel_mult", "1,2,4", "channel_mult=1,2,2"),
-        ("attention_resolutions", "32", "attention_resolutions=16"),
+        ("channel_mult", "1,1,2,2", "channel_mult=1,1,1,2"),
+        ("attention_resolutions", "16", "attention_resolutions=32"),
         ("learn_sigma", False, "learn_sigma=True"),
         ("resblock_updown", False, "resblock_updown=True"),
         ("use_scale_shift_norm", False, "use_scale_shift_norm=True"),
@@ -26,7 +26,7 @@ from diffusion.unet import Upsample, timestep_embedding
 )
 def test_a_flag_that_contradicts_the_weights_is_named_with_them(parity, flag, value, shown):
     with pytest.raises(CheckpointError) as error:
-        load_unet(parity("unet/adm_tokens_64_style") / "model.pt", image_size=64, **{flag: value})
+        load_unet(parity("unet/adm_tokens_256_style") / "model.pt", image_size=64, **{flag: value})
     assert f"{flag}=" in str(error.value) and shown in str(error.value) and "\n" not in str(error.value)
 
 

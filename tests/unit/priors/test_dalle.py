@@ -61,7 +61,8 @@ def test_same_numbers_as_upstream(parity, case):
     allowed = golden["logits_allowed"].bool()
     with torch.no_grad():
         logits, early = dalle(text, tokens), dalle(text, tokens[:, :5])
-        assert_close(dalle.vae.decode(tokens), golden["decoded_image"])
+        decoded = golden["decoded_image"]
+        assert_close(dalle.vae.decode(tokens[: len(decoded)]), decoded)
     masked = torch.finfo(logits.dtype).min
     assert torch.equal(logits > masked, allowed)
     assert_close(logits[allowed], golden["logits"][allowed])
@@ -318,7 +319,7 @@ def test_vae_may_stay_elsewhere(tmp_path):
 
 def test_a_vae_that_does_not_fit_is_one_line(tmp_path, parity):
     make_dalle(vae=tiny_discrete_vae()).save_pretrained(tmp_path)
-    for path in (tmp_path, parity("dalle/full_rotary_shift") / "dalle.pt"):
+    for path in (tmp_path, parity("dalle/axial_conv") / "dalle.pt"):
         with pytest.raises(CheckpointError, match=r"^[^\n]*expected a VAE of (40|64) image tokens, got 50$"):
             load_dalle(path, vae=tiny_discrete_vae(50))
 
