@@ -17,6 +17,7 @@ from dalle_pytorch import load_dalle
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files import atomic, images
 from dalle_pytorch.files.tokens import load_tokens
+from text_to_image import model
 
 
 @pytest.fixture
@@ -71,6 +72,22 @@ def test_keep_writes_the_best(command):
     every = names(command("--clip_sort") / "a_red_seven_on_brick")
     best = names(command("--clip_sort", "--keep", 2) / "a_red_seven_on_brick")
     assert set(best) < set(every) and len(best) == 4  # what the first run left under other numbers is gone
+
+
+def test_sampling_json_of_the_model_is_the_default(tiny_bundle, tmp_path, monkeypatch):
+    """At a temperature of 0 all candidates are the likeliest one; a flag counts more than the file."""
+    monkeypatch.setattr(model, "DEFAULT_MODEL", tiny_bundle)
+    (tiny_bundle / "sampling.json").write_text('{"temperature": 0, "cond_scale": 1}')
+
+    def count(*options):
+        arguments = ["--text", "a red seven", "--num_images", "3", "--output_npy", "--device", "cpu"]
+        (folder,) = generate.main([*arguments, "--outputs_dir", str(tmp_path / "out"), *options])
+        return len({tuple(np.load(folder / f"{i}.npy")) for i in range(3)})
+
+    assert count() == 1
+    assert count("--temperature", "1") == 3
+    (tiny_bundle / "sampling.json").unlink()
+    assert count() == 3
 
 
 def test_candidates_do_not_depend_on_batch_or_number(command):

@@ -14,14 +14,15 @@ from dalle_pytorch.nn.token_shift import TokenShift
 
 def test_rotary_angles():
     """Of 14 channels 4 turn with the place in the text, 4 with the row, 4 with the column, and 2 not at all."""
-    table = rotary_table(dim_head=14, text_len=3, image_fmap_size=2)
+    table = rotary_table(dim_head=14, text_len=2, image_fmap_size=4)
     text_frequencies, pixel_frequencies = (1.0, 10000 ** (-2 / 4)), (math.pi, 5 * math.pi)
-    places = [(0, -10, -10), (1, -10, -10), (2, -10, -10),
-              (8192, -1, -1), (8192, -1, 1), (8192, 1, -1), (8192, 1, 1)]  # fmt: skip
-    angles = [
-        [*(text * f for f in text_frequencies), *(place * f for place in grid for f in pixel_frequencies), 0.0]
-        for text, *grid in places
-    ]
+    grid = (-1, -1 / 3, 1 / 3, 1)
+    places = [(0, -10, -10), (1, -10, -10), *((8192, row, column) for row in grid for column in grid)]
+    angles = []
+    for text, row, column in places:
+        in_text = [text * frequency for frequency in text_frequencies]
+        in_image = [place * frequency for place in (row, column) for frequency in pixel_frequencies]
+        angles.append([*in_text, *in_image, 0.0])
     angles = torch.tensor(angles, dtype=torch.float64)
     expected = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
     torch.testing.assert_close(table, expected, atol=1e-3, rtol=0)  # 8192 has 11 bits left of single precision

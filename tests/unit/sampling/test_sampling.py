@@ -151,6 +151,14 @@ def test_cached_sampler_draws_what_the_plain_one_draws(cond_scale, primed):
     assert not torch.equal(tokens[1], tokens[2])
 
 
+def test_learned_positions_of_cached_tokens():
+    dalle, text = make_dalle(rotary_emb=False), make_text()
+    settings = {"top_p": 0.9, "seed": 1, "return_tokens": True}
+    _, tokens = dalle.generate_images(text, **settings)
+    _, expected = dalle.generate_images(text, use_cache=False, **settings)
+    assert torch.equal(tokens, expected)
+
+
 def test_guidance_is_null_plus_scaled_difference():
     dalle, text = make_dalle(), make_text()
     first = dalle(text)[:, -1, dalle.num_text_tokens :]
