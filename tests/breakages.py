@@ -328,6 +328,9 @@ BREAKAGES = [
              "test_generate::test_scores_are_the_cosine_of_clip"),
     Breakage("sampling.json is ignored", "text_to_image/model.py", "{} if self.parts.prior else self._recorded", "{}",
              "test_generate::test_sampling_json_of_the_model_is_the_default"),
+    Breakage("a decoder of one's own is guided by the default CLIP", "text_to_image/model.py",
+             "if given.prior is None and given.decoder is None else None", "if given.prior is None else None",
+             "test_model::test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,148 @@
+"""`Model`: parts are opened when they are used, never mixed with the default model's, and saved as they were."""
+
+import json
+
+import pytest
+import torch
+from factories import small_decoder
+
+import generate
+import text_to_image.model
+from dalle_pytorch import load_prior
+from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling.settings import SamplingSettings
+from text_to_image import Model, TextToImage
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tiny_vae, monkeypatch):
+    """A whole model, in the place of the default one."""
+    small_decoder(tiny_vae).save_pretrained(tiny_bundle / "decoder")
+    settings = {"top_p": 0.8, "temperature": 0.7, "cond_scale": 1.5, "clip_guidance_scale": 30}
+    (tiny_bundle / "sampling.json").write_text(json.dumps(settings))
+    (tiny_bundle / "words.json").write_text('["a", "red", "seven"]')
+    monkeypatch.setattr(text_to_image.model, "DEFAULT_MODEL", tiny_bundle)
+    return tiny_bundle
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    """The paths of the CLIPs that are opened, which are none."""
+    paths = []
+
+    def load_clip(path):
+        paths.append(path)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(text_to_image.model, "load_clip", load_clip)
+    return paths
+
+
+def test_parts_are_opened_when_they_are_used(bundle, monkeypatch, clips):
+    monkeypatch.setattr(text_to_image.model, "load_prior", lambda *_: pytest.fail("the prior is opened"))
+    pipe = TextToImage.from_pretrained(device="cpu")
+    assert len(pipe.upscale(torch.zeros(256, dtype=torch.long), num_inference_steps=1)) == 1
+    monkeypatch.setattr(text_to_image.model, "load_prior", load_prior)
+    pipe = TextToImage.from_pretrained(device="cpu")
+    pipe.generate("a red seven", 1, rank=False)
+    assert not clips and "decoder" not in vars(pipe.model)
+
+
+def test_the_default_model(bundle, clips):
+    model = Model.from_pretrained(device="cpu").open("prior", "scorer", "decoder")
+    assert clips == [bundle / "clip"]
+    assert model.sampling == SamplingSettings(None, 0.8, 0.7, 1.5) and model.clip_guidance_scale == 30
+    assert model.unknown_words("a red, blue seven blue") == ["blue"]
+
+
+def test_a_prior_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips):
+    model = Model.from_pretrained(device="cpu", prior=bundle / "dalle").open("scorer")
+    assert clips == [None]  # the published one
+    assert model.sampling == SamplingSettings(top_p=0.9) and model.clip_guidance_scale is None
+    assert model.words is None
+    with pytest.raises(UsageError, match="no decoder"):
+        model.open("decoder")
+
+
+def test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips):
+    model = Model.from_pretrained(device="cpu", decoder=bundle / "decoder").open("decoder", "scorer")
+    assert clips == [None] and model.clip_guidance_scale is None
+    with pytest.raises(UsageError, match="no prior"):
+        model.open("prior")
+    # Another CLIP leaves the rest of the default model as it is, but its guidance scale.
+    model = Model.from_pretrained(device="cpu", scorer="clip.pt").open("prior", "scorer")
+    assert clips == [None, "clip.pt"] and model.clip_guidance_scale is None and model.sampling.temperature == 0.7
+
+
+def test_objects_as_parts(bundle, tiny_vae):
+    prior, decoder = load_prior(bundle / "dalle"), small_decoder(tiny_vae)
+    model = Model.from_pretrained(device="cpu", prior=prior, decoder=decoder, sampling=SamplingSettings(top_k=3),
+                                  clip_guidance_scale=2)  # fmt: skip
+    assert model.prior is prior and model.decoder is decoder
+    assert model.sampling.top_k == 3 and model.clip_guidance_scale == 2
+    assert any(parameter.requires_grad for parameter in prior.parameters())  # a training may go on with it
+
+
+def test_saved_and_opened_again(bundle, tmp_path):
+    first = TextToImage.from_pretrained(device="cpu")
+    first.model.save_pretrained(tmp_path / "saved")
+
+    def files(folder):
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    assert files(tmp_path / "saved") == files(bundle)
+    second = TextToImage.from_pretrained(tmp_path / "saved", "cpu")
+    assert isinstance(second.model.scorer, CLIPModel)
+    assert second.model.sampling == first.model.sampling and second.model.words == first.model.words
+    assert second.model.clip_guidance_scale == 30
+    a, b = (pipe("a red seven", 2, upscale=True, num_inference_steps=1) for pipe in (first, second))
+    assert torch.equal(a[0].tokens, b[0].tokens) and a[0].score == b[0].score
+    assert torch.equal(a[0].upscaled_pixels[0], b[0].upscaled_pixels[0])
+
+
+def test_a_decoder_with_a_vae_of_its_own_is_saved_with_it(bundle, tiny_vae, tmp_path):
+    other = DALLE.from_pretrained(bundle / "dalle").vae
+    torch.nn.init.ones_(next(other.parameters()))
+    Model.from_pretrained(bundle, "cpu", decoder=small_decoder(other)).save_pretrained(tmp_path / "saved")
+    again = Model.from_pretrained(tmp_path / "saved", "cpu")
+    assert torch.equal(next(again.decoder.vae.parameters()), next(other.parameters()))
+    assert torch.equal(next(again.prior.vae.parameters()), next(tiny_vae.parameters()))
+
+
+def test_load_prior_opens_any_prior(bundle):
+    class Constant(DALLE):
+        """Another class of prior, in a native folder."""
+
+    config = json.loads((bundle / "dalle/config.json").read_text())
+    (bundle / "dalle/config.json").write_text(json.dumps({**config, "class": "Constant"}))
+    prior = load_prior(bundle / "dalle")
+    assert isinstance(prior, Prior) and type(prior) is Constant
+    with pytest.raises(CheckpointError, match="Prior"):
+        load_prior(bundle / "vae")
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"temperature": "hot"}', '{"temperature": -1}'])
+def test_sampling_settings_that_are_none(bundle, content):
+    (bundle / "sampling.json").write_text(content)
+    with pytest.raises((CheckpointError, UsageError)):
+        _ = Model.from_pretrained(device="cpu").sampling
+
+
+def test_generate_goes_by_sampling_json(bundle, tmp_path):
+    (bundle / "sampling.json").write_text('{"top_p": 0.9, "temperature": 0}')
+
+    def tokens(*options):
+        (folder,) = generate.main(["--text", "a red seven", "--num_images", "2", "--output_npy", "--device", "cpu",
+                                   "--outputs_dir", str(tmp_path), *options])  # fmt: skip
+        return [load_tokens(folder / f"{rank}.npy", 32) for rank in range(2)]
+
+    first, second = tokens()
+    assert torch.equal(first, second)  # the most likely tokens
+    first, second = tokens("--temperature", "1")
+    assert not torch.equal(first, second)
+    first, second = tokens("--dalle_path", str(bundle / "dalle"))
+    assert not torch.equal(first, second)

@@ -1,0 +1,134 @@
+"""`TextToImage` and `Result`: what a prompt becomes, that images belong to themselves, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from factories import small_decoder
+from PIL import Image
+
+from dalle_pytorch.errors import UsageError, UserError
+from dalle_pytorch.files.images import image_to_tensor
+from text_to_image import TextToImage
+from text_to_image.inputs import clean_prompt
+
+PROMPT = "a red seven on brick"
+
+
+@pytest.fixture
+def pipe(tiny_bundle, tiny_vae):
+    small_decoder(tiny_vae).save_pretrained(tiny_bundle / "decoder")
+    return TextToImage.from_pretrained(tiny_bundle, "cpu")
+
+
+def test_call(pipe, tmp_path):
+    options = {"num_inference_steps": 2, "clip_guidance": True, "seed": 7}
+    result = pipe(f"  {PROMPT.upper()} ", num_images=5, keep=3, upscale=True, **options)
+    assert result.prompt == PROMPT and len(result) == 3
+    scores = [image.score for image in result]
+    assert scores == sorted(scores, reverse=True) and isinstance(scores[0], float)
+    assert result[0].image.size == (64, 64) and result[0].upscaled.size == (128, 128)
+    assert result[0].tokens.shape == (256,) and result[0].tokens.dtype == torch.int64
+    assert [image.index for image in result[:2]] == [result[0].index, result[1].index]
+    folder = result.save(tmp_path)
+    assert folder == tmp_path / "a_red_seven_on_brick"
+    ranks = {f"{rank}-{score:.4f}.png" for rank, score in enumerate(scores)}
+    ranks |= {f"{rank}{kind}" for rank in range(3) for kind in (".npy", "-upscaled.png")}
+    assert {path.name for path in folder.iterdir()} == ranks | {"caption.txt", "grid.png", "before_after.png"}
+    # The candidates are those of the seed, whatever else is asked.
+    again = pipe.generate(PROMPT, 5, seed=7, rank=False)
+    assert torch.equal(again[result[0].index].tokens, result[0].tokens) and again[0].score is None
+    assert result[0].upscaled is not None and again[0].upscaled is None
+
+
+def test_a_notebook_shows_a_result(pipe):
+    shown = pipe.generate("a <b> seven", 2)._repr_html_()
+    assert '<img src="data:image/png;base64,' in shown and "a &lt;b&gt; seven" in shown and "<b>" not in shown
+
+
+def test_batches_across_inputs_take_fewer_passes_and_draw_the_same(pipe):
+    result, passes = pipe.generate(PROMPT, 3, rank=False), []
+    pipe.model.decoder.unet.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    options = {"num_images": 2, "num_inference_steps": 3, "seed": 5}
+    one, counts = pipe.upscale(result, batch_size=1, **options), []
+    assert passes == [1] * 18
+    for batch_size, expected in ((4, [4] * 3 + [2] * 3), (6, [6] * 3)):
+        passes.clear()
+        many = pipe.upscale(result, batch_size=batch_size, **options)
+        assert passes == expected
+        counts.append(len(passes))
+        for a, b in zip(one, many, strict=True):
+            torch.testing.assert_close(
+                torch.stack(a.upscaled_pixels), torch.stack(b.upscaled_pixels), atol=4e-3, rtol=0
+            )
+    assert counts == [6, 3]
+    assert (one[0].upscaled_pixels[0] - one[0].upscaled_pixels[1]).abs().max() > 0.05
+    assert (one[0].upscaled_pixels[0] - one[1].upscaled_pixels[0]).abs().max() > 0.05
+
+
+def test_inputs_of_upscale(pipe, tmp_path):
+    result = pipe.generate(PROMPT, 2, rank=False)
+    folder = result.save(tmp_path)
+    vae = pipe.model.decoder.vae
+    encoded = vae.get_codebook_indices(image_to_tensor(result[0].image))[0]
+    tokens = result[0].tokens
+    cases = [(result, tokens), (result[1:], result[1].tokens), (result[0], tokens), (tokens, tokens),
+             (torch.stack([tokens, tokens]), tokens), (result[0].image, encoded), (folder / "0.png", encoded),
+             ([str(folder / "0.npy"), tokens], tokens)]  # fmt: skip
+    for given, expected in cases:
+        assert torch.equal(pipe.read(given)[0].tokens, expected)
+    assert len(pipe.read([tokens, result[0].image])) == 2
+    for wrong in (torch.full((256,), 32), torch.zeros(255, dtype=torch.long), [], tmp_path / "none.png"):
+        with pytest.raises(UserError):
+            pipe.upscale(wrong, num_inference_steps=1)
+
+
+def test_progress_and_previews(pipe):
+    told, seen = [], []
+    result = pipe.generate(PROMPT, 3, batch_size=2, rank=False, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (768, 768) and told == sorted(told) and len(told) == 512
+    told.clear()
+    upscaled = pipe.upscale(result, num_inference_steps=2, batch_size=2, output_size=96,
+                            progress=lambda done, total: told.append((done, total)),
+                            callback=lambda *preview: seen.append(preview))  # fmt: skip
+    assert told == [(2, 6), (4, 6), (5, 6), (6, 6)]
+    assert [(step, list(items)) for step, _, items in seen] == [
+        (1, [(0, 0), (1, 0)]), (2, [(0, 0), (1, 0)]), (1, [(2, 0)]), (2, [(2, 0)])]  # fmt: skip
+    assert seen[0][1].shape == (2, 3, 96, 96)
+    assert torch.equal(seen[1][1][1], upscaled[1].upscaled_pixels[0])
+
+
+def test_an_image_is_completed(pipe):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    tokens = pipe.encode_init_image(image)
+    assert len(tokens) == 112  # 7 rows of 16
+    result = pipe.generate(PROMPT, 2, init_image=image, num_init_image_tokens=40, rank=False)
+    assert torch.equal(result[0].tokens[:40], tokens[:40])
+    assert not torch.equal(result[0].tokens, result[1].tokens)
+
+
+def test_sampling_settings(pipe):
+    own = pipe.sampling()
+    assert own.top_p == 0.9 and own.temperature == 1
+    assert pipe.sampling(temperature=0.5, top_k=None).temperature == 0.5
+    greedy = pipe.generate(PROMPT, 2, rank=False, temperature=0)
+    assert torch.equal(greedy[0].tokens, greedy[1].tokens)
+    assert pipe.complete_prompt("a red", seed=3) == pipe.complete_prompt("A  red", seed=3)
+
+
+@pytest.mark.parametrize("call", [
+    lambda pipe: pipe(" "),
+    lambda pipe: pipe(PROMPT, 0),
+    lambda pipe: pipe(PROMPT, top_p=2),
+    lambda pipe: pipe(PROMPT, clip_guidance=True),
+    lambda pipe: pipe.generate(PROMPT, init_image=Image.new("RGB", (64, 64)), num_init_image_tokens=256),
+    lambda pipe: pipe.upscale(torch.zeros(256, dtype=torch.long), clip_guidance=True),
+    lambda pipe: pipe.upscale(torch.zeros(256, dtype=torch.long), stop_at=3, num_inference_steps=2),
+    lambda pipe: pipe.upscale(torch.zeros(256, dtype=torch.long), batch_size=0),
+])  # fmt: skip
+def test_what_is_out_of_range(pipe, call):
+    with pytest.raises(UsageError):
+        call(pipe)
+
+
+def test_prompts_are_cleaned():
+    assert clean_prompt(" A\tRed \0 Seven\n") == "a red seven"
