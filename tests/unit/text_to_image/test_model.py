@@ -6,12 +6,10 @@ import pytest
 import torch
 from factories import small_decoder
 
-import generate
 import text_to_image.model
 from dalle_pytorch import load_prior
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.errors import CheckpointError, UsageError
-from dalle_pytorch.files.tokens import load_tokens
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.settings import SamplingSettings
@@ -130,19 +128,3 @@ def test_sampling_settings_that_are_none(bundle, content):
     (bundle / "sampling.json").write_text(content)
     with pytest.raises((CheckpointError, UsageError)):
         _ = Model.from_pretrained(device="cpu").sampling
-
-
-def test_generate_goes_by_sampling_json(bundle, tmp_path):
-    (bundle / "sampling.json").write_text('{"top_p": 0.9, "temperature": 0}')
-
-    def tokens(*options):
-        (folder,) = generate.main(["--text", "a red seven", "--num_images", "2", "--output_npy", "--device", "cpu",
-                                   "--outputs_dir", str(tmp_path), *options])  # fmt: skip
-        return [load_tokens(folder / f"{rank}.npy", 32) for rank in range(2)]
-
-    first, second = tokens()
-    assert torch.equal(first, second)  # the most likely tokens
-    first, second = tokens("--temperature", "1")
-    assert not torch.equal(first, second)
-    first, second = tokens("--dalle_path", str(bundle / "dalle"))
-    assert not torch.equal(first, second)
