@@ -55,6 +55,9 @@ class LossSecondMomentSteps(UniformSteps):
     (Improved DDPM, Nichol & Dhariwal 2021); uniform until every step has as many.
     """
 
+    losses: Tensor
+    seen: Tensor
+
     def __init__(self, num_steps: int, history: int = 10, uniform_share: float = 0.001):
         super().__init__(num_steps)
         self.uniform_share = uniform_share
@@ -229,9 +232,9 @@ def make_decoder_task(settings: TrainDiffusionSettings) -> DecoderTask:
     if settings.vae_path is not None:
         config = settings.vqgan_config_path
         vae = load_vqgan(settings.vae_path, config) if config else load_vae(settings.vae_path)
-    if _from_folder(settings):
-        overrides = {} if vae is None else {"vae": vae}
-        decoder = DiffusionDecoder.from_pretrained(settings.resume_checkpoint, **overrides)
+    if folder := _native_folder(settings):
+        overrides: dict[str, Any] = {} if vae is None else {"vae": vae}
+        decoder = DiffusionDecoder.from_pretrained(folder, **overrides)
     elif vae is None:
         raise UsageError("--vae_path is missing: the VAE whose tokens are to be decoded")
     elif vae.channels != 3:
@@ -247,25 +250,26 @@ def make_decoder_task(settings: TrainDiffusionSettings) -> DecoderTask:
             low_res_condition=settings.low_res_condition,
         )
         decoder = DiffusionDecoder(unet, vae, **settings.values(DiffusionSettings))
-    decoder.unet.to(memory_format=torch.channels_last)
+    decoder.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return DecoderTask(decoder, settings.crop_size, step_sampler=settings.schedule_sampler, use_kl=settings.use_kl)
 
 
 def make_super_resolution_task(settings: TrainDiffusionSettings) -> SuperResolutionTask:
     """The task of a super-resolution network. Raises `UsageError` for settings that do not go together."""
     diffusion = settings.values(DiffusionSettings)
-    if _from_folder(settings):
-        unet = UNet.from_pretrained(settings.resume_checkpoint)
-        diffusion |= read_diffusion(settings.resume_checkpoint)
+    if folder := _native_folder(settings):
+        unet = UNet.from_pretrained(folder)
+        diffusion |= read_diffusion(folder)
     else:
         unet = _make_unet(settings, low_res_condition=True)
-    unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return SuperResolutionTask(unet, settings.small_size or unet.image_size // 4, diffusion, settings.crop_size,
                                step_sampler=settings.schedule_sampler, use_kl=settings.use_kl)  # fmt: skip
 
 
-def _from_folder(settings: TrainDiffusionSettings) -> bool:
-    return settings.resume_checkpoint is not None and Path(settings.resume_checkpoint).is_dir()
+def _native_folder(settings: TrainDiffusionSettings) -> str | None:
+    path = settings.resume_checkpoint
+    return path if path is not None and Path(path).is_dir() else None
 
 
 def _make_unet(settings: TrainDiffusionSettings, **conditioning: Any) -> UNet:

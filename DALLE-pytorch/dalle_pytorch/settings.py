@@ -226,7 +226,7 @@ class Settings:
 
 def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     options = field.metadata
-    default = field.default_factory() if field.default is MISSING else field.default
+    default = field.default if field.default_factory is MISSING else field.default_factory()
     settings: dict[str, Any] = {"type": _kind(hint, options), "default": default, "help": options["help"]}
     settings |= {name: options[name] for name in ("nargs", "const", "metavar", "choices") if options[name] is not None}
     if settings["type"] is boolean:
@@ -315,10 +315,11 @@ def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentP
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     """A YAML value as the option takes it."""
+    kind: Any = action.type
     if action.nargs in ("+", "*"):
-        value = [action.type(item) for item in (value if isinstance(value, list) else [value])]
+        value = [kind(item) for item in (value if isinstance(value, list) else [value])]
     else:
-        value = action.type(value)
+        value = kind(value)
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
     return value

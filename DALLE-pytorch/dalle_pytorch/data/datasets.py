@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import SampleDataset, SampleStream
+from dalle_pytorch.data.loading import Data
 from dalle_pytorch.data.registry import open_registered
 from dalle_pytorch.data.samples import CaptionProblem
 from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
@@ -22,7 +22,7 @@ def open_dataset(
     crop_ratio: float = 1.0,
     transparent: bool = False,
     caption_problem: CaptionProblem | None = None,
-) -> SampleDataset | SampleStream:
+) -> Data:
     """Opens the data that a training names: a registered data set, WebDataset shards, or a folder of images.
 
     Args:

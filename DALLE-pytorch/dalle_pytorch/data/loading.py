@@ -13,7 +13,7 @@ import signal
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,9 @@ class SampleStream(IterableDataset[Sample], ABC):
                     yield self.decode(raw, np.random.default_rng([0, epoch, 0, number]))
 
 
+Data = SampleDataset | SampleStream
+
+
 class BatchLoader:
     """The batches of one process, as dicts of stacked tensors and of lists.
 
@@ -138,7 +141,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: SampleDataset | SampleStream,
+        dataset: Data,
         batch_size: int,
         *,
         first_step: int = 0,
@@ -173,7 +176,7 @@ class BatchLoader:
     def examples(self) -> dict[str, str]:
         return self._skipped.examples
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         data = self.dataset
         yield from self._stream(data) if isinstance(data, SampleStream) else self._map(data)
 

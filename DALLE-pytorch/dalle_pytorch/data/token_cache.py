@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import BrokenSample, SampleDataset, Skipped, as_it_is
+from dalle_pytorch.data.loading import BrokenSample, Data, SampleDataset, Skipped, as_it_is
 from dalle_pytorch.data.samples import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
@@ -73,7 +73,7 @@ class TokenCache(SampleDataset):
 
 def cache_tokens(
     folder: str | os.PathLike,
-    dataset: ImageTextFolder | ShardStream,
+    dataset: Data,
     vae: ImageTokenizer,
     *,
     batch_size: int = 32,

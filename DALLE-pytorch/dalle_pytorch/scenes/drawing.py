@@ -64,7 +64,7 @@ def write_folder(
     split: str = "train",
     resolution: int = 256,
     start: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Writes scenes `start` … `start + count − 1` as an image-text folder: `000000.png`, `000000.txt`, `000000.json`.
 

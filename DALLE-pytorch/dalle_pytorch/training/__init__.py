@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {"train": "loop", "TrainingTask": "tasks.base", "TrainingSettings": "settings"}
-__all__ = sorted(_HOME)
+__all__ = ["TrainingSettings", "TrainingTask", "train"]
 
 if TYPE_CHECKING:
     from dalle_pytorch.training.loop import train

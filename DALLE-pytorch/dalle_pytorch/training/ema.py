@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dalle_pytorch.errors import CheckpointError
@@ -29,7 +30,7 @@ class EMA:
         """Takes in the weights after a step; those after the first step are the initial average."""
         current = [tensor.float() for tensor in local_tensors(self.model)]
         if self.updates == 0:
-            torch._foreach_copy_(self.tensors, current)
+            torch._foreach_copy_(self.tensors, current)  # pyright: ignore[reportPrivateImportUsage]
         else:
             self.update_fn(self.tensors, current, self.updates)
         self.updates += 1
@@ -52,13 +53,13 @@ class EMA:
                 for tensor, before in zip(local_tensors(self.model), held, strict=True):
                     tensor.copy_(before)
 
-    def state_dict(self) -> dict[str, int | list[Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
         """The averages, as tensors in the order of the parameters."""
         return {"updates": self.updates, "tensors": self.tensors}
 
-    def load_state_dict(self, state: dict[str, int | list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises `CheckpointError` for the averages of another model, or of another number of processes."""
         if [tensor.shape for tensor in state["tensors"]] != [tensor.shape for tensor in self.tensors]:
             raise CheckpointError("its averaged weights have other shapes")
-        torch._foreach_copy_(self.tensors, state["tensors"])
+        torch._foreach_copy_(self.tensors, state["tensors"])  # pyright: ignore[reportPrivateImportUsage]
         self.updates = state["updates"]

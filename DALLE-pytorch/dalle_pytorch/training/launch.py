@@ -63,7 +63,7 @@ def make_accelerator(settings: TrainingSettings, task: TrainingTask) -> Accelera
 
     arguments: dict[str, Any] = {"gradient_accumulation_steps": settings.ga_steps, "log_with": settings.tracker,
                                  "project_dir": settings.output_dir}  # fmt: skip
-    if backend == DEEPSPEED:
+    if deepspeed is not None:
         plugin = _deepspeed_plugin(deepspeed, precision)
         if not has_gpu:
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
@@ -270,7 +270,7 @@ def is_apart(accelerator: Accelerator) -> bool:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether every process holds only a shard of each parameter (FSDP, ZeRO-3)."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
+        return accelerator.state.deepspeed_plugin.zero_stage == 3  # pyright: ignore[reportOptionalMemberAccess]
     return accelerator.distributed_type == DistributedType.FSDP
 
 
@@ -290,13 +290,13 @@ def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] 
 
     All processes must call it.
     """
-    state = accelerator.get_state_dict(model)
+    state: Any = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:
         return None
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def save_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Any], folder: Path) -> None:
+def save_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any], folder: Path) -> None:
     """Writes model and optimizers into `folder`, which all processes see, under FSDP or DeepSpeed. All must call it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
@@ -308,7 +308,7 @@ def save_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequenc
     accelerator.wait_for_everyone()
 
 
-def load_sharded(accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Any], folder: Path) -> None:
+def load_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any], folder: Path) -> None:
     """Reads what `save_sharded` wrote; DeepSpeed's wants as many processes as wrote it. All processes must call it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         with _tensors_only():

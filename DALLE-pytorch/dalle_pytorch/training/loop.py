@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from dalle_pytorch.data.loading import BatchLoader, describe_skipped
+from dalle_pytorch.data.loading import BatchLoader, Data, describe_skipped
 from dalle_pytorch.errors import TrainingDiverged
 from dalle_pytorch.training.checkpoint import Checkpoints
 from dalle_pytorch.training.ema import EMA
@@ -40,9 +39,7 @@ Report = Callable[[int, dict[str, float]], None]
 logger = logging.getLogger(__name__)
 
 
-def train(
-    task: TrainingTask, dataset: Dataset, settings: TrainingSettings, report: Report | None = None
-) -> TrainingTask:
+def train(task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None = None) -> TrainingTask:
     """Trains `task` on `dataset`, from the newest checkpoint in `settings.output_dir` if there is one.
 
     Returns the trained task, with the EMA of its weights if `ema_decay` is above 0; its native folders are in
@@ -77,7 +74,7 @@ class _Step:
 class _Run:
     """A training: set up, resumed and carried out."""
 
-    def __init__(self, task: TrainingTask, dataset: Dataset, settings: TrainingSettings, report: Report | None):
+    def __init__(self, task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None):
         self.task, self.settings, self.report = task, settings, report
         self.steps = total_steps(settings, dataset)
         self.lr_schedule = LRSchedule(settings, self.steps)
@@ -104,7 +101,7 @@ class _Run:
         elif newest := self.checkpoints.newest():
             self.state.load(newest)
 
-    def _data(self, dataset: Dataset) -> BatchLoader:
+    def _data(self, dataset: Data) -> BatchLoader:
         """The batches that are left."""
         accelerator, settings = self.accelerator, self.settings
         batch_size = settings.batch_size * accelerator.num_processes
@@ -128,7 +125,10 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        return self.progress.epoch >= self.settings.epochs if self.steps is None else self.progress.step >= self.steps
+        if self.steps is not None:
+            return self.progress.step >= self.steps
+        assert self.settings.epochs is not None
+        return self.progress.epoch >= self.settings.epochs
 
     def train(self) -> TrainingTask:
         if self.finished:
@@ -205,6 +205,7 @@ class _Run:
     def _log(self, step: _Step) -> None:
         settings, number = self.settings, self.progress.step
         logged = number % settings.log_every == 0 or self.finished or step.bad
+        metrics: dict[str, float] = {}
         if logged or self.lr_schedule.wants_losses:
             metrics = mean_metrics(step.rows, self.accelerator.num_processes)
             self.lr_schedule.observe(number - 1, metrics["loss"])

@@ -92,7 +92,7 @@ class Adversary(nn.Module):
 
     def idle(self) -> Tensor:
         """A loss of 0 that depends on every parameter, which data-parallel training insists on."""
-        return 0 * sum(parameter.sum() for parameter in self.parameters())
+        return 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
 
 
 def _gradient_length(loss: Tensor, output: Tensor) -> Tensor:

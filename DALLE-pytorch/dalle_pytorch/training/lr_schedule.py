@@ -38,7 +38,7 @@ class LRSchedule:
         if step < settings.warmup_steps:
             return settings.learning_rate * (step + 1) / settings.warmup_steps
         since = step - settings.warmup_steps
-        if self.kind == "cosine":
+        if self.kind == "cosine" and self.steps is not None:
             done = since / max(1, self.steps - settings.warmup_steps)
             return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
         if self.kind == "exponential":

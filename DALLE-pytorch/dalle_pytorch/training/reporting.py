@@ -52,7 +52,7 @@ class Reporter:
             write_text(id_file, uuid.uuid4().hex[:12])
         run = {"entity": settings.wandb_entity, "dir": str(self.folder), "resume": "allow",
                "id": id_file.read_text("utf-8").strip(), "config": settings.as_dict()}  # fmt: skip
-        self.accelerator.init_trackers(settings.wandb_name, init_kwargs={"wandb": run})
+        self.accelerator.init_trackers(settings.wandb_name or "uncategorized", init_kwargs={"wandb": run})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a step; what is not finite becomes null."""

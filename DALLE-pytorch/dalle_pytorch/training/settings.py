@@ -10,6 +10,7 @@ import os
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.settings import Settings, option
@@ -120,7 +121,7 @@ class ImageSettings(DataSettings):
     random_resize_crop_lower_ratio: float = option(1.0, "cut a random square of at least this share of the image; 1 "
                                                         "cuts the middle", low=0, high=1, above=True)  # fmt: skip
 
-    def dataset_options(self) -> dict[str, str | float]:
+    def dataset_options(self) -> dict[str, Any]:
         """Keyword arguments of `open_dataset`."""
         crop_ratio = self.random_resize_crop_lower_ratio
         return {"wds": self.wds, "caption_key": self.caption_key, "crop_ratio": crop_ratio}

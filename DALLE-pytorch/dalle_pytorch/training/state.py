@@ -141,7 +141,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every source of random numbers in this process."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)
+    name, keys, *rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

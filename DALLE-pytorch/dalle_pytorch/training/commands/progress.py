@@ -9,10 +9,10 @@ import sys
 import time
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dalle_pytorch.data.loading import Data
 from dalle_pytorch.data.token_cache import TokenCache, cache_tokens
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.training import loop
@@ -29,7 +29,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run_training(name: str, task: TrainingTask, dataset: Dataset, settings: TrainingSettings) -> None:
+def run_training(name: str, task: TrainingTask, dataset: Data, settings: TrainingSettings) -> None:
     """Trains under a progress bar that shows loss and metrics, and log messages above it, in the main process.
 
     After a signal the state is saved; one line says so, and the exit code is a shell's for that signal.
@@ -63,7 +63,7 @@ def run_training(name: str, task: TrainingTask, dataset: Dataset, settings: Trai
             sys.exit(interruption.exit_code)
 
 
-def token_cache(folder: str, dataset: Dataset, vae: ImageTokenizer, settings: TrainingSettings) -> TokenCache:
+def token_cache(folder: str, dataset: Data, vae: ImageTokenizer, settings: TrainingSettings) -> TokenCache:
     """The image tokens of `dataset` kept in `folder`, computed first where they are missing."""
     rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip

@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.dalle_path is not None:
         dalle = load_dalle(settings.dalle_path, vae=vae, taming=settings.taming)
     else:
+        assert vae is not None
         dalle = DALLE(vae=vae, num_text_tokens=tokenizer.vocab_size, stable=settings.stable_softmax, qk_norm=True,
                       **settings.values(DalleArchitecture))  # fmt: skip
         if settings.layer_scale is not None:

@@ -49,7 +49,8 @@ class ClipTask(TrainingTask):
         return {"clip": self.clip}
 
     def write_companions(self, folder: Path) -> None:
-        write_tokenizer(self.clip.tokenizer, folder)
+        if self.clip.tokenizer is not None:
+            write_tokenizer(self.clip.tokenizer, folder)
 
     def _augment(self, images: Tensor) -> Tensor:
         size = images.shape[-1]

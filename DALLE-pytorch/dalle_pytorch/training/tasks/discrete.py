@@ -24,6 +24,9 @@ class DiscreteVAETask(TrainingTask):
     `temp_min`. That is DALLE-pytorch's rule: at its rate of 1e-6 the temperature halves in 11,800 steps.
     """
 
+    step: Tensor
+    counts: Tensor
+
     def __init__(
         self,
         vae: DiscreteVAE,

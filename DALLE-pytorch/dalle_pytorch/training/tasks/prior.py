@@ -77,4 +77,5 @@ class DalleTask(TrainingTask):
         """Images sampled for the first captions of the batch, and those captions."""
         captions = batch["caption"][:PREVIEWS]
         images = self.dalle.generate_images(self._text(captions, self.dalle.device), top_p=0.9, seed=0)
+        assert isinstance(images, Tensor)
         return {"drawn": images, "captions": "\n".join(captions)}

@@ -24,7 +24,7 @@ from dalle_pytorch.training.codebook import (
 )
 from dalle_pytorch.training.losses import Adversary, PerceptualLoss
 from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
-from dalle_pytorch.vae.vqgan import VQGanVAE
+from dalle_pytorch.vae.vqgan import GumbelQuantizer, VQGanVAE
 
 PREVIEWS = 8  # images of a batch in a preview
 
@@ -42,6 +42,9 @@ class VQGanTask(TrainingTask):
     the steps: before there is an image, there is nothing to discriminate.
     """
 
+    step: Tensor
+    counts: Tensor  # (num_tokens,), moving average of how often each code was chosen
+    sums: Tensor  # (num_tokens, dim), that of the sums of its encodings
     replicated = True  # the codebook is not learned by gradient, and every process writes all of it
 
     def __init__(
@@ -83,7 +86,8 @@ class VQGanTask(TrainingTask):
         (images,) = random_crops([images], self.crop_size, side, self.full_share)
         step = int(self.step)
         rows = z = self.vae.encode(images)
-        loss, metrics = z.new_zeros(()), {}
+        loss: Tensor = z.new_zeros(())
+        metrics: dict[str, Tensor | float] = {}
         if step >= self.warmup_steps:
             # Distances decide between codes, and half precision would not tell near ones apart.
             with torch.autocast(z.device.type, enabled=False):
@@ -122,7 +126,7 @@ class VQGanTask(TrainingTask):
     # ----------------------------------------------------------------------------------------------
     # Codes
 
-    def _quantize(self, z: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _quantize(self, z: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
         """The codes drawn for encodings (b, dim, h, w), with the encodings' gradient; a loss; metrics."""
         flat = rearrange(z.detach(), "b c h w -> (b h w) c")
         if not self.counts.any():
@@ -161,7 +165,7 @@ class VQGanTask(TrainingTask):
         if centres.isfinite().all():
             self.counts.fill_(1.0)
             self.sums.copy_(centres)
-            self.vae.quantize.set_codebook(centres)
+            self._set_codebook(centres)
 
     @torch.no_grad()
     def _follow(self, flat: Tensor, tokens: Tensor, step: int) -> None:
@@ -174,7 +178,11 @@ class VQGanTask(TrainingTask):
         if dead.any() and step % 20 == 0 and step < 0.8 * self.steps:
             self.sums[dead] = _pick(flat, int(dead.sum())) * self.counts.mean()
             self.counts[dead] = self.counts.mean()
-        self.vae.quantize.set_codebook(self.sums / self.counts.clamp(min=1e-5)[:, None])
+        self._set_codebook(self.sums / self.counts.clamp(min=1e-5)[:, None])
+
+    def _set_codebook(self, codes: Tensor) -> None:
+        assert isinstance(self.vae.quantize, GumbelQuantizer)
+        self.vae.quantize.set_codebook(codes)
 
 
 def _pick(flat: Tensor, count: int) -> Tensor:
