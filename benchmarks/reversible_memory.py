@@ -1,15 +1,7 @@
-"""Peak memory of one training step by depth, with reversible layers and without.
-
-    python benchmarks/reversible_memory.py --output outputs/reversible_memory.json
-
-Every case runs in a process of its own. On a CPU the peak is that of the process's resident memory, on a GPU that of
-PyTorch's allocations, both counted from before the step. Weights and their gradients, which grow with depth whatever
-the layers are, have a column of their own. Prints a table; with --output it is written as JSON too.
-"""
+"""Memory of reversible layers: `python benchmarks/reversible_memory.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -17,30 +9,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.cli import run
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.settings import Settings, number, option
 
 MIB = 2**20
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=number(int, 1), nargs="+", default=[8, 16, 32], help="(default 8 16 32)")
-    parser.add_argument("--dim", type=number(int, 16), default=64, help="width, of heads of 16 (default 64)")
-    parser.add_argument("--batch_size", type=number(int, 1), default=8, help="(default 8)")
-    parser.add_argument(
-        "--image_fmap_size", type=number(int, 1), default=16, help="side of the token grid (default 16)"
-    )
-    parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--case", choices=("plain", "reversible"), help=argparse.SUPPRESS)  # a child's: one depth
-    return parser.parse_args(argv)
+@dataclass
+class MemorySettings(Settings):
+    """Peak memory of one training step by depth, with reversible layers and without.
+
+    python benchmarks/reversible_memory.py --output outputs/reversible_memory.json
+
+    Every case runs in a process of its own. On a CPU the peak is that of the process's resident memory, on a GPU that
+    of PyTorch's allocations, both counted from before the step. Weights and their gradients, which grow with depth
+    whatever the layers are, have a column of their own. Prints a table; with --output it is written as JSON too.
+    """
+
+    depths: list = option([8, 16, 32], "layers", kind=number(int, 1), nargs="+")
+    dim: int = option(64, "width, of heads of 16", low=16)
+    batch_size: int = option(8, "sequences", low=1)
+    image_fmap_size: int = option(16, "side of the token grid", low=1)
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
+    output: Path | None = option(None, "write the table as JSON", metavar="FILE")
+    case: str | None = option(None, "of a child process: plain or reversible", choices=("plain", "reversible"))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(settings: MemorySettings) -> dict[str, float]:
     """One training step of one depth, in this process: MiB and seconds."""
     import torch
 
@@ -48,14 +48,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     from dalle_pytorch.vae.discrete import DiscreteVAE
 
     torch.manual_seed(0)
-    device, side, text_seq_len = pick_device(arguments.device), arguments.image_fmap_size, 64
+    device, side, text_seq_len = pick_device(settings.device), settings.image_fmap_size, 64
     vae = DiscreteVAE(image_size=8 * side, num_tokens=256, codebook_dim=8, hidden_dim=8)
     dalle = DALLE(
-        dim=arguments.dim, vae=vae, num_text_tokens=256, text_seq_len=text_seq_len, depth=arguments.depths[0],
-        heads=max(arguments.dim // 16, 1), dim_head=16, reversible=arguments.case == "reversible",
+        dim=settings.dim, vae=vae, num_text_tokens=256, text_seq_len=text_seq_len, depth=settings.depths[0],
+        heads=max(settings.dim // 16, 1), dim_head=16, reversible=settings.case == "reversible",
     ).to(device)  # fmt: skip
-    text = torch.randint(1, 256, (arguments.batch_size, text_seq_len), device=device)
-    image = torch.randint(256, (arguments.batch_size, side * side), device=device)
+    text = torch.randint(1, 256, (settings.batch_size, text_seq_len), device=device)
+    image = torch.randint(256, (settings.batch_size, side * side), device=device)
 
     def step(size: slice) -> None:
         dalle(text[size], image[size], return_loss=True).backward()
@@ -85,9 +85,9 @@ def peak(device: object, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_apart(arguments: argparse.Namespace, depth: int, case: str) -> dict[str, float]:
+def measure_apart(settings: MemorySettings, depth: int, case: str) -> dict[str, float]:
     """`measure` in a fresh process, whose peak is its own."""
-    options = {"depths": depth, "case": case, **{name: getattr(arguments, name) for name in
+    options = {"depths": depth, "case": case, **{name: vars(settings)[name] for name in
                ("dim", "batch_size", "image_fmap_size", "device")}}  # fmt: skip
     command = [sys.executable, __file__]
     for name, value in options.items():
@@ -101,24 +101,24 @@ def measure_apart(arguments: argparse.Namespace, depth: int, case: str) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    if arguments.case is not None:
-        print(json.dumps(measure(arguments)))
+    settings = MemorySettings.parse(argv)
+    if settings.case is not None:
+        print(json.dumps(measure(settings)))
         return
     print("| depth | layers | activations, MiB | weights and gradients, MiB | step, s |")
     print("|---:|---|---:|---:|---:|")
     rows = []
-    for depth in arguments.depths:
+    for depth in settings.depths:
         for case in ("plain", "reversible"):
-            row = {"depth": depth, "layers": case, **measure_apart(arguments, depth, case)}
+            row = {"depth": depth, "layers": case, **measure_apart(settings, depth, case)}
             rows.append(row)
             print("| {depth} | {layers} | {activations_mib} | {weights_and_gradients_mib} | {seconds} |".format(**row),
                   flush=True)  # fmt: skip
-    if arguments.output is not None:
+    if settings.output is not None:
         from dalle_pytorch.files.atomic import write_text
 
-        settings = {name: getattr(arguments, name) for name in ("dim", "batch_size", "image_fmap_size")}
-        write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+        sizes = {name: vars(settings)[name] for name in ("dim", "batch_size", "image_fmap_size")}
+        write_text(settings.output, json.dumps({**sizes, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

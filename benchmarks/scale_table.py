@@ -1,21 +1,16 @@
-"""What a big prior needs, worked out on paper: memory per GPU and steps per day. Nothing here is measured.
-
-    python benchmarks/scale_table.py --depth 20 --image_tokens 1024
-
-prints the tables of docs/scale.md, which explains the formulas.
-"""
+"""What a big prior needs, worked out on paper: `python benchmarks/scale_table.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.cli import run
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.settings import Settings, number, option
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 GPU_MEMORY = 80e9
@@ -34,6 +29,28 @@ STATES = {
 }
 BUCKETS = {"ZeRO-1": 4e9, "ZeRO-2": 4e9, "ZeRO-3": 2e9}  # DeepSpeed's, at its default sizes
 RECOMPUTE = ("nothing", "checkpointing", "reversible")
+
+
+@dataclass
+class Sizes(Settings):
+    """What a big prior needs, worked out on paper: memory per GPU and steps per day. Nothing here is measured.
+
+    python benchmarks/scale_table.py --depth 20 --image_tokens 1024
+
+    prints the tables of docs/scale.md, which explains the formulas.
+    """
+
+    dim: int = option(2048, "width", low=1)
+    depth: int = option(20, "layers", low=1)
+    heads: int = option(16, "heads", low=1)
+    dim_head: int = option(64, "width of a head", low=1)
+    text_tokens: int = option(256, "text tokens of a sequence", low=1)
+    vocabulary: int = option(16384, "text tokens that there are", low=1)
+    codebook: int = option(8192, "image tokens that there are", low=1)
+    gpus: int = option(8, "GPUs of 80 GB", low=1)
+    batch_size: int = option(512, "sequences a step, of all GPUs", low=1)
+    image_tokens: list = option([1024, 256], "image tokens of a sequence", kind=number(int, 1), nargs="+")
+    mfu: float = option(0.4, "assumed share of the peak FLOP/s that is reached", low=0, high=1, above=True)
 
 
 @dataclass
@@ -118,22 +135,15 @@ def table(prior: Prior, gpus: int, batch: int, mfu: float) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("dim", 2048), ("depth", 20), ("heads", 16), ("dim_head", 64), ("text_tokens", 256),
-                          ("vocabulary", 16384), ("codebook", 8192), ("gpus", 8), ("batch_size", 512)):  # fmt: skip
-        parser.add_argument(f"--{name}", type=number(int, 1), default=default, help=f"default: {default}")
-    parser.add_argument("--image_tokens", type=number(int, 1), nargs="+", default=[1024, 256], help="default: 1024 256")
-    parser.add_argument("--mfu", type=number(float, 0, 1, above=True), default=0.4,
-                        help="assumed share of the peak FLOP/s that is reached; default: 0.4")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    for image_tokens in arguments.image_tokens:
-        sizes = ("dim", "depth", "heads", "dim_head", "text_tokens", "vocabulary", "codebook")
-        prior = Prior(image_tokens=image_tokens, **{name: getattr(arguments, name) for name in sizes})
+    settings = Sizes.parse(argv)
+    for image_tokens in settings.image_tokens:
+        sizes = {field.name: vars(settings)[field.name] for field in fields(Prior)}
+        prior = Prior(**{**sizes, "image_tokens": image_tokens})
         print(
             f"\n{prior.parameters / 1e9:.2f} B parameters, {prior.text_tokens} text and {image_tokens} image tokens, "
-            f"{arguments.gpus} GPUs, {arguments.batch_size} sequences a step, MFU {arguments.mfu:.0%}:\n"
+            f"{settings.gpus} GPUs, {settings.batch_size} sequences a step, MFU {settings.mfu:.0%}:\n"
         )
-        print("\n".join(table(prior, arguments.gpus, arguments.batch_size, arguments.mfu)))
+        print("\n".join(table(prior, settings.gpus, settings.batch_size, settings.mfu)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import sys
 from collections.abc import Callable, Sequence
@@ -11,17 +10,8 @@ from typing import NoReturn
 
 from dalle_pytorch.errors import UserError
 from dalle_pytorch.settings import USER_ERROR
-from dalle_pytorch.settings import name_value as setting  # noqa: F401
-from dalle_pytorch.settings import number as number
 
 INTERRUPTED = 130
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line; for the commands that are not `Settings` yet."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:

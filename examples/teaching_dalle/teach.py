@@ -1,25 +1,30 @@
-"""The lesson of a small DALL-E: draws digits in a colour on a texture, teaches a DiscreteVAE to write such pictures as
-tokens, teaches a DALLE to continue a caption with the tokens of its picture, and lets it draw.
-
-    python examples/teaching_dalle/teach.py
-
-It is the project's own scripts that train. All settings are in settings.yaml; what comes of them is in `output_dir`:
-dvae_reconstruction.png, generation_results.png, and a folder for each training.
-"""
+"""The lesson of a small DALL-E: `python examples/teaching_dalle/teach.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.cli import ArgumentParser, run
+import numpy as np
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import contact_sheet, save_image
+from dalle_pytorch.settings import Settings, option
+from dalle_pytorch.vae.base import ImageTokenizer
+from text_to_image import TextToImage
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "DALLE-pytorch"
@@ -32,10 +37,6 @@ def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
 
     Raises `UsageError` if there are none.
     """
-    import numpy as np
-
-    from dalle_pytorch import scenes as glyphs
-
     every = product(settings["digits"], settings["colours"], settings["textures"])
     combinations = [parts for parts in every if (glyphs.split_of(*parts) != "train") == held_out]
     if not combinations:
@@ -51,12 +52,6 @@ def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
 
 def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:
     """Draws the pictures to train on, each beside its caption; what is there already stays."""
-    from PIL import Image
-
-    from dalle_pytorch import scenes as glyphs
-    from dalle_pytorch.files.atomic import write_text
-    from dalle_pytorch.files.images import save_image
-
     for number, scene in enumerate(islice(scenes(settings), settings["count"])):
         path = folder / f"{number:05}.png"
         if not path.exists():
@@ -66,10 +61,6 @@ def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:
 
 def train(script: str, config: Path, options: dict[str, Any], *paths: str | Path) -> None:
     """Runs one of the training scripts with `options` in a file of its own."""
-    import yaml
-
-    from dalle_pytorch.files.atomic import write_text
-
     write_text(config, yaml.safe_dump(options, sort_keys=False))
     arguments = [str(SCRIPTS / script), "--config", str(config), *map(str, paths)]
     print(f"$ python {shlex.join(arguments)}", flush=True)
@@ -77,13 +68,8 @@ def train(script: str, config: Path, options: dict[str, Any], *paths: str | Path
         sys.exit(code)
 
 
-def show_reconstructions(path: Path, vae: Any, shown: Sequence[Any], image_size: int) -> None:
+def show_reconstructions(path: Path, vae: ImageTokenizer, shown: Sequence[Any], image_size: int) -> None:
     """The scenes `shown`, and below each what the VAE makes of its tokens."""
-    import torch
-
-    from dalle_pytorch import scenes as glyphs
-    from dalle_pytorch.files.images import contact_sheet, save_image
-
     drawn = [glyphs.draw(scene, image_size) for scene in shown]
     pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn]).float() / 255
     with torch.no_grad():
@@ -91,19 +77,13 @@ def show_reconstructions(path: Path, vae: Any, shown: Sequence[Any], image_size:
     save_image(path, contact_sheet([enlarge(picture) for picture in (*pictures, *decoded)], columns=len(drawn)))
 
 
-def show_generations(path: Path, dalle: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
-    """A row of pictures for every caption, under which it is written."""
-    from PIL import Image, ImageDraw
-
-    from dalle_pytorch.files.images import contact_sheet, save_image
-    from dalle_pytorch.sampling.candidates import generate_candidates
-
+def show_generations(path: Path, pipe: TextToImage, settings: dict[str, Any]) -> None:
+    """A row of images for every caption, under which it is written."""
     rows = []
     for caption in settings["captions"]:
-        candidates = generate_candidates(dalle, tokenizer, caption, settings["num_images"], top_p=settings["top_p"],
-                                         cond_scale=settings["cond_scale"], seed=settings["seed"])  # fmt: skip
-        row = contact_sheet([enlarge(candidate.image) for candidate in candidates], columns=len(candidates))
-        rows.append((caption, row))
+        result = pipe.generate(caption, settings["num_images"], rank=False, top_p=settings["top_p"],
+                               cond_scale=settings["cond_scale"], seed=settings["seed"])  # fmt: skip
+        rows.append((caption, contact_sheet([enlarge(image.pixels) for image in result], columns=len(result))))
     width, height, line = max(row.width for _, row in rows), rows[0][1].height, 16
     sheet = Image.new("RGB", (width, len(rows) * (height + line)), "white")
     for number, (caption, row) in enumerate(rows):
@@ -113,15 +93,13 @@ def show_generations(path: Path, dalle: Any, tokenizer: Any, settings: dict[str,
     save_image(path, sheet)
 
 
-def enlarge(picture: Any) -> Any:
+def enlarge(picture: Tensor) -> Tensor:
     """(3, h, w) to ENLARGED times that, pixel by pixel: what there is to see is small."""
     return picture.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises `UsageError` if it is none, or a section is missing."""
-    import yaml
-
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,16 +110,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+@dataclass
+class TeachSettings(Settings):
+    """The lesson of a small DALL-E: draws digits in a colour on a texture, teaches a DiscreteVAE to write such images
+    as tokens, teaches a DALLE to continue a caption with the tokens of its image, and lets it draw.
+
+    python examples/teaching_dalle/teach.py
+
+    It is the project's own scripts that train. What comes of it is in the settings' `output_dir`:
+    dvae_reconstruction.png, generation_results.png, and a folder for each training.
+    """
+
+    settings: Path = option(HERE / "settings.yaml", "a YAML file of all settings")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml", help="a YAML file of all settings")
-    arguments = parser.parse_args(argv)
-    settings = read_settings(arguments.settings)
+    settings = read_settings(TeachSettings.parse(argv).settings)
     output = Path(settings["output_dir"])
     pictures, tokenizer = output / "pictures", output / "tokenizer.json"
-
-    from dalle_pytorch import load_dalle
-    from dalle_pytorch.tokenizers.load import load_tokenizer
 
     unseen = list(islice(scenes(settings["pictures"], held_out=True), SHOWN))
     draw_pictures(pictures, settings["pictures"])
@@ -152,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train("train_dalle.py", output / "dalle.yaml", settings["dalle"], "--image_text_folder", pictures,
           "--vae_path", output / "vae/vae", "--bpe_path", tokenizer, "--output_dir", output / "dalle")  # fmt: skip
 
-    dalle = load_dalle(output / "dalle/dalle")
-    show_reconstructions(output / "dvae_reconstruction.png", dalle.vae, unseen,
+    pipe = TextToImage.from_pretrained(device="cpu", prior=output / "dalle/dalle", tokenizer=tokenizer)
+    show_reconstructions(output / "dvae_reconstruction.png", pipe.model.prior.vae, unseen,
                          settings["pictures"]["image_size"])  # fmt: skip
-    show_generations(output / "generation_results.png", dalle, load_tokenizer(tokenizer), settings["generation"])
+    show_generations(output / "generation_results.png", pipe, settings["generation"])
     print(f"look at {output}/dvae_reconstruction.png and {output}/generation_results.png")
 
 

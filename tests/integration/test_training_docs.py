@@ -74,9 +74,7 @@ def commands(text: str) -> list[list[str]]:
 
 def parse(path: str, arguments: list[str]) -> object:
     """The arguments as the script reads them."""
-    if path in SETTINGS:
-        return SETTINGS[path].parse(arguments)
-    return script(path).parse_arguments(arguments) if hasattr(script(path), "parse_arguments") else None
+    return SETTINGS[path].parse(arguments) if path in SETTINGS else None
 
 
 def settings_files(text: str) -> dict[str, str]:

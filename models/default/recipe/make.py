@@ -1,26 +1,20 @@
-"""Remakes the embedded model from nothing: tokenizer, VQGAN, prior, CLIP, decoder, and the judge of the benchmark.
-
-    python models/default/recipe/make.py
-
-Every stage goes on from its last checkpoint, so the command can be broken off and given again at any time. Checkpoints
-and logs go to `runs/default`; the weights are copied to `models/default` when all stages are done. Its README.md says
-how long it took and what came of it.
-"""
+"""Remakes the default model from nothing: `python models/default/recipe/make.py --help`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_pytorch import scenes as glyphs
-from dalle_pytorch.cli import ArgumentParser, number, run
+from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import atomic_write, write_text
+from dalle_pytorch.settings import Settings, option
 
 MODEL = Path(__file__).resolve().parents[1]
 ROOT = MODEL.parents[1]
@@ -80,23 +74,35 @@ def install(runs: Path) -> None:
     write_text(MODEL / "words.json", json.dumps(sorted(glyphs.words())) + "\n")
 
 
+@dataclass
+class RecipeSettings(Settings):
+    """Remakes the default model from nothing: tokenizer, VQGAN, prior, CLIP, decoder, and the judge of the benchmark.
+
+    python models/default/recipe/make.py
+
+    Every stage resumes from its last checkpoint, so the command can be stopped and given again at any time.
+    Checkpoints and logs go to `runs/default`; the weights are copied to `models/default` when all stages are done. Its
+    README.md says how long it took and what came of it.
+    """
+
+    runs: Path = option(ROOT / "runs/default", "folder for checkpoints and logs")
+    only: str | None = option(None, "run this stage alone")
+    longer: float = option(1.0, "multiplies the steps of training: a GPU has time for more", low=0, above=True,
+                           metavar="FACTOR")  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/default", help="folder for checkpoints and logs")
-    parser.add_argument("--only", help="run this stage alone")
-    parser.add_argument("--longer", type=number(float, 0, above=True), default=1.0, metavar="FACTOR",
-                        help="multiplies the steps of training: a GPU has time for more (default 1)")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    commands = stages(arguments.runs, arguments.longer)
-    if arguments.only and arguments.only not in commands:
-        raise UsageError(f"there is no stage {arguments.only!r}; there are {', '.join(commands)}")
-    arguments.runs.mkdir(parents=True, exist_ok=True)
+    settings = RecipeSettings.parse(argv)
+    commands = stages(settings.runs, settings.longer)
+    if settings.only and settings.only not in commands:
+        raise UsageError(f"there is no stage {settings.only!r}; there are {', '.join(commands)}")
+    settings.runs.mkdir(parents=True, exist_ok=True)
     for name, command in commands.items():
-        if arguments.only in (None, name):
+        if settings.only in (None, name):
             print(f"== {name}: python {' '.join(command)}", flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    if not arguments.only:
-        install(arguments.runs)
+    if not settings.only:
+        install(settings.runs)
         print(f"the models are in {MODEL}")
 
 
