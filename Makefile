@@ -1,19 +1,26 @@
-# `make demo` shows the system at work, `make test` runs the tests, `make lint` checks style and types, `make breakages` looks
-# for faults that the tests do not notice, `make quality` measures how well the embedded model draws. All set up .venv first.
+# `make demo` shows the system at work, `make test` runs the tests, `make test-all` the slow ones too, `make lint` checks
+# style and types, `make breakages` looks for faults that the tests do not notice, `make quality` measures how well the
+# embedded model draws. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two processes of one thread each; a module's tests stay together, for what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 PROMPT ?= a red seven to the left of a blue star on brick
 
-.PHONY: demo test breakages lint quality clean
+.PHONY: demo test test-all breakages lint quality clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
 
 test: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+	$(PYTEST)
 
 breakages: $(VENV)/.installed-test
 	$(RUN) tests/breakages.py

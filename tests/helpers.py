@@ -1,6 +1,9 @@
 """What tests share: where things are, and recorded cases."""
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +12,14 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 UNET_CASES = ("adm_tokens_64_style", "adm_tokens_256_style", "adm_superres", "adm_fixed_variance_4000")
 CONDITIONS = ("image_embeds", "low_res")
+
+
+def run_python(*arguments):
+    """A new interpreter, run to its end in the repository's root, and the seconds of processor time that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def read_case(folder):

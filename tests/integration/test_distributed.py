@@ -94,6 +94,7 @@ def test_accumulated_batches_learn_what_whole_ones_do(parts, alone, tmp_path):
     assert len(losses) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -124,6 +125,7 @@ def test_two_processes_learn_what_one_does_and_go_on_from_their_checkpoint(parts
         assert list(pictures.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_contrastive_loss_sees_the_batch_of_all_processes(tmp_path):
     """Loss and gradients of 2 × 4 pairs are those of 1 × 8."""
     path = tmp_path / "gradients.pt"

@@ -123,6 +123,7 @@ def finish_and_compare(folder, unbroken):
     assert not [name for name in names if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, unbroken):
     moments = random.Random(7)
     for _ in range(6):
@@ -135,6 +136,7 @@ def test_killed_at_any_moment(tmp_path, unbroken):
     finish_and_compare(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["checkpoints/.step-*.tmp", ".net.*.tmp"])
 def test_killed_while_it_writes(tmp_path, unbroken, pattern):
     moments = random.Random(11)

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/reversible_memory.py", "--depths", "4", "16", "--batch_size", "4",
                "--device", "cpu", "--output", tmp_path / "table.json"]  # fmt: skip

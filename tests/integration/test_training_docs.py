@@ -122,6 +122,7 @@ def test_options_exist():
     assert named and named <= known, named - known
 
 
+@pytest.mark.slow
 def test_the_way_from_pictures_to_pictures(tmp_path, monkeypatch):
     """The commands of the page's first block, one after the other, each training in two steps."""
     monkeypatch.chdir(tmp_path)
@@ -138,6 +139,7 @@ def test_the_way_from_pictures_to_pictures(tmp_path, monkeypatch):
     assert list(Path("outputs").glob("*/0-upscaled.png"))
 
 
+@pytest.mark.slow
 def test_the_lesson(tmp_path, monkeypatch):
     """examples/teaching_dalle at settings that teach nothing: both pictures are there, of the sizes that they say."""
     settings = yaml.safe_load((ROOT / "examples/teaching_dalle/settings.yaml").read_text("utf-8"))

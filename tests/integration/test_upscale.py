@@ -1,15 +1,12 @@
 """upscale.py from the command line: what it writes, that pictures are their own, and every kind of bad input."""
 
 import json
-import resource
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from factories import small_decoder, small_unet
-from helpers import ROOT
+from helpers import run_python
 from PIL import Image
 
 import text_to_image.model
@@ -307,12 +304,9 @@ def test_a_full_disk_leaves_no_half_file(model, folder, capsys, monkeypatch):
 
 def test_help_and_mistakes_answer_at_once():
     for options, code in ((["--help"], 0), (["--input", "nowhere"], 2)):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, ROOT / "upscale.py", *options], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done, seconds = run_python("upscale.py", *options)
         assert done.returncode == code and "Traceback" not in done.stderr
-        # Of the processor, which other tests may keep busy.
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+        assert seconds < 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ def _train_in_a_process(rank, store, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_codebooks_of_two_processes_stay_equal(tmp_path):
     torch.multiprocessing.spawn(_train_in_a_process, (tmp_path / "store", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
