@@ -8,12 +8,12 @@ from dalle_pytorch.errors import UsageError
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, or with none the GPU where there is one. Raises `UsageError` if it is not to be had."""
+    """The device of that name, by default a GPU if there is one. Raises `UsageError` if it is not available."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); cpu always works") from None
+        raise UsageError(f"device {name!r} is not available ({str(error).splitlines()[0]}); use cpu") from None
     return device

@@ -89,10 +89,11 @@ class PretrainedModel(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides: Any) -> Self:
         """Opens a native folder, or a Hugging Face hub name, in evaluation mode on the CPU.
 
-        `overrides` replace or complete the recorded constructor arguments, such as a DALLE's `vae`.
+        `overrides` that are not None replace or complete the recorded constructor arguments, such as a DALLE's `vae`.
         Raises `CheckpointError`, one line that names the folder.
         """
         folder = resolve_folder(folder)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         config = read_config(folder)
         name = config.pop("class", None)
         model_class = _find_class(name)

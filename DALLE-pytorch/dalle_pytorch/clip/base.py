@@ -1,4 +1,4 @@
-"""The interfaces of what ranks and guides: a scorer, and the CLIP models that are scorers."""
+"""The interfaces of a scorer, and of the CLIP models that are scorers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dalle_pytorch.pretrained import PretrainedModel
 
 
 class Scorer(Protocol):
-    """Anything that says how well images fit a prompt."""
+    """Anything that scores images against a prompt."""
 
     def score(self, prompt: str, images: Tensor) -> Tensor:
         """The cosine similarity (n,) of a prompt to each image of (n, 3, h, w) in [0, 1]."""
@@ -24,26 +24,26 @@ class Scorer(Protocol):
 class CLIPModel(PretrainedModel, ABC):
     """A text encoder and an image encoder with a common feature space (arXiv:2103.00020).
 
-    `image_size` is the side in pixels at which images are read.
+    `image_size` is the side in pixels of the image encoder's input.
     """
 
     image_size: int
 
     @abstractmethod
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokens (b, n) int64 of one text or several. Longer ones are cut."""
+        """Tokens (b, n) int64 of one text or several, truncated."""
 
     @abstractmethod
     def encode_text(self, text: Tensor) -> Tensor:
-        """Features (b, dim), not normalised, of what `tokenize` returns."""
+        """Features (b, dim), not normalised, of tokens (b, n)."""
 
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
-        """Features (b, dim), not normalised, of images (b, 3, h, w) in [0, 1], scaled to `image_size`."""
+        """Features (b, dim), not normalised, of images (b, 3, h, w) in [0, 1], resized to `image_size`."""
 
     @abstractmethod
     def visual_features(self, image: Tensor) -> list[Tensor]:
-        """The features (b, n, dim) of the patches in each layer of the image encoder, each of length 1.
+        """The normalised features (b, n, dim) of the patches after each layer of the image encoder.
 
         `image` is (b, 3, image_size, image_size) in [0, 1].
         """

@@ -1,18 +1,18 @@
-"""The published CLIP (Radford et al. 2021, arXiv:2103.00020) on `transformers`, behind the calls of our own CLIP."""
+"""Published CLIPs (arXiv:2103.00020), on `transformers`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_pytorch.clip.base import CLIPModel
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.atomic import write_bytes
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.pretrained import NATIVE_FILES, records_config, resolve_folder
@@ -24,11 +24,11 @@ VOCABULARY_NAMES = ("merges.txt", "tokenizer.json")  # either holds CLIP's merge
 
 
 class PublishedCLIP(CLIPModel):
-    """A CLIP with a vision transformer, as OpenAI and others have published them. `load_clip` opens one.
+    """A CLIP with a vision transformer, as published by OpenAI and others. `load_clip` opens one.
 
-    `text` and `vision` are sizes and options under the names of transformers' `CLIPTextConfig` and `CLIPVisionConfig`;
-    `image_mean` and `image_std` are those of pixels in [0, 1]. `bpe_path` is the vocabulary that came with it; None
-    means CLIP's own.
+    `text` and `vision` are sizes and options by the names of transformers' `CLIPTextConfig` and `CLIPVisionConfig`;
+    `image_mean` and `image_std` are those of pixels in [0, 1]. `bpe_path` is the vocabulary that came with it, None for
+    CLIP's own.
     """
 
     mean: Tensor
@@ -44,34 +44,32 @@ class PublishedCLIP(CLIPModel):
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
     ):
-        from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+        from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig  # takes seconds to import
 
         super().__init__()
         self.model = CLIPModel(
             CLIPConfig(text_config=dict(text), vision_config=dict(vision), projection_dim=projection_dim)
         )
-        text_config, vision_config = CLIPTextConfig(**text), CLIPVisionConfig(**vision)
-        assert isinstance(vision_config.image_size, int)
-        self.image_size = vision_config.image_size
+        text_config, image_size = CLIPTextConfig(**text), CLIPVisionConfig(**vision).image_size
+        if not isinstance(image_size, int):
+            raise UsageError(f"expected a single image_size, got {image_size}")
+        self.image_size = image_size
         self.text_seq_len = text_config.max_position_embeddings
         self.num_text_tokens = text_config.vocab_size
         self.bpe_path: Path | None = None
         self._tokenizer: SimpleTokenizer | None = None
-        self.register_buffer("mean", torch.tensor(image_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides
-    ) -> PublishedCLIP:
-        """Opens a native folder, with the vocabulary in it if there is one."""
-        folder = resolve_folder(folder, (*NATIVE_FILES, *VOCABULARY_NAMES))
-        model = super().from_pretrained(folder, dtype, **overrides)
-        model.bpe_path = find_vocabulary(folder)
-        return model
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides: Any) -> Self:
+        return super().from_pretrained(resolve_folder(folder, (*NATIVE_FILES, *VOCABULARY_NAMES)), dtype, **overrides)
+
+    def opened(self, folder: Path) -> None:
+        self.bpe_path = find_vocabulary(folder)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Writes a native folder, the vocabulary included if one came with the model."""
+        """Writes a native folder, including a vocabulary that came with the model."""
         super().save_pretrained(folder, dtype)
         if self.bpe_path is not None and self.bpe_path.parent != Path(folder):
             write_bytes(Path(folder) / self.bpe_path.name, self.bpe_path.read_bytes())
@@ -80,12 +78,10 @@ class PublishedCLIP(CLIPModel):
     # Features
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Features (b, dim), not normalised, of pictures (b, 3, h, w) in [0, 1], scaled to `image_size`."""
         pixels = (resize(image, self.image_size) - self.mean) / self.std
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Features (b, dim), not normalised, of what `tokenize` gives, read at the end token."""
         return self.model.text_projection(self.model.text_model(input_ids=text).pooler_output)
 
     # ----------------------------------------------------------------------------------------------
@@ -93,13 +89,13 @@ class PublishedCLIP(CLIPModel):
 
     @property
     def tokenizer(self) -> SimpleTokenizer:
-        """CLIP's vocabulary, read when first asked for."""
+        """CLIP's tokenizer, read on first use."""
         if self._tokenizer is None:
             tokenizer = SimpleTokenizer(self.bpe_path)
             if tokenizer.vocab_size != self.num_text_tokens:
                 raise CheckpointError(
-                    f"this CLIP knows {self.num_text_tokens} text tokens, and CLIP's vocabulary has "
-                    f"{tokenizer.vocab_size}; set its `tokenizer`"
+                    f"this CLIP has {self.num_text_tokens} text tokens, but its vocabulary {tokenizer.vocab_size}; "
+                    "set its `tokenizer`"
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
@@ -109,7 +105,7 @@ class PublishedCLIP(CLIPModel):
         self._tokenizer = tokenizer
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokens (b, text_seq_len) of one text or several: begin, text, end, zeros. Longer ones are cut."""
+        """Tokens (b, text_seq_len) of one text or several: begin, truncated text, end, zeros."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         begin, end = self.num_text_tokens - 2, self.num_text_tokens - 1
         tokens = torch.zeros(len(texts), self.text_seq_len, dtype=torch.long)

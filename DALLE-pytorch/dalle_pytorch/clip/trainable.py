@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch.clip.base import CLIPModel
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, is_upstream, rename
@@ -32,7 +32,7 @@ UPSTREAM_NAMES = (
 
 
 class GatherRows(torch.autograd.Function):
-    """The rows (b, dim) of every process, (B, dim), in the order of the processes; the gradient goes back to each."""
+    """Differentiable all-gather of the rows (b, dim) of all processes: (B, dim), in the order of ranks."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -42,18 +42,17 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Every process has used the rows of all, and has a gradient for them.
+        # Every process has a gradient for the rows of all.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient)
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
-    """From a picture to one vector a patch by 3×3 convolutions of stride 2 ("Early convolutions help transformers see
-    better", arXiv:2106.14881). Raises `ValueError` for patches whose side is no power of two."""
+    """Patch embedding by 3×3 convolutions of stride 2 (arXiv:2106.14881): images to (b, dim, h / p, w / p)."""
     halvings = patch_size.bit_length() - 1
     if patch_size != 2**halvings or not halvings:
-        raise ValueError(f"convolutions of stride 2 make patches of 2, 4, 8 … pixels, and not of {patch_size}")
+        raise UsageError(f"visual_conv_stem needs a visual_patch_size of 2, 4, 8, … pixels, got {patch_size}")
     widths = [channels, *(max(dim >> left, 8) for left in reversed(range(halvings)))]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
@@ -62,16 +61,15 @@ def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequentia
 
 
 class AttentionPool(nn.Module):
-    """The mean of projected tokens (b, n, dim), weighted in each head by how they answer a learned query.
+    """Attention pooling of tokens (b, n, dim) by a learned query in each head: (b, dim).
 
-    Where a mean over all patches thins out what a small subject has to say, this looks at the subject. Without the
-    feed-forward part, the pooling of "Scaling vision transformers" (arXiv:2106.04560).
+    The pooling of arXiv:2106.04560 without its feed-forward part. Unlike a mean, it does not dilute small subjects.
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"{heads} heads do not divide the width {dim}")
+            raise UsageError(f"dim_image must be a multiple of {heads} pooling heads, got {dim}")
         self.norm = nn.LayerNorm(dim)
         self.query = nn.Parameter(torch.randn(heads, 1, dim // heads))
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
@@ -85,10 +83,9 @@ class AttentionPool(nn.Module):
 class CLIP(CLIPModel):
     """CLIP (arXiv:2103.00020) as in DALLE-pytorch: mean-pooled transformers over text tokens and image patches.
 
-    `visual_patch_dropout` is the share of patches left out in training (FLIP, arXiv:2212.00794). With
-    `visual_conv_stem` patches are embedded by `convolutional_stem` in place of one linear map, and with
-    `visual_attention_pool` they are pooled by `AttentionPool` in place of their mean; both learn to see shapes in far
-    fewer steps.
+    `visual_patch_dropout` is the share of patches dropped in training (FLIP, arXiv:2212.00794). `visual_conv_stem`
+    embeds patches by `convolutional_stem` instead of a linear map, and `visual_attention_pool` pools them by
+    `AttentionPool` instead of the mean; with both, training needs far fewer steps.
     """
 
     @records_config
@@ -116,7 +113,9 @@ class CLIP(CLIPModel):
     ):
         super().__init__()
         if visual_image_size % visual_patch_size:
-            raise ValueError(f"patches of {visual_patch_size} pixels do not fill an image of {visual_image_size}")
+            raise UsageError(
+                f"visual_image_size {visual_image_size} is not a multiple of visual_patch_size {visual_patch_size}"
+            )
         self.image_size = visual_image_size
         self.patch_size = visual_patch_size
         self.patch_dropout = visual_patch_dropout
@@ -141,11 +140,11 @@ class CLIP(CLIPModel):
         )
         self.visual_pool = AttentionPool(dim_image, 2 * visual_heads) if visual_attention_pool else None
         self.to_visual_latent = nn.Linear(dim_image, dim_latent, bias=False)
-        # The logarithm of what similarities are multiplied by.
+        # Logarithm of the scale of similarities.
         self.temperature = nn.Parameter(torch.tensor(1.0))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's. DALLE-pytorch's names are taken too."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Also takes DALLE-pytorch's names, as in `torch.load("clip.pt")["weights"]`."""
         if is_upstream(state_dict):
             state_dict = rename(state_dict, UPSTREAM_NAMES)
         return super().load_state_dict(state_dict, strict, assign)
@@ -159,15 +158,15 @@ class CLIP(CLIPModel):
     def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Features (b, dim_latent), not normalised, of tokens (b, n), n ≤ text_seq_len.
 
-        `text_mask` (b, n) is false at padding; left out, that is where the token is 0.
+        `text_mask` (b, n) is false at padding, by default where the token is 0.
         """
         text_mask = text != 0 if text_mask is None else text_mask.bool()
-        # A text of nothing but padding is looked at as a whole.
+        # An empty text attends to its padding.
         return self._text_features(text, text_mask | ~text_mask.any(dim=1, keepdim=True))
 
     def _text_features(self, text: Tensor, text_mask: Tensor | None) -> Tensor:
         if text.shape[1] > self.text_seq_len:
-            raise ValueError(f"{text.shape[1]} text tokens are too many: this CLIP reads {self.text_seq_len}")
+            raise ValueError(f"expected at most {self.text_seq_len} text tokens, got {text.shape[1]}")
         emb = self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
         out = self.text_transformer(emb, key_mask=text_mask)
         if text_mask is None:
@@ -176,7 +175,6 @@ class CLIP(CLIPModel):
         return self.to_text_latent((out * kept).sum(dim=1) / kept.sum(dim=1))
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Features (b, dim_latent), not normalised, of pictures (b, 3, h, w) in [0, 1], scaled to `image_size`."""
         emb = self._embed_patches(resize(image, self.image_size)) + self.patch_pos_emb.weight
         if self.training and self.patch_dropout > 0:
             kept = max(round(emb.shape[1] * (1 - self.patch_dropout)), 1)
@@ -205,9 +203,9 @@ class CLIP(CLIPModel):
         negatives: Tensor | None = None,
     ) -> Tensor:
         """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss:
-        the mean cross-entropy of each picture among the batch's texts and of each text among its pictures.
+        the mean cross-entropy of each image over the batch's texts and of each text over its images.
 
-        `text` are tokens (b, n), `image` pictures (b, 3, h, w) in [0, 1]; the rest is that of `contrast`.
+        `text` are tokens (b, n), `image` images (b, 3, h, w) in [0, 1]; for the rest see `contrast`.
         """
         if return_loss:
             by_text, by_image, labels = self.contrast(text, image, text_mask, negatives)
@@ -224,17 +222,16 @@ class CLIP(CLIPModel):
         negatives: Tensor | None = None,
         all_processes: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits of the contrastive loss: of each text over the pictures (b, B), of each picture over the texts
-        (b, B + k), and the place (b,) of each one's partner.
+        """The logits of the contrastive loss: of each text over the images (b, B), of each image over the texts
+        (b, B + k), and the labels (b,).
 
         Args:
             text: tokens (b, n).
-            image: pictures (b, 3, h, w) in [0, 1].
-            text_mask: (b, n), false at padding; left out, padding counts as text, as upstream.
-            negatives: (b, k, n) further texts that do not fit the picture, to tell apart from the batch's texts;
-                masked at their zeros where `text_mask` is given.
-            all_processes: B counts the batches of all processes, which are equally large, and is b otherwise. The mean
-                of the processes' losses, and of their gradients, is then that of one process with the whole batch.
+            image: images (b, 3, h, w) in [0, 1].
+            text_mask: (b, n), false at padding; by default padding counts as text, as upstream.
+            negatives: (b, k, n) additional texts that do not match the image; masked at zeros if `text_mask` is given.
+            all_processes: B is the batch of all processes, which are equally large, and b otherwise. The mean of the
+                processes' losses, and of their gradients, is then that of one process with the whole batch.
         """
         text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
         image_latents = F.normalize(self.encode_image(image), dim=-1)
@@ -256,10 +253,9 @@ class CLIP(CLIPModel):
     # Scoring
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokens (b, text_seq_len) of one text or several; longer ones are cut.
+        """Tokens (b, text_seq_len) of one text or several, truncated.
 
-        A CLIP of 49,408 text tokens reads OpenAI's vocabulary, which has no tokenizer.json. Raises `CheckpointError`
-        when there is no tokenizer.
+        A CLIP of 49,408 text tokens uses OpenAI's vocabulary by default. Raises `CheckpointError` without a tokenizer.
         """
         if self.tokenizer is None and self.text_emb.num_embeddings == OPENAI_VOCABULARY:
             self.tokenizer = SimpleTokenizer()

@@ -14,8 +14,8 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` when the block ends without an error.
 
-    The block may create a file or a folder there. On an error what it wrote is removed, and whatever stood
-    at `path` before stays as it was. The rename of a file is atomic; a folder is replaced by moving the old one aside.
+    The block may create a file or a folder there. On an error that is removed, and `path` stays unchanged. The rename
+    of a file is atomic; a folder is replaced by moving the old one aside.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _sync(*paths: Path) -> None:
-    """Sends files to the disk, so that a full disk is an error here and not a truncated file later."""
+    """Flushes files to disk, so that a full disk raises here."""
     for path in paths:
         if path.is_file():
             with open(path, "rb+") as file:

@@ -1,4 +1,4 @@
-"""The public files that a path left out means, downloaded once and kept in `~/.cache/dalle`."""
+"""Published files that are the defaults of paths, downloaded once to `~/.cache/dalle`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from dalle_pytorch.errors import CheckpointError
 
 TIMEOUT = 30  # seconds without a byte
-ATTEMPTS = 4  # connections in a row that bring nothing new
+ATTEMPTS = 4  # consecutive connections without new bytes
 CHUNK = 2**20
 
 
@@ -28,7 +30,7 @@ class PublicFile:
     sha256: str | None = None
 
 
-# The names are those that DALLE-pytorch gives them, so that what it has downloaded is found.
+# Named as in DALLE-pytorch, to share its downloads.
 DVAE_ENCODER = PublicFile("encoder.pkl", "https://cdn.openai.com/dall-e/encoder.pkl")
 DVAE_DECODER = PublicFile("decoder.pkl", "https://cdn.openai.com/dall-e/decoder.pkl")
 
@@ -53,7 +55,7 @@ def _clip(name: str, sha256: str) -> PublicFile:
     return PublicFile(f"{name}.pt", f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt", sha256)
 
 
-#: OpenAI's CLIPs under the names that its package has for them
+#: OpenAI's CLIPs by the names in its package
 CLIPS = {
     "ViT-B/32": _clip("ViT-B-32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B/16": _clip("ViT-B-16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
@@ -68,16 +70,14 @@ def cache_folder() -> Path:
 
 
 def default_file(file: PublicFile) -> Path:
-    """Where that file is in the cache, after downloading it if need be; a broken-off download goes on where it stopped.
+    """The path of that file in the cache, downloaded if missing. An interrupted download is resumed.
 
-    Of several processes one downloads and the others wait. Raises `CheckpointError` with one line that says the address
-    and where to put the file by hand.
+    Of several processes one downloads and the others wait. Raises `CheckpointError` with the address and the path for
+    a download by hand.
     """
     path = cache_folder() / file.name
     if path.exists():
         return path
-    from filelock import FileLock
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{file.name}.lock")):
@@ -85,15 +85,15 @@ def default_file(file: PublicFile) -> Path:
                 logging.getLogger(__name__).info("downloading %s to %s", file.url, path)
                 _download(file, path)
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise CheckpointError(
-            f"{path} is not there and cannot be downloaded ({reason}); get it from {file.url} and put it there"
+            f"{path} is missing and cannot be downloaded ({reason}); download {file.url} to that path"
         ) from None
     return path
 
 
 def _download(file: PublicFile, path: Path) -> None:
-    """Fetches into a file beside `path` that has its name when it is whole."""
+    """Downloads to a file beside `path`, renamed when it is complete."""
     part = path.with_name(f".{file.name}.part")
     failures, size, total = 0, _size(part), None
     while total is None or size < total:
@@ -101,23 +101,24 @@ def _download(file: PublicFile, path: Path) -> None:
         try:
             total = _fetch(file.url, part)
         except urllib.error.HTTPError:
-            raise  # refused by the server: asking again does not help
+            raise  # refused by the server: no retry
         except (OSError, http.client.HTTPException) as broken:
             error = broken
         before, size = size, _size(part)
         failures = 0 if size > before else failures + 1
         if failures == ATTEMPTS:
-            raise error or OSError(f"it breaks off after {size} bytes")
+            raise error or OSError(f"connection closed after {size} bytes")
     digest = _sha256(part)
     if size != total or file.sha256 not in (None, digest):
         part.unlink()
-        was = f"{size} bytes of {total}" if size != total else f"content with the SHA-256 {digest[:12]}…"
-        raise OSError(f"it came as {was}, which is not the file that is wanted")
+        if size != total:
+            raise OSError(f"expected {total} bytes, got {size}")
+        raise OSError(f"expected the SHA-256 {file.sha256}, got {digest}")
     part.replace(path)
 
 
 def _fetch(url: str, part: Path) -> int:
-    """Appends to `part` what it lacks of the file at `url`, and returns how many bytes that has in all."""
+    """Appends the missing bytes of the file at `url` to `part`, and returns the total size of the file."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -125,7 +126,7 @@ def _fetch(url: str, part: Path) -> int:
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
-        # There is nothing after what we have: either that is all, or it is no part of the file that is there now.
+        # Nothing follows these bytes: the file is complete, or it has changed.
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return have
         part.unlink()

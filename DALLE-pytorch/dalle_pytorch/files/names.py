@@ -6,7 +6,7 @@ import re
 
 
 def safe_name(prompt: str, longest: int = 80) -> str:
-    """A file name that says what the prompt says: letters, digits and `-`, the rest `_`; never empty, never `..`."""
+    """A file name of the prompt's letters, digits and `-`, the rest `_`; never empty, never `..`."""
     name = re.sub(r"[^\w-]+", "_", prompt, flags=re.UNICODE).strip("_")
     # File systems count bytes, not characters.
     while len(name.encode("utf-8")) > longest:

@@ -23,8 +23,8 @@ def save_tokens(path: str | os.PathLike, tokens: Tensor) -> None:
 def load_tokens(path: str | os.PathLike, num_tokens: int, seq_len: int | None = None) -> Tensor:
     """Reads a token file as (side²,) int64, checked against the codebook. Raises `FileError`, never unpickles.
 
-    `num_tokens` is the size of the codebook, `seq_len` the number of tokens wanted (any square number when None).
-    A grid of shape (side, side) or (1, side²), as other tools write them, is flattened.
+    `num_tokens` is the size of the codebook, `seq_len` the expected number of tokens (None for any square).
+    Shapes (side, side), (1, side²) and (1, side, side), as other tools write them, are flattened.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -34,18 +34,16 @@ def load_tokens(path: str | os.PathLike, num_tokens: int, seq_len: int | None = 
         reason = "it holds pickled objects" if "pickle" in str(error).lower() else str(error).splitlines()[0]
         raise FileError(f"{path} is not a usable token file: {reason}") from None
     if not isinstance(array, np.ndarray):
-        raise FileError(f"{path} is an archive of arrays; a single array of tokens is wanted")
+        raise FileError(f"{path}: expected an array of tokens, got an archive")
     if not np.issubdtype(array.dtype, np.integer):
-        raise FileError(f"{path} holds {array.dtype} values; tokens are integers (int64)")
+        raise FileError(f"{path}: expected integers (int64), got {array.dtype}")
     side = int(array.size**0.5)
     flat = array.shape in {(array.size,), (1, array.size), (side, side), (1, side, side)}
     if side < 1 or side * side != array.size or not flat:
-        raise FileError(f"{path} has shape {array.shape}; tokens of a square grid, ({seq_len or 'side²'},), are wanted")
+        raise FileError(f"{path}: expected the shape ({seq_len or 'side²'},), got {array.shape}")
     if seq_len is not None and array.size != seq_len:
-        raise FileError(f"{path} holds {array.size} tokens; this model draws grids of {seq_len}")
+        raise FileError(f"{path}: expected {seq_len} tokens, got {array.size}")
     if array.min() < 0 or array.max() >= num_tokens:
-        raise FileError(
-            f"{path} holds token {array.max() if array.max() >= num_tokens else array.min()}; "
-            f"this codebook has the tokens 0 to {num_tokens - 1}"
-        )
+        wrong = array.max() if array.max() >= num_tokens else array.min()
+        raise FileError(f"{path}: expected tokens from 0 to {num_tokens - 1}, got {wrong}")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))

@@ -11,7 +11,7 @@ from dalle_pytorch.nn.rotary import apply_rotary
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in the precision of what it is given: autocast leaves the weight alone, and mixed types are slow."""
+    """`nn.RMSNorm` in the dtype of its input: autocast does not cast the weight, and mixed dtypes are slow."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -47,9 +47,9 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """`x` is (b, n, dim): a sequence from its start, or one token that goes on from what is in `cache`.
+        """`x` is (b, n, dim): a sequence from its start, or one token that continues `cache`.
 
-        `rotary` holds the n positions' rows of `rotary_table`; `key_mask` (b, n) is false at keys that no one looks at.
+        `rotary` holds the n positions' rows of `rotary_table`; `key_mask` (b, n) is false at keys to ignore.
         """
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, -1)
@@ -57,7 +57,7 @@ class Attention(nn.Module):
             q, k, v = qkv.unbind(2)
             qkv = torch.stack((self.q_norm(q), self.k_norm(k), v), dim=2)
         if rotary is not None:
-            # DALLE-pytorch turns the values too.
+            # DALLE-pytorch rotates the values too.
             qkv = apply_rotary(qkv.flatten(2, 3), rotary).view_as(qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:

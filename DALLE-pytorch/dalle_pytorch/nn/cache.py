@@ -1,4 +1,4 @@
-"""Key-value caches: what a step of one token needs of the tokens before it."""
+"""Key-value caches for generation one token at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KVCache(nn.Module):
         self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values (b, heads, n, dim_head) and returns all there are."""
+        """Appends keys and values (b, heads, n, dim_head) and returns all so far."""
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
@@ -44,7 +44,7 @@ class LayerCache(nn.Module):
 
 
 class TransformerCache(nn.Module):
-    """What the layers remember of a sequence, of fixed shape; `length` tokens have gone in so far."""
+    """The caches of all layers, of fixed shape, of which `length` tokens are filled."""
 
     def __init__(self, layers: Sequence[LayerCache]):
         super().__init__()
@@ -55,7 +55,7 @@ class TransformerCache(nn.Module):
         return self.layers[0].kv.length
 
     def gather(self, rows: Tensor, max_length: int) -> TransformerCache:
-        """A new cache with room for `max_length` tokens whose sequence i goes on from this one's `rows[i]`."""
+        """A new cache with room for `max_length` tokens, whose sequence i continues this one's `rows[i]`."""
         layers = []
         for layer in self.layers:
             _, heads, _, dim_head = layer.kv.keys.shape

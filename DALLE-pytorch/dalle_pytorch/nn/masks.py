@@ -1,4 +1,4 @@
-"""Attention patterns: which tokens of <bos>, text and image grid a token looks at."""
+"""Attention patterns over a sequence of <bos>, text and image grid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UsageError
+
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse")
 CONV_KERNEL_SIZE = 5
 SPARSE_BLOCK_SIZE = 16
@@ -14,7 +16,7 @@ SPARSE_LOCAL_BLOCKS = 4
 
 
 class MaskPattern(nn.Module):
-    """A pattern kept as a boolean mask (n, n), true where a query (row) may look at a key (column)."""
+    """A pattern kept as a boolean mask (n, n), true where a query (row) attends to a key (column)."""
 
     mask: Tensor
 
@@ -28,10 +30,10 @@ class MaskPattern(nn.Module):
 
 
 class SparsePattern(nn.Module):
-    """Causal block-sparse attention over the whole sequence, in blocks of 16 tokens; text is visible to all.
+    """Causal block-sparse attention over the whole sequence, in blocks of 16 tokens; all tokens attend to the text.
 
-    A block sees the earlier blocks of its window of four and a few random ones, the layout of DeepSpeed's
-    `VariableSparsityConfig`. The random choice is a buffer that is saved with the weights.
+    A block attends to the earlier blocks of its window of four and a few random ones, the layout of DeepSpeed's
+    `VariableSparsityConfig`. The random blocks are a buffer that is saved with the weights.
     """
 
     layout: Tensor
@@ -59,8 +61,9 @@ class SparsePattern(nn.Module):
 def make_pattern(attn_type: str, text_len: int, image_fmap_size: int, seed: int = 0) -> nn.Module | None:
     """The pattern of that name, or None for `full`. `seed` chooses the random blocks of `sparse`.
 
-    Text looks at all earlier text and image tokens at all text. Among the image tokens, `axial_row` and `axial_col`
-    show the earlier ones of the same row or column, and `conv_like` those in the 5 × 5 square that ends at the token.
+    Text attends to all earlier text, and image tokens to all text. Among image tokens, `axial_row` and `axial_col`
+    attend to the earlier ones of the same row or column, `conv_like` to those in the 5 × 5 square that ends at the
+    token.
     """
     if attn_type == "full":
         return None
@@ -78,7 +81,7 @@ def make_pattern(attn_type: str, text_len: int, image_fmap_size: int, seed: int 
         within = [(distance >= 0) & (distance < CONV_KERNEL_SIZE) for distance in (rows_above, columns_left)]
         visible = within[0] & within[1]
     else:
-        raise ValueError(f"attention type {attn_type!r} is unknown; there are {', '.join(ATTENTION_TYPES)}")
+        raise UsageError(f"unknown attention type {attn_type!r}, expected one of {', '.join(ATTENTION_TYPES)}")
     mask = torch.ones(seq_len, seq_len, dtype=torch.bool)
     mask[text_len:, text_len:] = visible
     return MaskPattern(mask.tril())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class ReversibleSequence(torch.autograd.Function):
     """Runs layers y1 = x1 + attn(x2), y2 = x2 + ff(y1) and keeps only the last output for the backward pass.
 
-    Each layer's input is computed back from its output (RevNet, arXiv:1707.04585; Reformer, arXiv:2001.04451), so that
-    memory does not grow with depth. Dropout draws the same numbers again, under the same autocast setting.
+    Each layer's input is recomputed from its output (RevNet, arXiv:1707.04585; Reformer, arXiv:2001.04451), so that
+    memory does not grow with depth, with the same random numbers for dropout and the same autocast setting.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class ReversibleSequence(torch.autograd.Function):
         grads: dict[Tensor, Tensor] = {}
 
         def undo(branch: nn.Module, kept: Tensor, changed: Tensor, grad: Tensor, random_state: tuple, kwargs: dict):
-            """What `changed` was before `branch(kept)` was added to it, and the gradient that reaches `kept`."""
+            """`changed` before `branch(kept)` was added to it, and the gradient at `kept`."""
             parameters = [parameter for parameter in branch.parameters() if parameter.requires_grad]
             kept = kept.detach().requires_grad_()
             device, dtype, enabled = ctx.autocast

@@ -8,26 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_pytorch.errors import UsageError
+
 
 def rotary_table(dim_head: int, text_len: int, image_fmap_size: int) -> Tensor:
     """Cosine and sine of each position's angles, (text_len + image_fmap_size², dim_head // 2, 2).
 
-    As in DALLE-pytorch 1.x, a third of the channels turns with the position in the text (RoFormer, arXiv:2104.09864;
-    all image tokens stand at the far position 8192), a third with the row and a third with the column (both in
-    [-1, 1]; text stands at -10). What is left over does not turn.
+    As in DALLE-pytorch 1.x, a third of the channels rotates with the position in the text (RoFormer, arXiv:2104.09864;
+    all image tokens are at position 8192), a third with the row and a third with the column (both in [-1, 1]; text is
+    at -10). Remaining channels are not rotated.
     """
     if dim_head % 2:
-        raise ValueError(f"rotary_emb wants an even dim_head, and {dim_head} is odd")
+        raise UsageError(f"rotary_emb needs an even dim_head, got {dim_head}")
     pairs = dim_head // 3 // 2
     side = image_fmap_size
     text_frequencies = 10000.0 ** (-2 * torch.arange(pairs, dtype=torch.float32) / (dim_head // 3))
     pixel_frequencies = torch.linspace(1.0, 5.0, pairs) * math.pi
-    place = torch.linspace(-1.0, 1.0, side)
+    grid = torch.linspace(-1.0, 1.0, side)
     outside = torch.full((text_len,), -10.0)
     positions = (
         (torch.cat((torch.arange(text_len).float(), torch.full((side * side,), 8192.0))), text_frequencies),
-        (torch.cat((outside, place.repeat_interleave(side))), pixel_frequencies),
-        (torch.cat((outside, place.repeat(side))), pixel_frequencies),
+        (torch.cat((outside, grid.repeat_interleave(side))), pixel_frequencies),
+        (torch.cat((outside, grid.repeat(side))), pixel_frequencies),
     )
     angles = torch.cat([position[:, None] * frequencies for position, frequencies in positions], dim=-1)
     angles = F.pad(angles, (0, dim_head // 2 - 3 * pairs))
@@ -35,8 +37,8 @@ def rotary_table(dim_head: int, text_len: int, image_fmap_size: int) -> Tensor:
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Turns neighbouring pairs of channels. `x` is (b, n, heads, dim_head), `table` (n, dim_head // 2, 2)."""
-    # One complex product: several times faster on a CPU than the sum of products written out.
+    """Rotates neighbouring pairs of channels. `x` is (b, n, heads, dim_head), `table` (n, dim_head // 2, 2)."""
+    # One complex product is several times faster on a CPU than real ones.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    turned = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))) * torch.view_as_complex(table.to(dtype))[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs, rotation = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))), torch.view_as_complex(table.to(dtype))
+    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class TokenShift(nn.Module):
-    """Gives each token some channels of its neighbours.
+    """Replaces some channels of each token by those of its neighbours.
 
     A text token takes the first half of its channels from the token before it; an image token takes a quarter from
     the token above and a quarter from the one to the left, zeros at the border.
@@ -35,16 +35,16 @@ class TokenShift(nn.Module):
         return torch.cat(parts, dim=1)
 
     def fill(self, x: Tensor, ring: Tensor) -> None:
-        """Remembers in `ring` (b, side, width) the last image tokens, unshifted, of a sequence (b, n, dim)."""
+        """Stores in `ring` (b, side, width) the last image tokens, unshifted, of a sequence (b, n, dim)."""
         positions = torch.arange(x.shape[1] - self.text_len)[-self.image_fmap_size :]
         ring[:, positions % self.image_fmap_size] = x[:, self.text_len + positions, : ring.shape[-1]]
 
     def step(self, x: Tensor, ring: Tensor, position: int) -> Tensor:
-        """Shifts the one image token (b, 1, dim) at `position` of the sequence and remembers it in `ring`."""
+        """Shifts the one image token (b, 1, dim) at `position` of the sequence and stores it in `ring`."""
         width = ring.shape[-1]
         column = (position - self.text_len) % self.image_fmap_size
         token = x[:, 0]
-        # A ring of one row: the slot about to be written holds the token above, the slot before it the one to the left.
+        # The slot to be written holds the token above, the slot before it the one to the left.
         above = ring[:, column, : width // 2].clone()
         left = ring[:, column - 1, width // 2 :] if column else torch.zeros_like(above)
         shifted = torch.cat((above, left, token[:, width:]), dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle, islice
 from typing import Generic, TypeVar
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn.attention import Attention
 from dalle_pytorch.nn.cache import KVCache, LayerCache, TransformerCache
 from dalle_pytorch.nn.checkpointing import Checkpointed
@@ -36,12 +36,13 @@ class FeedForward(nn.Module):
 
 
 Inner = TypeVar("Inner", Attention, FeedForward)
+T = TypeVar("T")
 
 
 class Branch(nn.Module, Generic[Inner]):
     """A residual branch: norm, token shift, attention or feed-forward `fn`, optional second norm, layer scale.
 
-    The scale's first value falls with depth (CaiT, arXiv:2103.17239); see `Transformer.set_layer_scale`.
+    The scale is initialised by depth (CaiT, arXiv:2103.17239); see `Transformer.set_layer_scale`.
     """
 
     def __init__(self, dim: int, fn: Inner, layer: int, sandwich_norm: bool, shift: TokenShift | None):
@@ -54,7 +55,7 @@ class Branch(nn.Module, Generic[Inner]):
         self.scale = nn.Parameter(torch.full((1, 1, dim), scale))
 
     def forward(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
-        """What is added to the stream (b, n, dim), which begins at position `start`; `ring` is the shift's memory."""
+        """The residual of a stream (b, n, dim) that begins at position `start`; `ring` is the token shift's cache."""
         x = self.norm(x)
         if self.shift is not None:
             if ring is not None and start > 0:
@@ -67,10 +68,10 @@ class Branch(nn.Module, Generic[Inner]):
 
 
 class Layer(Checkpointed):
-    """One attention branch and one feed-forward branch, run one after the other unless the layers are reversible.
+    """One attention branch and one feed-forward branch, sequential unless the layers are reversible.
 
-    With `activation_checkpointing`, which a training may set, only the input is kept for the gradient and the rest is
-    computed again (arXiv:1604.06174).
+    With `activation_checkpointing` only the input is stored for the backward pass, and the rest recomputed
+    (arXiv:1604.06174).
     """
 
     def __init__(self, attn: Branch[Attention], ff: Branch[FeedForward]):
@@ -87,6 +88,11 @@ class Layer(Checkpointed):
     def _run(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
         x = x + self.attn(x, **attn_kwargs)
         return x + self.ff(x, **ff_kwargs)
+
+
+def repeat_to(length: int, values: Sequence[T]) -> list[T]:
+    """The first `length` elements of `values`, repeated as needed."""
+    return [values[i % len(values)] for i in range(length)]
 
 
 class Transformer(nn.Module):
@@ -121,11 +127,11 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         if not image_fmap_size and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
-            raise ValueError("token shift, rotary positions and attention patterns want a sequence with an image grid")
+            raise UsageError("shift_tokens, rotary_emb and attn_types other than full need image_fmap_size")
         self.reversible = reversible
-        attn_types = list(islice(cycle(attn_types), depth))
-        attn_ids = list(islice(cycle(shared_attn_ids or range(depth)), depth))
-        ff_ids = list(islice(cycle(shared_ff_ids or range(depth)), depth))
+        attn_types = repeat_to(depth, attn_types)
+        attn_ids = repeat_to(depth, shared_attn_ids or range(depth))
+        ff_ids = repeat_to(depth, shared_ff_ids or range(depth))
         patterns: dict[str, nn.Module | None] = {}
         attns: dict[int, tuple[str, Attention]] = {}
         ffs: dict[int, FeedForward] = {}
@@ -142,7 +148,7 @@ class Transformer(nn.Module):
                 ffs[ff_id] = FeedForward(dim, dropout=ff_dropout)
             first_type, attn = attns[attn_id]
             if first_type != attn_type:
-                raise ValueError(f"shared_attn_ids shares the attention of {first_type} and {attn_type} layers")
+                raise UsageError(f"shared_attn_ids shares attention between {first_type} and {attn_type} layers")
             options = layer, sandwich_norm, shift
             layers.append(Layer(Branch(dim, attn, *options), Branch(dim, ffs[ff_id], *options)))
         self.layers: ModuleList[Layer] = ModuleList(layers)
@@ -150,19 +156,19 @@ class Transformer(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
 
     def set_layer_scale(self, value: float) -> None:
-        """Gives every branch this scale, before training: small transformers learn faster from 1 than from 0.1."""
+        """Sets the scale of every branch, before training: small transformers learn faster from 1 than from 0.1."""
         for layer in self.layers:
             for branch in (layer.attn, layer.ff):
                 nn.init.constant_(branch.scale, value)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: TransformerCache | None = None) -> Tensor:
-        """Maps (b, n, dim) to (b, n, dim). `key_mask` (b, n) is false at tokens that no other looks at.
+        """Maps (b, n, dim) to (b, n, dim). `key_mask` (b, n) is false at tokens to ignore.
 
-        With a `cache` the sequence goes on where the cache ends: first a whole prompt, then one image token at a time.
+        With a `cache` the sequence continues it: first a whole prompt, then one image token per call.
         """
         start = cache.length if cache is not None else 0
         if start > 0 and x.shape[1] != 1:
-            raise ValueError(f"a cache is gone on from one token at a time, not {x.shape[1]}")
+            raise ValueError(f"expected one token to continue the cache, got {x.shape[1]}")
         rotary = None if self.rotary is None else self.rotary[start : start + x.shape[1]]
         kwargs = {"rotary": rotary, "key_mask": key_mask}
         if self.reversible and cache is None and torch.is_grad_enabled():
@@ -175,9 +181,9 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             attn_kwargs, ff_kwargs = kwargs, {}
             if cache is not None:
-                memory = cache.layers[i]
-                attn_kwargs = {**kwargs, "start": start, "ring": memory.attn_ring, "cache": memory.kv}
-                ff_kwargs = {"start": start, "ring": memory.ff_ring}
+                layer_cache = cache.layers[i]
+                attn_kwargs = {**kwargs, "start": start, "ring": layer_cache.attn_ring, "cache": layer_cache.kv}
+                ff_kwargs = {"start": start, "ring": layer_cache.ff_ring}
             if self.reversible:
                 x1 = x1 + layer.attn(x2, **attn_kwargs)
                 x2 = x2 + layer.ff(x1, **ff_kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ Cache = TypeVar("Cache", bound="PriorCache")
 
 
 class PriorCache(Protocol):
-    """What a prior remembers of sequences, so that a further image token costs the work of one token."""
+    """A prior's state after some sequences, which one more image token extends at the cost of one token."""
 
-    def gather(self: Cache, rows: Tensor, max_length: int) -> Cache:
+    def gather(self, rows: Tensor, max_length: int) -> Self:
         """A new cache whose sequence i continues this one's `rows[i]`, with room for `max_length` positions."""
         ...
 
@@ -34,11 +34,11 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
 
     Attributes:
         vae: the image tokenizer whose tokens it models.
-        tokenizer: the text tokenizer that it was trained with, None where it is not known.
+        tokenizer: the text tokenizer of its training, None if unknown.
         text_seq_len: text tokens of a prompt, padding included.
         image_fmap_size: side of the grid of image tokens.
         num_image_tokens: size of the codebook.
-        sampling: the settings it is best sampled with, where nothing else is said.
+        sampling: its default sampling settings.
     """
 
     vae: ImageTokenizer
@@ -64,16 +64,16 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         return self.num_image_tokens
 
     # ----------------------------------------------------------------------------------------------
-    # What a prior implements
+    # To implement
 
     @abstractmethod
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         """The logits (b, n + 1, num_image_tokens) after each of the first 0 … n image tokens (b, n) of texts
-        (b, text_seq_len), by one pass over the whole sequence. Nothing follows the last token of a whole grid."""
+        (b, text_seq_len), by one pass over the whole sequence; n of them for a whole grid."""
 
     @abstractmethod
     def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Cache]:
-        """The logits (b, num_image_tokens) of the image token after (b, k) given ones, and a cache of the sequence."""
+        """The logits (b, num_image_tokens) after the first k image tokens (b, k), and a cache of the sequence."""
 
     @abstractmethod
     def step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
@@ -81,21 +81,21 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
 
     @abstractmethod
     def unconditional_text(self, text: Tensor) -> Tensor:
-        """The texts (b, text_seq_len) without a prompt, which guidance compares with `text`."""
+        """The empty prompts (b, text_seq_len) of classifier-free guidance."""
 
     @abstractmethod
     def check_text(self, text: Tensor) -> None:
-        """Raises `UsageError` if `text` holds tokens outside the vocabulary: another tokenizer made them."""
+        """Raises `UsageError` for tokens outside the vocabulary, from another tokenizer."""
 
     # ----------------------------------------------------------------------------------------------
-    # What all of them share
+    # Common to all priors
 
     def opened(self, folder: Path) -> None:
         self.tokenizer = companion_tokenizer(folder)
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
-        """Text tokens (b, text_seq_len) of prompts, cut where they are longer. Raises `UsageError` without a
-        tokenizer, and for one that is not the prior's."""
+        """Text tokens (b, text_seq_len) of prompts, truncated. Raises `UsageError` without a tokenizer, or for tokens
+        outside the prior's vocabulary."""
         if self.tokenizer is None:
             raise UsageError("this prior has no tokenizer; set its `tokenizer`")
         text = self.tokenizer.tokenize(prompts, self.text_seq_len, truncate_text=True).to(self.device)
@@ -103,23 +103,19 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         return text
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """The image tokens (b, image_seq_len) of square images (b, 3, h, h) in [0, 1], scaled to the size that has
-        that many; tokens (b, n) are returned as they are."""
+        """The image tokens (b, image_seq_len) of square images (b, 3, h, h) in [0, 1], resized as needed; tokens (b, n)
+        are returned unchanged."""
         if image.ndim != 4:
             return image
-        # The nearest code is decided by small differences: not under the autocast of a training.
+        # The nearest code depends on small differences: no autocast.
         with torch.autocast(image.device.type, enabled=False):
             return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
 
     def num_init_tokens(self, count: int | None) -> int:
-        """How many image tokens of an initial image are kept: `count`, or OpenAI's share, 14 rows of 32. Raises
-        `UsageError` where none would be left to sample."""
+        """How many image tokens of an initial image to keep: `count`, or OpenAI's share, 14 rows of 32 by default."""
         count = int(0.4375 * self.image_seq_len) if count is None else count
         if not 0 <= count < self.image_seq_len:
-            raise UsageError(
-                f"the number of initial image tokens must be from 0 to {self.image_seq_len - 1}, not {count}: this "
-                f"prior's images have {self.image_seq_len} tokens"
-            )
+            raise UsageError(f"expected 0 to {self.image_seq_len - 1} initial image tokens, got {count}")
         return count
 
     def generate_texts(
@@ -132,5 +128,5 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         temperature: float = 1.0,
         seed: int | None = None,
     ) -> tuple[Tensor, list[str]]:
-        """Continues a text, see `DALLE.generate_texts`. Raises `UsageError` for a prior of images alone."""
-        raise UsageError(f"a {type(self).__name__} does not model text: it cannot continue a prompt")
+        """Continues a text, see `DALLE.generate_texts`. Raises `UsageError` unless the prior models text too."""
+        raise UsageError(f"a {type(self).__name__} cannot continue a text: it models images only")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.nn.cache import TransformerCache
-from dalle_pytorch.nn.transformer import Transformer
+from dalle_pytorch.nn.transformer import Transformer, repeat_to
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
-from dalle_pytorch.pretrained import PretrainedModel, companion_path, records_config
+from dalle_pytorch.pretrained import companion_path, records_config
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
 from dalle_pytorch.sampling.settings import SamplingSettings
@@ -34,7 +33,7 @@ UPSTREAM_NAMES = (
     (r"^image_pos_emb\.weights[._]0$", "image_pos_emb.rows"),
     (r"^image_pos_emb\.weights[._]1$", "image_pos_emb.columns"),
 )
-# Tables that are computed here, and second names of the output layer under share_input_output_emb.
+# Tables that are computed, and second names of the output layer under share_input_output_emb.
 UPSTREAM_DROPPED = re.compile(r"logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
 
 
@@ -47,7 +46,7 @@ class AxialPositions(nn.Module):
         self.columns = nn.Parameter(torch.randn(1, side, dim))
 
     def forward(self, start: int, stop: int) -> Tensor:
-        """The vectors of the grid's places `start` to `stop`, row by row: (stop - start, dim)."""
+        """The vectors of positions `start` to `stop` of the grid, row by row: (stop - start, dim)."""
         return (self.rows + self.columns).flatten(0, 1)[start:stop]
 
 
@@ -62,18 +61,18 @@ class DALLE(Prior[TransformerCache]):
         vae: the image tokenizer; it is frozen.
         num_text_tokens: size of the tokenizer's vocabulary.
         text_seq_len: text tokens in a sequence, padding included.
-        depth, heads, dim_head, attn_dropout, ff_dropout: the transformer's sizes.
-        reversible: memory in training does not grow with depth (docs/reversible.md has figures).
-        sparse_attn: layers (cycling) whose attention is block-sparse; the same as `attn_types` with `sparse` there.
+        depth, heads, dim_head, attn_dropout, ff_dropout: see `Transformer`.
+        reversible: memory in training does not grow with depth (measured in docs/reversible.md).
+        sparse_attn: layers (cycling) with block-sparse attention, as if `attn_types` had `sparse` there.
         attn_types: `full`, `axial_row`, `axial_col`, `conv_like`, `sparse`, cycling over the layers.
-        loss_img_weight: the image's weight in the loss against the text's 1.
-        stable: for half precision, the embeddings' gradient is scaled down and the output divided by its maximum
+        loss_img_weight: weight of the image's loss; the text's is 1.
+        stable: for half precision, scales the embeddings' gradient down and divides the output by its maximum
             (CogView, arXiv:2105.13290).
         sandwich_norm: a second norm at the end of each branch (CogView).
-        shift_tokens: neighbours lend each token a part of their channels.
+        shift_tokens: each token takes some channels of its neighbours, see `TokenShift`.
         rotary_emb: rotary positions; learned ones otherwise.
-        shared_attn_ids, shared_ff_ids: layers of the same number share that module.
-        share_input_output_emb: embeddings are the rows of the output layer.
+        shared_attn_ids, shared_ff_ids: layers of the same id share that module.
+        share_input_output_emb: ties embeddings to the output layer.
         image_fmap_size: side of the grid of image tokens; `vae.image_size / 2^num_layers` unless given.
         num_image_tokens: size of the codebook; the VAE's unless given, and checked against it.
         qk_norm: RMS norm on queries and keys. Not in DALLE-pytorch.
@@ -114,7 +113,7 @@ class DALLE(Prior[TransformerCache]):
         self.text_seq_len = text_seq_len
         self.total_seq_len = text_seq_len + self.image_seq_len
         self.num_image_tokens = vae.num_tokens
-        # As upstream, the attribute counts the padding tokens, one for each text position.
+        # As upstream, including the padding tokens, one for each text position.
         self.num_text_tokens = num_text_tokens + text_seq_len
         self.total_tokens = self.num_text_tokens + self.num_image_tokens
         self.loss_img_weight = loss_img_weight
@@ -189,7 +188,7 @@ class DALLE(Prior[TransformerCache]):
         self, folder: str | os.PathLike, dtype: torch.dtype | None = None, save_vae: bool = True
     ) -> None:
         """Writes the prior into `folder` and, unless `save_vae` is false, its VAE into `vae/` below."""
-        # Recorded whole, so that opening it with another VAE can tell whether that fits.
+        # Recorded to check another VAE against.
         self.config.pop("vae", None)
         self.config.update(image_fmap_size=self.image_fmap_size, num_image_tokens=self.num_image_tokens)
         if save_vae:
@@ -198,12 +197,12 @@ class DALLE(Prior[TransformerCache]):
 
     @classmethod
     def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-        if overrides.get("vae") is not None:
+        if "vae" in overrides:
             return {}
         path = companion_path(folder, "vae")
         if path is None:
-            raise CheckpointError(f"{folder} has no VAE in it or beside it (a folder named vae); give one with vae=")
-        return {"vae": PretrainedModel.from_pretrained(path)}
+            raise CheckpointError(f"{folder} has no VAE (a folder vae in it or beside it); pass one as `vae`")
+        return {"vae": ImageTokenizer.from_pretrained(path)}
 
     def train(self, mode: bool = True) -> DALLE:
         super().train(mode)
@@ -214,28 +213,26 @@ class DALLE(Prior[TransformerCache]):
     # Embeddings
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Puts <bos> before the text and gives padding its tokens: (b, text_seq_len), 0 for padding, one token longer.
+        """Prepends <bos> to text (b, text_seq_len) and replaces padding (0) by the token of its position.
 
         Positions where `mask` (b, text_seq_len) is false become padding.
         """
         if text.ndim != 2 or text.shape[1] != self.text_seq_len:
-            raise ValueError(f"text of shape (batch, {self.text_seq_len}) is wanted, not {tuple(text.shape)}")
+            raise ValueError(f"expected text of shape (batch, {self.text_seq_len}), got {tuple(text.shape)}")
         if mask is not None:
             text = text.masked_fill(~mask.bool(), 0)
         padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
         return F.pad(torch.where(text == 0, padding, text), (1, 0))
 
     def check_text(self, text: Tensor) -> None:
-        """Raises `UsageError` if `text` holds tokens outside the vocabulary: another tokenizer made them."""
         known = self.num_text_tokens - self.text_seq_len
         if text.numel() and int(text.max()) >= known:
             raise UsageError(
-                f"the tokenizer gives the text token {int(text.max())}, and this prior knows {known}: "
-                "it was trained with another tokenizer"
+                f"expected text tokens below {known}, got {int(text.max())}: the prior has another tokenizer"
             )
 
     def embed_text(self, tokens: Tensor) -> Tensor:
-        """The stream (b, n, dim) for what `prepare_text` gives, or the first n tokens of it."""
+        """Embeddings (b, n, dim) of the first n tokens of `prepare_text`'s."""
         if self.text_emb is None:
             emb = F.embedding(tokens, self.to_logits.weight[: self.num_text_tokens])
         else:
@@ -243,7 +240,7 @@ class DALLE(Prior[TransformerCache]):
         return emb if self.text_pos_emb is None else emb + self.text_pos_emb.weight[: tokens.shape[1]]
 
     def embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """The stream (b, n, dim) for image tokens (b, n), the first of which is number `start` of the grid."""
+        """Embeddings (b, n, dim) of image tokens (b, n), the first of which is at position `start` of the grid."""
         if self.image_emb is None:
             emb = F.embedding(tokens, self.to_logits.weight[self.num_text_tokens :])
         else:
@@ -254,7 +251,7 @@ class DALLE(Prior[TransformerCache]):
     # Forward
 
     def hidden(self, emb: Tensor, cache: TransformerCache | None = None) -> Tensor:
-        """Runs the transformer and the last norm over the stream (b, n, dim); with a `cache`, from where that ends."""
+        """The transformer and the last norm over embeddings (b, n, dim), which continue `cache` if given."""
         if self.stable:
             emb = emb * 0.1 + emb.detach() * 0.9
         out = self.transformer(emb, cache=cache)
@@ -282,18 +279,17 @@ class DALLE(Prior[TransformerCache]):
         image_weights: Tensor | None = None,
         image_noise: float = 0.0,
     ) -> Tensor:
-        """The training loss, or the logits of what follows each token.
+        """The training loss, or the logits of each next token.
 
         Args:
             text: (b, text_seq_len) int64, 0 for padding.
             image: pixels (b, 3, h, w) in [0, 1], or the first tokens of the grid, (b, n) int64.
             return_loss: the mean of the text's cross-entropy and the image's, the latter with weight `loss_img_weight`.
-            null_cond_prob: the share of texts replaced by padding, for classifier-free guidance (arXiv:2207.12598).
+            null_cond_prob: share of texts replaced by padding, for classifier-free guidance (arXiv:2207.12598).
             mask: (b, text_seq_len) bool; text where it is false becomes padding.
             image_weights: (b, image_seq_len) weights of the image tokens in the loss, a weighted mean over the batch.
-            image_noise: each image is shown to the model with a share of its tokens, between 0 and this, replaced by
-                those of another image of the batch; what it is to predict stays right. It then leans on the text and on
-                the whole of the picture, and a token drawn wrongly does not spoil what follows.
+            image_noise: upper bound of the share of input tokens that each image has replaced by those of another image
+                of the batch; targets stay. Makes sampling robust to wrong tokens.
 
         Returns:
             A scalar loss; or logits (b, text_seq_len + 1 + n, total_tokens), one position less for a whole image, in
@@ -307,7 +303,7 @@ class DALLE(Prior[TransformerCache]):
         if image is not None and image.numel() > 0:
             image = self.encode_image(image)
             if image.shape[1] > self.image_seq_len:
-                raise ValueError(f"{image.shape[1]} image tokens given; this model draws grids of {self.image_seq_len}")
+                raise ValueError(f"expected at most {self.image_seq_len} image tokens, got {image.shape[1]}")
             shown = image
             if image_noise > 0:
                 share = image_noise * torch.rand(len(image), 1, device=image.device)
@@ -324,7 +320,7 @@ class DALLE(Prior[TransformerCache]):
             return torch.cat((text_logits, image_logits), dim=1)
 
         if image is None or image.shape[1] != self.image_seq_len:
-            raise ValueError(f"the loss wants the whole image: {self.image_seq_len} tokens, or pixels")
+            raise ValueError(f"the loss needs the whole image: {self.image_seq_len} tokens, or pixels")
         loss_text = F.cross_entropy(self.text_logits(on_text).flatten(0, 1), text[:, 1:].flatten())
         image_logits = self.image_logits(on_image).flatten(0, 1)
         if image_weights is None:
@@ -335,7 +331,7 @@ class DALLE(Prior[TransformerCache]):
         return (loss_text + self.loss_img_weight * loss_image) / (1 + self.loss_img_weight)
 
     # ----------------------------------------------------------------------------------------------
-    # What sampling calls
+    # For sampling
 
     @property
     def max_length(self) -> int:
@@ -388,17 +384,17 @@ class DALLE(Prior[TransformerCache]):
         """Samples one image for each text.
 
         Args:
-            text: (b, n) int64, 0 for padding; what exceeds `text_seq_len` is cut off.
-            clip: a trainable `CLIP`; its scores are returned too.
+            text: (b, n) int64, 0 for padding; truncated to `text_seq_len`.
+            clip: a trainable `CLIP` whose scores are returned too.
             mask: (b, n) bool; text where it is false becomes padding.
-            filter_thres: the fraction of all tokens removed where neither `top_k` nor `top_p` is given.
+            filter_thres: fraction of all tokens to remove, unless `top_k` or `top_p` is given.
             top_k, top_p, temperature, cond_scale: see `SamplingSettings`; `top_k_thresh` and `top_p_thresh` are other
                 names for the first two.
-            img: images (b, 3, h, h) in [0, 1] (or one for all) to complete, of which the first `num_init_img_tokens`
-                tokens are kept, 7/16 of them unless given.
-            use_cache: False runs the whole sequence for every token; the result is the same.
+            img: images (b, 3, h, h) in [0, 1] (or one for all) to complete from their first `num_init_img_tokens`
+                tokens, 7/16 of them by default.
+            use_cache: False runs the whole sequence for every token, with the same result.
             return_tokens: returns the image tokens (b, image_seq_len) too.
-            seed: fixes the draws of text i; unless given, torch's global generator chooses one.
+            seed: determines the samples; from torch's global generator by default.
             on_token: called after each token of the batch.
 
         Returns:
@@ -412,21 +408,21 @@ class DALLE(Prior[TransformerCache]):
         if mask is not None:
             text = text.masked_fill(~mask[:, : self.text_seq_len].bool(), 0)
         with evaluation(self):
-            given = text.new_empty(len(text), 0)
+            init_image_tokens = text.new_empty(len(text), 0)
             if img is not None:
                 count = self.num_init_tokens(num_init_img_tokens)
-                given = self.encode_image(img)[:, :count].expand(len(text), -1)
+                init_image_tokens = self.encode_image(img)[:, :count].expand(len(text), -1)
             if seed is None:
                 seed = int(torch.randint(2**62, ()))
             uniforms = torch.cat([candidate_uniforms(seed, row, [i], self.image_seq_len) for i, row in enumerate(text)])
             if use_cache:
                 # Equal prompts go through the transformer once.
-                prompts, rows = torch.cat((text, given), dim=1).unique(dim=0, return_inverse=True)
-                prompt_text, prompt_given = prompts.split((text.shape[1], given.shape[1]), dim=1)
-                prefix = prefill(self, prompt_text, prompt_given, cond_scale)
+                prompts, rows = torch.cat((text, init_image_tokens), dim=1).unique(dim=0, return_inverse=True)
+                prompt_text, prompt_init = prompts.split((text.shape[1], init_image_tokens.shape[1]), dim=1)
+                prefix = prefill(self, prompt_text, prompt_init, cond_scale)
                 tokens = sample_image_tokens(self, prefix, rows, uniforms, settings, on_token)
             else:
-                tokens = sample_image_tokens_uncached(self, text, given, uniforms, settings, on_token)
+                tokens = sample_image_tokens_uncached(self, text, init_image_tokens, uniforms, settings, on_token)
             images = self.vae.decode_image(tokens)
             scores = () if clip is None else (clip(text, images, return_loss=False),)
         results = (images, *scores, *((tokens,) if return_tokens else ()))
@@ -443,9 +439,9 @@ class DALLE(Prior[TransformerCache]):
         temperature: float = 1.0,
         seed: int | None = None,
     ) -> tuple[Tensor, list[str]]:
-        """Continues the words in `text`, or writes a text of its own: tokens (1, text_seq_len), and the text in a list.
+        """Continues `text`, or samples a text: tokens (1, text_seq_len), and the text in a list.
 
-        `filter_thres` is the fraction of all tokens removed where neither `top_k` nor `top_p` is given.
+        `filter_thres` is the fraction of all tokens to remove, unless `top_k` or `top_p` is given.
         """
         settings = self._settings(top_k, top_p, filter_thres, temperature)
         begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
@@ -475,4 +471,5 @@ def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Seq
     """One attention type per layer."""
     types = [attn_types] if isinstance(attn_types, str) else list(attn_types or ("full",))
     sparse = [sparse_attn] if isinstance(sparse_attn, bool) else list(sparse_attn or (False,))
-    return ["sparse" if s else t for t, s in islice(zip(cycle(types), cycle(sparse), strict=False), depth)]
+    pairs = zip(repeat_to(depth, types), repeat_to(depth, sparse), strict=True)
+    return ["sparse" if is_sparse else attn_type for attn_type, is_sparse in pairs]

@@ -43,11 +43,10 @@ def open_published(
     `config_path` is a VQGAN's model.yaml; `vae` overrides the one that a prior names.
     """
     path = Path(path)
-    overrides: dict[str, Any] = {} if vae is None else {"vae": vae}
     if not path.exists() and not is_file(path):
         if str(path) in CLIPS or "class" not in read_config(resolve_folder(path, ["config.json"])):
             return load_clip(path)
-        return PretrainedModel.from_pretrained(path, **overrides)
+        return PretrainedModel.from_pretrained(path, vae=vae)
     if path.is_dir():
         if (path / AUXILIARY_NAME).is_file():
             return load_dalle(path, vae)
@@ -57,7 +56,7 @@ def open_published(
             return load_vqgan(path / "last.ckpt", config_path)
         if "class" not in read_config(path):
             return load_clip(path)
-        return PretrainedModel.from_pretrained(path, **overrides)
+        return PretrainedModel.from_pretrained(path, vae=vae)
     if path.name == AUXILIARY_NAME:
         return load_dalle(path, vae)
     content = read_torch(path, TRAINING_STATE)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import yaml
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
@@ -114,8 +115,6 @@ def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The settings in a YAML file. Raises `CheckpointError` if there are none."""
-    import yaml
-
     try:
         settings = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -283,7 +282,7 @@ def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     for opcode, argument, _ in pickletools.genops(file):
         count += 1
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            largest_index = max(largest_index, int(argument or 0))
+            largest_index = max(largest_index, argument or 0)
     size = file.tell() - start
     # The unpickler makes room for the largest index, however large.
     if size > LARGEST_PICKLE or largest_index > count:

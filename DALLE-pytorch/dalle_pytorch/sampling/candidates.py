@@ -23,13 +23,13 @@ class Candidate:
     """One image for a prompt, on the CPU."""
 
     index: int
-    """Its number under the seed: the same candidate whatever the batch size and the number of candidates."""
+    """Index under the seed: the same candidate for every batch size and number of candidates."""
     tokens: Tensor
     """(image_seq_len,) int64, row by row."""
     image: Tensor
     """(3, h, w) in [0, 1]."""
     score: float | None = None
-    """Cosine similarity to the prompt, if it was scored."""
+    """Cosine similarity to the prompt, None without a scorer."""
 
 
 def candidate_batches(
@@ -44,14 +44,14 @@ def candidate_batches(
     scorer: Scorer | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Iterator[list[Candidate]]:
-    """Yields the candidates 0 to `num_images - 1` of a prompt in batches. The prompt is run once for all of them.
+    """Yields the candidates 0 to `num_images - 1` of a prompt in batches, after one pass over the prompt.
 
     Args:
-        prompt: cut where it is longer than the prior's `text_seq_len`.
-        settings: the prior's own unless given.
-        seed: decides the candidates, together with the prompt and their indices.
+        prompt: truncated to the prior's `text_seq_len`.
+        settings: the prior's own by default.
+        seed: determines the candidates, together with the prompt and their indices.
         init_image_tokens: (k,) image tokens that every candidate begins with.
-        scorer: gives the candidates their scores.
+        scorer: scores the candidates.
         progress: called with the number of finished candidates and of tokens sampled for each of the current batch.
 
     Raises:
@@ -60,11 +60,12 @@ def candidate_batches(
     settings = prior.sampling if settings is None else settings
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
+            raise UsageError(f"{name} must be at least 1, got {value}")
     text = prior.tokenize(prompt)
-    given = None if init_image_tokens is None else init_image_tokens[None].to(prior.device)
+    if init_image_tokens is not None:
+        init_image_tokens = init_image_tokens[None].to(prior.device)
     with evaluation(prior):
-        prefix = prefill(prior, text, given, settings.cond_scale)
+        prefix = prefill(prior, text, init_image_tokens, settings.cond_scale)
 
     for start in range(0, num_images, batch_size):
         indices = range(start, min(start + batch_size, num_images))
@@ -83,7 +84,7 @@ def candidate_batches(
             images = prior.vae.decode_image(tokens)
             scores = [None] * len(indices) if scorer is None else scorer.score(prompt, images).tolist()
         batch = zip(indices, tokens.cpu(), images.float().cpu(), scores, strict=True)
-        # Cloned, so that a candidate that is kept does not keep its whole batch in memory.
+        # Cloned: a view would keep the whole batch in memory.
         yield [Candidate(index, tokens.clone(), image.clone(), score) for index, tokens, image, score in batch]
 
 
@@ -96,13 +97,13 @@ def generate_candidates(
     keep: int | None = None,
     **options: Any,
 ) -> list[Candidate]:
-    """The best `keep` (all unless given) of `num_images` candidates of a prompt, best first.
+    """The best `keep` (all by default) of `num_images` candidates of a prompt, best first, the earlier of equals first.
 
-    Without a `scorer` these are the first ones, in order. Of equal scores the earlier candidate is the better one.
-    Memory grows with `keep`, not with `num_images`. `options` are those of `candidate_batches`.
+    Without a `scorer` these are the first ones, in order. Memory grows with `keep`, not with `num_images`. `options`
+    are those of `candidate_batches`.
     """
     if keep is not None and keep < 1:
-        raise UsageError(f"keep must be at least 1, not {keep}")
+        raise UsageError(f"keep must be at least 1, got {keep}")
     keep = num_images if keep is None else min(keep, num_images)
     if scorer is None:
         num_images = keep

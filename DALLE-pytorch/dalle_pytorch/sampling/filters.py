@@ -1,4 +1,4 @@
-"""From logits to a token: top-k and top-p filters, and the draw."""
+"""From logits to a token: top-k and top-p filters, and sampling."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def filter_logits(
 
     Args:
         top_k, top_p: see `SamplingSettings`. At least one token is kept.
-        num_total: the tokens that a fractional `top_k` counts over, n unless given. DALLE-pytorch counts text and image
-            tokens together.
+        num_total: the number of tokens that a fractional `top_k` counts over, n by default. DALLE-pytorch counts text
+            and image tokens together.
 
-    Tokens as likely as the last one kept are kept as well, so that the order among equals does not matter.
+    Tokens as likely as the last one kept are kept as well, whatever their order.
     """
     SamplingSettings(top_k, top_p)
     size = logits.shape[-1]
@@ -39,11 +39,9 @@ def filter_logits(
     return logits.masked_fill(logits < least, -math.inf)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """One token (b,) from each row of filtered logits (b, n): where its cumulative distribution passes `uniforms`.
-
-    Tokens are in the order of their ids. A temperature of 0 takes the most likely one, the first among equals.
-    """
+def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """One token (b,) from each row of filtered logits (b, n), by inverse transform sampling of `uniforms` (b,) in
+    [0, 1). A temperature of 0 takes the most likely token, the first among equals."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     # MPS has no float64.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior, PriorCache
-from dalle_pytorch.sampling.filters import draw, filter_logits
+from dalle_pytorch.sampling.filters import filter_logits, sample
 from dalle_pytorch.sampling.settings import SamplingSettings
 
 OnToken = Callable[[], object]
@@ -19,7 +19,7 @@ OnToken = Callable[[], object]
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and autocast; restores the model's mode at the end."""
+    """Evaluation mode without gradients and autocast; restores the mode at the end."""
     training = model.training
     model.eval()
     try:
@@ -31,9 +31,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Prefix:
-    """Prompts that went through the prior once, to be continued any number of times.
+    """Prompts after one pass through the prior, to continue any number of times.
 
-    Row i is a prompt. With guidance, the rows from `len(init_image_tokens)` on are the same without their text.
+    Row i is a prompt. With guidance, the rows from `len(init_image_tokens)` on are the unconditional ones.
     """
 
     cache: PriorCache
@@ -50,14 +50,15 @@ def prefill(prior: Prior, text: Tensor, init_image_tokens: Tensor | None = None,
         init_image_tokens: (p, k) image tokens that the images begin with.
         cond_scale: see `SamplingSettings`.
     """
-    given = text.new_empty(len(text), 0) if init_image_tokens is None else init_image_tokens
-    if given.shape[1] >= prior.image_seq_len:
-        raise UsageError(f"{given.shape[1]} of {prior.image_seq_len} image tokens are given: none is left to sample")
-    both = given
+    if init_image_tokens is None:
+        init_image_tokens = text.new_empty(len(text), 0)
+    if (count := init_image_tokens.shape[1]) >= prior.image_seq_len:
+        raise UsageError(f"expected fewer than {prior.image_seq_len} initial image tokens, got {count}")
+    prefix = init_image_tokens
     if cond_scale != 1:
-        text, both = torch.cat((text, prior.unconditional_text(text))), given.repeat(2, 1)
-    logits, cache = prior.prefill(text, both)
-    return Prefix(cache, logits, given, cond_scale)
+        text, prefix = torch.cat((text, prior.unconditional_text(text))), prefix.repeat(2, 1)
+    logits, cache = prior.prefill(text, prefix)
+    return Prefix(cache, logits, init_image_tokens, cond_scale)
 
 
 def sample_image_tokens(
@@ -68,7 +69,7 @@ def sample_image_tokens(
     settings: SamplingSettings,
     on_token: OnToken | None = None,
 ) -> Tensor:
-    """Samples the image tokens (n, image_seq_len) of n candidates, the given ones included.
+    """Samples the image tokens (n, image_seq_len) of n candidates, including the initial ones.
 
     Args:
         rows: (n,) the prompt in `prefix` of each candidate.
@@ -101,7 +102,7 @@ def sample_image_tokens_uncached(
     settings: SamplingSettings,
     on_token: OnToken | None = None,
 ) -> Tensor:
-    """What `sample_image_tokens` samples, by a pass over the whole sequence (n rows) for every token."""
+    """`sample_image_tokens` without a cache: a pass over the whole sequence (n rows) for every token."""
     guided = settings.cond_scale != 1
     both = torch.cat((text, prior.unconditional_text(text))) if guided else text
 
@@ -134,7 +135,7 @@ def _sample(
     for position in range(first, prior.image_seq_len):
         logits = next_logits(tokens[:, :position])
         logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
-        tokens[:, position] = draw(logits, uniforms[:, position], settings.temperature)
+        tokens[:, position] = sample(logits, uniforms[:, position], settings.temperature)
         if on_token is not None:
             on_token()
     return tokens

@@ -1,4 +1,4 @@
-"""How tokens are drawn from a prior's logits."""
+"""Settings of sampling from a prior."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         top_k, top_p, temperature = self.top_k, self.top_p, self.temperature
         if top_k is not None and not (0 <= top_k < 1 or (top_k >= 1 and top_k % 1 == 0)):
-            raise UsageError(f"top_k must be a fraction from 0 to below 1 or a whole number of tokens, not {top_k}")
+            raise UsageError(f"top_k must be in [0, 1) or a whole number of tokens, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {top_p}")
+            raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}")
         if not (temperature >= 0 and math.isfinite(temperature)):
-            raise UsageError(f"temperature must be 0 (the most likely token) or above, not {temperature}")
+            raise UsageError(f"temperature must be 0 (the most likely token) or above, got {temperature}")
         if not math.isfinite(self.cond_scale):
-            raise UsageError(f"cond_scale must be finite, not {self.cond_scale}")
+            raise UsageError(f"cond_scale must be finite, got {self.cond_scale}")

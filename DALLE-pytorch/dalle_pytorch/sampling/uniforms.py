@@ -1,4 +1,4 @@
-"""Reproducible uniform numbers: a draw is fixed by seed, prompt, candidate and position."""
+"""Reproducible uniform numbers, determined by seed, prompt, candidate and position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def candidate_uniforms(seed: int, prompt: Tensor, candidates: Sequence[int], len
     """The uniform numbers in [0, 1) of some candidates of a prompt: (len(candidates), length) float64, on the CPU.
 
     They come from the counter-based generator Philox (Salmon et al., 2011), keyed by a hash of `seed` and the
-    `prompt`'s tokens (n,) up to its padding and started at the candidate's number: the same on every machine.
+    `prompt`'s tokens (n,) without padding, with the candidate's index as counter: the same on every machine.
     """
     tokens = prompt.detach().cpu().numpy().astype("<i8")
     tokens = np.trim_zeros(tokens, "b")

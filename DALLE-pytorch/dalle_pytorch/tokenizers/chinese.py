@@ -9,6 +9,7 @@ import tokenizers
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import first_line
 from dalle_pytorch.tokenizers.base import Tokenizer, _kept
 
 
@@ -22,8 +23,8 @@ class ChineseTokenizer(Tokenizer):
             self.tokenizer = BertTokenizerFast.from_pretrained(str(path_or_name))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{path_or_name} is neither a folder with a BERT vocabulary (vocab.txt) nor to be had from the hub "
-                f"({str(error).splitlines()[0]}); put its files into a folder and name that"
+                f"{path_or_name} is not a folder with a BERT vocabulary (vocab.txt) and cannot be downloaded from the "
+                f"hub ({first_line(error)}); pass a folder with its files"
             ) from None
         self.vocab_size = self.tokenizer.vocab_size
         self.unknown_id = self.tokenizer.unk_token_id

@@ -12,7 +12,7 @@ from tokenizers import processors as post_processors
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.pretrained import companion_path
+from dalle_pytorch.pretrained import companion_path, first_line
 from dalle_pytorch.tokenizers.base import Tokenizer, _kept
 
 
@@ -26,7 +26,7 @@ class HugTokenizer(Tokenizer):
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
         self.tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=True)
         self.vocab_size = self.tokenizer.get_vocab_size()
         model = self.tokenizer.model

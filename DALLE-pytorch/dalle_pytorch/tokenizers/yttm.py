@@ -12,12 +12,12 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.tokenizers.base import Tokenizer, _kept
 
 
 class YttmTokenizer(Tokenizer):
-    """A `.model` file of YouTokenToMe, read without it.
+    """A `.model` file of YouTokenToMe.
 
     The file is text: the number of characters and of merges; a line `code point, id` for each character; a line
     `left, right, result` for each merge in the order of training; the ids of unknown, padding, begin and end.
@@ -31,7 +31,7 @@ class YttmTokenizer(Tokenizer):
         except OSError as error:
             raise CheckpointError(f"the vocabulary {bpe_path} cannot be read ({error.strerror})") from None
         except ValueError:
-            raise CheckpointError(f"{bpe_path} is not a YouTokenToMe model: it holds more than whole numbers") from None
+            raise CheckpointError(f"{bpe_path} is not a YouTokenToMe model: expected integers only") from None
         try:
             num_characters, num_merges, *rest = numbers
             characters = dict(zip(rest[: 2 * num_characters : 2], rest[1 : 2 * num_characters : 2], strict=True))
@@ -41,7 +41,7 @@ class YttmTokenizer(Tokenizer):
             self._space_id = self._ids[self.SPACE]
             self._merges, pieces = {}, {i: character for character, i in self._ids.items()}
             for rank, (left, right, result) in enumerate(zip(*(merges[i::3] for i in range(3)), strict=True)):
-                # Two merges may spell the same piece and still be two tokens, so pieces cannot stand for ids.
+                # Two tokens may spell the same piece, so pieces cannot identify them.
                 self._merges[left, right] = (rank, result)
                 pieces[result] = pieces[left] + pieces[right]
             self._unknown, *_ = special_ids = specials[:4]
@@ -50,13 +50,13 @@ class YttmTokenizer(Tokenizer):
             if min(num_characters, num_merges) < 0 or len(self._merges) != num_merges:
                 raise ValueError
         except (ValueError, KeyError, OverflowError):
-            raise CheckpointError(f"{bpe_path} is not a whole YouTokenToMe model") from None
+            raise CheckpointError(f"{bpe_path} is not a complete YouTokenToMe model") from None
         self._pieces = pieces | {i: name for i, name in names.items() if i >= 0}
         self.vocab_size = len(self._pieces)
         self._words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        # White space as C's isspace has it, and the stand-in for a space.
+        # White space as in C's isspace, and the symbol for a space.
         ids = []
         for word in filter(None, re.split(f"[ \t\n\v\f\r{self.SPACE}]+", text)):
             if word not in self._words:
@@ -67,7 +67,7 @@ class YttmTokenizer(Tokenizer):
         return ids
 
     def _merge(self, word: str) -> list[int]:
-        """The ids of one word: the earliest rule is applied first, from the left, until none applies."""
+        """The ids of one word: the earliest merge first, from the left, until none applies."""
         ids = [self._space_id]
         for character in word:
             i = self._ids.get(character, self._unknown)
@@ -85,15 +85,15 @@ class YttmTokenizer(Tokenizer):
         try:
             pieces = [self._pieces[i] for i in _kept(ids, pad_tokens)]
         except KeyError as error:
-            raise ValueError(f"token {error} is outside this vocabulary of {self.vocab_size}") from None
+            raise ValueError(f"expected tokens below {self.vocab_size}, got {error}") from None
         text = "".join(" " + piece[1:] if piece.startswith(self.SPACE) else piece for piece in pieces)
         return text.removeprefix(" ")
 
     def to_hugging_face(self) -> tokenizers.Tokenizer:
-        """The same encoding as a tokenizer.json has it. Raises `ValueError` where two tokens spell the same piece."""
+        """The encoding as in a tokenizer.json. Raises `UsageError` if two tokens spell the same piece."""
         vocabulary = {piece: i for i, piece in self._pieces.items()}
         if len(vocabulary) < len(self._pieces):
-            raise ValueError("two tokens of this vocabulary spell the same, which a tokenizer.json cannot hold")
+            raise UsageError("two tokens of this vocabulary spell the same, which a tokenizer.json cannot represent")
         merges = [(self._pieces[left], self._pieces[right]) for left, right in self._merges]
         tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<UNK>", fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

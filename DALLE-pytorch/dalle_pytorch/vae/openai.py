@@ -31,6 +31,9 @@ _UPSTREAM_NAMES = (
 )
 
 
+Resample = Callable[[Tensor], Tensor]
+
+
 class Block(nn.Module):
     """(b, in, h, w) → (b, out, h, w): four convolutions beside a skip connection, the branch scaled by `gain`."""
 
@@ -63,12 +66,11 @@ def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.Mo
 class Stack(nn.Module):
     """A convolution, groups of blocks with a change of resolution between them, a 1×1 convolution."""
 
-    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, width: int, out: int,
-                 resample: Callable[[Tensor], Tensor]):  # fmt: skip
+    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, conv_out: nn.Conv2d, resample: Resample):
         super().__init__()
         self.conv_in = conv_in
         self.groups = groups
-        self.conv_out = nn.Conv2d(width, out, 1)
+        self.conv_out = conv_out
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,23 +128,22 @@ class OpenAIDiscreteVAE(ImageTokenizer):
         self.encoder = Stack(
             nn.Conv2d(channels, encoder_dim, 7, padding=3),
             _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
-            down[-1],
-            num_tokens,
+            nn.Conv2d(down[-1], num_tokens, 1),
             _halve,
         )
         # The second half of the output channels are the scales of the Laplace distributions, for training only.
         self.decoder = Stack(
             nn.Conv2d(num_tokens, codebook_dim, 1),
             _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
-            up[-1],
-            2 * channels,
+            nn.Conv2d(up[-1], 2 * channels, 1),
             _double,
         )
 
     @property
     def codebook_weight(self) -> Tensor:
         """(num_tokens, codebook_dim): the decoder's first convolution of each one-hot token."""
-        return self.decoder.conv_in.weight[:, :, 0, 0].T + self.decoder.conv_in.bias  # pyright: ignore[reportOperatorIssue]
+        weight, bias = self.decoder.conv_in.parameters()
+        return weight[:, :, 0, 0].T + bias
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return rename_halves(strip_prefix(state, "enc."), strip_prefix(state, "dec."))

@@ -242,9 +242,10 @@ class GumbelQuantizer(nn.Module):
     def set_codebook(self, codes: Tensor) -> None:
         """Sets the codebook (num_tokens, embed_dim), and the projection so that logits are minus squared distances up
         to a term common to all codes."""
+        weight, bias = self.proj.parameters()
         self.embed.weight.copy_(codes)
-        self.proj.weight.copy_(2 * codes[..., None, None])
-        self.proj.bias.copy_(-codes.square().sum(1))  # pyright: ignore[reportOptionalMemberAccess]
+        weight.copy_(2 * codes[..., None, None])
+        bias.copy_(-codes.square().sum(1))
 
 
 # --------------------------------------------------------------------------------------------------

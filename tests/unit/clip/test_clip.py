@@ -52,7 +52,7 @@ def test_a_small_thing_counts_more_when_patches_are_pooled_by_attention():
     pool.query.data = 20 * pool.norm(patches[0, 5]).detach().view(pool.query.shape)
     pooled = pool(patches)
     assert torch.allclose(pooled[0], pool.norm(patches)[0, 5], atol=1e-3)
-    with pytest.raises(ValueError, match="4 heads do not divide the width 26"):
+    with pytest.raises(ValueError, match="dim_image must be a multiple of 4 pooling heads, got 26"):
         make_clip(dim_image=26, visual_attention_pool=True)
 
 
@@ -69,7 +69,7 @@ def test_convolutions_in_place_of_patches(tmp_path):
     assert all(p.grad is not None and p.grad.any() for p in clip.patch_emb.parameters())
     clip.save_pretrained(tmp_path / "clip")
     torch.testing.assert_close(CLIP.from_pretrained(tmp_path / "clip").encode_image(image), features)
-    with pytest.raises(ValueError, match="patches of 2, 4, 8"):
+    with pytest.raises(ValueError, match="visual_patch_size of 2, 4, 8"):
         make_clip(visual_conv_stem=True, visual_image_size=18, visual_patch_size=6)
 
 

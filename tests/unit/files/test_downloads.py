@@ -94,7 +94,7 @@ def test_server_without_ranges(server):
 
 def test_always_breaking_off_ends(server):
     server.breaks = [1000] + [0] * 100
-    with pytest.raises(CheckpointError, match=r"breaks off after 1000 bytes"):
+    with pytest.raises(CheckpointError, match=r"closed after 1000 bytes"):
         default_file(server.file())
     server.breaks = []
     assert default_file(server.file()).read_bytes() == CONTENT
@@ -102,7 +102,7 @@ def test_always_breaking_off_ends(server):
 
 
 def test_wrong_content_is_not_kept(server):
-    with pytest.raises(CheckpointError, match="not the file that is wanted"):
+    with pytest.raises(CheckpointError, match="expected the SHA-256"):
         default_file(server.file(sha256="0" * 64))
     assert not [path for path in downloads.cache_folder().iterdir() if path.suffix != ".lock"]
 

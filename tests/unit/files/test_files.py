@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import pickle
 
 import numpy as np
@@ -46,13 +47,13 @@ def test_tokens_of_other_tools_are_flattened(tmp_path, shape):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.full(256, 512), "holds token 512; this codebook has the tokens 0 to 511"),
-        (np.full(256, -1), "holds token -1"),
+        (np.full(256, 512), "expected tokens from 0 to 511, got 512"),
+        (np.full(256, -1), "got -1"),
         (np.zeros(256), "float64"),
         (np.zeros(255, int), "shape"),
         (np.zeros((64, 4), int), "shape"),
         (np.zeros(0, int), "shape"),
-        (np.zeros(64, int), "64 tokens; this model draws grids of 256"),
+        (np.zeros(64, int), "expected 256 tokens, got 64"),
         (np.array([Danger()] * 256), "pickled"),
     ],
 )
@@ -172,6 +173,30 @@ def test_damaged_folder_is_one_clear_line(tmp_path, tiny_vae, what):
     with pytest.raises(CheckpointError) as error:
         VQGanVAE.from_pretrained(tmp_path / "m")
     assert str(tmp_path / "m") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, 2.5, "large", [], [3, -4], {"a": 1}, 10**30])
+def test_absurd_settings_are_one_clear_line(tmp_path, tiny_bundle, value):
+    for name in ("vae", "dalle", "clip"):
+        path = tiny_bundle / name / "config.json"
+        config = json.loads(path.read_text())
+        for setting in config:
+            if value == 10**30 and setting.endswith(("depth", "blocks")):
+                continue  # building so many layers does not end
+            path.write_text(json.dumps({**config, setting: value}))
+            try:
+                PretrainedModel.from_pretrained(tiny_bundle / name)
+            except CheckpointError as error:
+                assert str(path.parent) in str(error) and "\n" not in str(error)
+        path.write_text(json.dumps(config))
+
+
+def test_postscript_is_not_opened(tmp_path, monkeypatch):
+    """Pillow runs Ghostscript for it."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was run"))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(FileError, match=r"a\.png cannot be read as an image"):
+        images.read_image(tmp_path / "a.png")
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.sampling.filters import draw, filter_logits
+from dalle_pytorch.sampling.filters import filter_logits, sample
 from dalle_pytorch.sampling.loop import prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
@@ -72,19 +72,19 @@ def test_top_p_keeps_the_fewest_that_reach_it():
 def test_draws_follow_the_filtered_distribution():
     logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log()
     uniforms = (torch.arange(1000) + 0.5) / 1000
-    tokens = draw(logits.expand(1000, 4), uniforms)
+    tokens = sample(logits.expand(1000, 4), uniforms)
     assert tokens.bincount(minlength=4).tolist() == [200, 0, 500, 300]
     # Filtering comes before the temperature: at temperature 2, weights are the square roots of what top_p keeps.
-    tokens = draw(filter_logits(logits, top_p=0.6).expand(1000, 4), uniforms, temperature=2)
+    tokens = sample(filter_logits(logits, top_p=0.6).expand(1000, 4), uniforms, temperature=2)
     share = math.sqrt(0.5) / (math.sqrt(0.5) + math.sqrt(0.3))
     assert tokens.bincount(minlength=4).tolist() == [0, 0, round(1000 * share), 1000 - round(1000 * share)]
-    assert draw(logits[None], torch.tensor([0.99]), temperature=0).tolist() == [2]
+    assert sample(logits[None], torch.tensor([0.99]), temperature=0).tolist() == [2]
 
 
 def test_draws_at_the_ends_of_the_interval():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    assert draw(logits, torch.tensor([0.0])).tolist() == [1]
-    assert draw(logits, torch.tensor([1 - 2.0**-32], dtype=torch.float64)).tolist() == [2]
+    assert sample(logits, torch.tensor([0.0])).tolist() == [1]
+    assert sample(logits, torch.tensor([1 - 2.0**-32], dtype=torch.float64)).tolist() == [2]
 
 
 def test_uniforms_belong_to_seed_prompt_candidate_and_place():
@@ -238,7 +238,7 @@ def test_half_the_image_is_kept_unless_told_otherwise():
     _, tokens = dalle.generate_images(make_text(3), img=image, return_tokens=True, seed=0)
     # 7/16 of 36 tokens.
     assert torch.equal(tokens[:, :15], given[:, :15].expand(3, -1)) and len(tokens[:, 15:].unique(dim=0)) == 3
-    with pytest.raises(ValueError, match="from 0 to 35, not 36"):
+    with pytest.raises(ValueError, match="expected 0 to 35 initial image tokens, got 36"):
         dalle.generate_images(make_text(), img=image, num_init_img_tokens=36)
 
 
