@@ -52,7 +52,7 @@ def open_native_prior(
     """A prior of this class in a native folder or under a hub name; `vae` and `taming` as in `load_dalle`."""
     if vae is None and taming:
         vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
-    return kind.from_pretrained(path) if vae is None else kind.from_pretrained(path, vae=vae)
+    return kind.from_pretrained(path, vae=vae)
 
 
 def _prior_checkpoint(path: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _checkpoint_vae(
 
 def _published_vqgan(path: str | os.PathLike, image_tokens: int | None) -> VQGanVAE:
     """The one of taming's VQGANs with as many codes as the prior has image tokens."""
-    if image_tokens not in VQGANS:
+    if not isinstance(image_tokens, int) or image_tokens not in VQGANS:
         sizes = ", ".join(map(str, VQGANS))
         raise CheckpointError(f"{path} has {image_tokens} image tokens, taming's published VQGANs have {sizes}")
     return load_vqgan(*map(default_file, VQGANS[image_tokens]))

@@ -195,7 +195,7 @@ def test_postscript_is_not_opened(tmp_path, monkeypatch):
     """Pillow runs Ghostscript for it."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was run"))
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
-    with pytest.raises(FileError, match=r"a\.png cannot be read as an image"):
+    with pytest.raises(FileError, match=r"cannot read image .*a\.png"):
         images.read_image(tmp_path / "a.png")
 
 
