@@ -8,6 +8,23 @@ from diffusion.denoiser import Denoiser
 from diffusion.schedule import Schedule
 
 
+class Letters:
+    """A tokenizer of one token a letter, a to z from 1, that pads with 0."""
+
+    def __init__(self, vocab_size: int = 27):
+        self.vocab_size = vocab_size
+
+    def encode(self, text):
+        return [ord(letter) - 96 for letter in text]
+
+    def decode(self, tokens):
+        return "".join(chr(96 + token) for token in tokens)
+
+    def tokenize(self, texts, context_length, truncate_text=False):
+        rows = [self.encode(text)[:context_length] for text in ([texts] if isinstance(texts, str) else texts)]
+        return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
+
+
 def small_unet(**settings):
     """Untrained, but with no zeroed layer left: what is not computed would not show otherwise."""
     torch.manual_seed(0)

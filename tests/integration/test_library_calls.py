@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from factories import Letters
 
 from dalle_pytorch import CLIP, DALLE, DiscreteVAE
 from dalle_pytorch.nn.masks import SparsePattern
@@ -157,28 +158,18 @@ def test_the_forks_names(text):
     assert torch.equal(*drawn)
 
 
-class Letters:
-    vocab_size = 60
-
-    def encode(self, text):
-        return [ord(letter) - 96 for letter in text]
-
-    def decode(self, tokens):
-        return "".join(chr(token + 96) for token in tokens)
-
-
 def test_generate_texts():
     dalle = make_dalle()
-    tokens, texts = dalle.generate_texts(Letters(), "abc", filter_thres=0.5)
+    tokens, texts = dalle.generate_texts(Letters(60), "abc", filter_thres=0.5)
     assert tokens.shape == (1, 10) and tokens[0, :3].tolist() == [1, 2, 3] and texts[0].startswith("abc")
-    tokens, texts = dalle.generate_texts(Letters())
+    tokens, texts = dalle.generate_texts(Letters(60))
     assert tokens.shape == (1, 10) and len(texts) == 1
 
 
 def test_tokens_of_another_tokenizer_are_one_line(text):
     dalle = make_dalle()
     text[0, 0] = 60
-    for call in (lambda: dalle.generate_images(text), lambda: dalle.generate_texts(Letters(), "é")):
+    for call in (lambda: dalle.generate_images(text), lambda: dalle.generate_texts(Letters(60), "é")):
         with pytest.raises(ValueError, match=r"text tokens below 60, got \d+: the prior has another tokenizer$"):
             call()
 

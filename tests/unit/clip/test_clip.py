@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import clip_batch, make_clip
+from factories import Letters, clip_batch, make_clip
 from safetensors.torch import load_file
 
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.published.clip import load_trainable_clip
-
-
-class Letters:
-    """A tokenizer of letters that pads with 0."""
-
-    def tokenize(self, texts, context_length, truncate_text=False):
-        rows = [[ord(letter) - 96 for letter in text][:context_length] for text in texts]
-        return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
 
 def test_same_numbers_as_upstream(parity):

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from factories import Letters
 
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.candidates import candidate_batches, generate_candidates
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.vae.discrete import DiscreteVAE
-
-
-class Letters:
-    """A tokenizer of letters that pads with 0."""
-
-    vocab_size = 27
-
-    def tokenize(self, texts, context_length, truncate_text=False):
-        ids = [ord(letter) - 96 for letter in texts][:context_length]
-        return torch.tensor([ids + [0] * (context_length - len(ids))])
 
 
 class Brightness:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from factories import Letters
 
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.filters import filter_logits, sample
@@ -240,16 +241,6 @@ def test_half_the_image_is_kept_unless_told_otherwise():
     assert torch.equal(tokens[:, :15], given[:, :15].expand(3, -1)) and len(tokens[:, 15:].unique(dim=0)) == 3
     with pytest.raises(ValueError, match="expected 0 to 35 initial image tokens, got 36"):
         dalle.generate_images(make_text(), img=image, num_init_img_tokens=36)
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    def encode(self, text):
-        return [ord(letter) - 96 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(96 + token) for token in ids)
 
 
 def test_texts():

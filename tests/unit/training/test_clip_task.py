@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import make_clip
+from factories import Letters, make_clip
 
 from dalle_pytorch.training.tasks.clip import ClipTask
-
-
-class Letters:
-    """A tokenizer of letters that pads with 0."""
-
-    def tokenize(self, texts, context_length, truncate_text=False):
-        return torch.tensor([[ord(c) - 96 for c in text.ljust(context_length, chr(96))] for text in texts])
 
 
 @pytest.fixture

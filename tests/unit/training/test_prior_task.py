@@ -5,19 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import Letters
 
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.training.tasks.prior import DalleTask
 from dalle_pytorch.vae.discrete import DiscreteVAE
-
-
-class Letters:
-    """A tokenizer of letters that pads with 0."""
-
-    vocab_size = 27
-
-    def tokenize(self, texts, context_length, truncate_text=False):
-        return torch.tensor([[ord(c) - 96 for c in text.ljust(context_length, chr(96))] for text in texts])
 
 
 @pytest.fixture
