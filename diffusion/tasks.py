@@ -27,7 +27,7 @@ from diffusion.settings import DiffusionSettings, TrainDiffusionSettings, UNetAr
 from diffusion.super_resolution import SuperResolution
 from diffusion.unet import UNet
 
-PREVIEWS = 3  # pictures of a batch in a preview, and with what it shows of each a square sheet
+PREVIEWS = 3  # images of a batch in a preview, and with what it shows of each a square sheet
 PREVIEW_STEPS = 10
 
 
@@ -47,7 +47,7 @@ class UniformSteps(nn.Module):
         return torch.randint(self.num_steps, (count,)), torch.ones(count, device=device)
 
     def learn(self, steps: Tensor, losses: Tensor) -> None:
-        """Is told the losses (count,) at steps (count,)."""
+        """Records the losses (count,) at steps (count,)."""
 
 
 class LossSecondMomentSteps(UniformSteps):
@@ -81,7 +81,7 @@ class LossSecondMomentSteps(UniformSteps):
 
 
 class QuadraticSteps(UniformSteps):
-    """Steps as `quadN` visits them when a picture is drawn: most of them at little noise, where grain is decided."""
+    """Steps as `quadN` visits them when an image is sampled: most of them at little noise, where grain is decided."""
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return (self.num_steps * torch.rand(count).square()).long(), torch.ones(count, device=device)
@@ -95,11 +95,11 @@ STEP_SAMPLERS = {"uniform": UniformSteps, "quadratic": QuadraticSteps, "loss-sec
 
 
 class DiffusionTask(TrainingTask):
-    """A batch of pictures `image` (b, 3, h, w) uint8 to the mean loss of a denoiser that is told something of them.
+    """The mean loss, over a batch `image` (b, 3, h, w) uint8, of a denoiser that is conditioned on something of them.
 
     `crop_size` trains on squares of that many pixels, cut along the grid of `conditioning_side` cells together with
-    their part of what the network is told: a quarter of the work at half the side. The share `full_share` of the steps
-    sees a part of the batch whole instead, so that the network knows a picture's borders from a crop's.
+    their part of the conditioning: a quarter of the work at half the side. The share `full_share` of the steps
+    sees a part of the batch whole instead, so that the network knows an image's borders from a crop's.
     """
 
     def __init__(
@@ -116,28 +116,28 @@ class DiffusionTask(TrainingTask):
         self.crop_size, self.full_share, self.use_kl = crop_size, full_share, use_kl
         self.steps = STEP_SAMPLERS[step_sampler](denoiser.num_steps)
 
-    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What the network is told of pictures (b, 3, h, w) in [0, 1]: maps, each a whole number of cells a side."""
+    def conditioning(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The conditioning of images (b, 3, h, w) in [0, 1]: maps, each a whole number of cells a side."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Loss:
-        pictures = batch["image"].float() / 255
+        images = batch["image"].float() / 255
         with torch.no_grad():
-            conditioning = self.conditioning(pictures, batch)
-        maps = [pictures * 2 - 1, *conditioning.values()]
-        pictures, *maps = random_crops(maps, self.crop_size, self.conditioning_side, self.full_share)
+            conditioning = self.conditioning(images, batch)
+        maps = [images * 2 - 1, *conditioning.values()]
+        images, *maps = random_crops(maps, self.crop_size, self.conditioning_side, self.full_share)
         denoiser = self.denoiser.conditioned(**dict(zip(conditioning, maps, strict=True)))
-        step, weights = self.steps.draw(len(pictures), pictures.device)
-        loss = denoiser.loss(pictures, step, torch.randn_like(pictures), use_kl=self.use_kl)
+        step, weights = self.steps.draw(len(images), images.device)
+        loss = denoiser.loss(images, step, torch.randn_like(images), use_kl=self.use_kl)
         detached = loss.detach()
         self.steps.learn(step, detached)
         late = step >= denoiser.num_steps // 2
-        # The mean of none is no number, and is not shown.
+        # The mean of none is NaN, and is not shown.
         return (loss * weights).mean(), {"loss_noisy": detached[late].mean(), "loss_clear": detached[~late].mean()}
 
 
 class DecoderTask(DiffusionTask):
-    """`DiffusionTask` of a decoder, which is told the tokens that its VAE finds, at the VAE's own size, in a picture.
+    """`DiffusionTask` of a decoder, conditioned on the tokens that its VAE finds, at the VAE's own size, in an image.
 
     The remaining arguments are those of `DiffusionTask`. Raises `UsageError` if the tokens do not fit the network.
     """
@@ -159,14 +159,14 @@ class DecoderTask(DiffusionTask):
         self.decoder.vae.eval()
         return self
 
-    def tokens(self, pictures: Tensor, batch: Batch) -> Tensor:
+    def tokens(self, images: Tensor, batch: Batch) -> Tensor:
         """(b, side²) int64: those of the batch, or what the VAE finds."""
         if "tokens" in batch:
             return batch["tokens"]
-        return self.decoder.vae.get_codebook_indices(resize(pictures, self.decoder.vae.image_size))
+        return self.decoder.vae.get_codebook_indices(resize(images, self.decoder.vae.image_size))
 
-    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return self.decoder.conditioning(self.tokens(pictures, batch))
+    def conditioning(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self.decoder.conditioning(self.tokens(images, batch))
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"decoder": self.decoder}
@@ -175,17 +175,17 @@ class DecoderTask(DiffusionTask):
         self.decoder.vae.save_pretrained(folder / "vae", dtype=torch.float16)
 
     def preview(self, batch: Batch) -> Preview:
-        """Of each picture three: itself, the VAE's reconstruction of it, and what the decoder draws in its place."""
+        """Of each image three: itself, the VAE's reconstruction of it, and what the decoder draws in its place."""
         batch = {name: batch[name][:PREVIEWS] for name in ("image", "tokens") if name in batch}
-        pictures = batch["image"].float() / 255
-        tokens = self.tokens(pictures, batch)
-        reconstructed = resize(self.decoder.vae.decode_image(tokens), pictures.shape[-1])
+        images = batch["image"].float() / 255
+        tokens = self.tokens(images, batch)
+        reconstructed = resize(self.decoder.vae.decode_image(tokens), images.shape[-1])
         steps = f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
-        return {"decoded": _side_by_side(pictures, reconstructed, self.decoder.decode(tokens, steps))}
+        return {"decoded": _side_by_side(images, reconstructed, self.decoder.decode(tokens, steps))}
 
 
 class SuperResolutionTask(DiffusionTask):
-    """`DiffusionTask` of a U-Net that is told a picture of `small_size` pixels, the mean over areas of the large one.
+    """`DiffusionTask` of a U-Net conditioned on an image of `small_size` pixels, the mean over areas of the large one.
 
     `diffusion` are the arguments of `make_denoiser`. The remaining ones are those of `DiffusionTask`.
     """
@@ -197,8 +197,8 @@ class SuperResolutionTask(DiffusionTask):
         super().__init__(make_denoiser(unet, **diffusion), small_size, crop_size, full_share, **settings)
         self.unet, self.diffusion = unet, dict(diffusion)
 
-    def conditioning(self, pictures: Tensor, batch: Batch) -> dict[str, Tensor]:
-        small = F.interpolate(pictures, (self.conditioning_side, self.conditioning_side), mode="area")
+    def conditioning(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        small = F.interpolate(images, (self.conditioning_side, self.conditioning_side), mode="area")
         return {"low_res": small * 2 - 1}
 
     def native_parts(self) -> dict[str, PretrainedModel]:
@@ -209,16 +209,16 @@ class SuperResolutionTask(DiffusionTask):
         write_text(folder / DIFFUSION_NAME, json.dumps(self.diffusion, indent=2) + "\n")
 
     def preview(self, batch: Batch) -> Preview:
-        """Of each picture three: itself, the small one enlarged by interpolation, and by the network."""
-        pictures = batch["image"][:PREVIEWS].float() / 255
-        small = to_unit(self.conditioning(pictures, batch)["low_res"])
-        size, steps = pictures.shape[-1], f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
+        """Of each image three: itself, the small one enlarged by interpolation, and by the network."""
+        images = batch["image"][:PREVIEWS].float() / 255
+        small = to_unit(self.conditioning(images, batch)["low_res"])
+        size, steps = images.shape[-1], f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
         enlarged = SuperResolution(self.denoiser).enlarge(small, size, range(len(small)), steps)
-        return {"enlarged": _side_by_side(pictures, resize(small, size), enlarged)}
+        return {"enlarged": _side_by_side(images, resize(small, size), enlarged)}
 
 
 def _side_by_side(*columns: Tensor) -> Tensor:
-    """Several (b, 3, h, w), picture by picture: (b · number of them, 3, h, w)."""
+    """Several (b, 3, h, w), image by image: (b · number of them, 3, h, w)."""
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 

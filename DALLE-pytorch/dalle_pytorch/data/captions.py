@@ -25,7 +25,7 @@ def all_captions(
     What cannot be read is skipped and counted in `skipped`. Raises `FileError` if there is nothing at `source`, and if
     over half of what is there cannot be read.
     """
-    if (registered := open_registered(source, 1)) is not None:
+    if (registered := open_registered(source, 256)) is not None:
         yield from islice(registered.captions(), count or REGISTERED_CAPTIONS)
         return
     samples = _shards(source, wds, caption_key) if wds else _text_files(Path(source))

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tqdm(total=settings.count, unit="scene", dynamic_ncols=True) as bar:
         write_folder(settings.folder, settings.count, settings.split, settings.resolution, settings.start,
-                     progress=lambda _: bar.update())  # fmt: skip
+                     progress=lambda done: bar.update(done - bar.n))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.scenes.drawing import check_resolution
 
 
 class GlyphsDataset(RegisteredDataset):
@@ -30,8 +30,8 @@ class GlyphsDataset(RegisteredDataset):
         wrong_captions: int = 0,
         twins: bool = False,
     ):
-        if split not in glyphs.SPLITS:
-            raise UsageError(f"expected a split of {', '.join(glyphs.SPLITS)}, got {split!r}")
+        check_resolution(resolution)
+        glyphs.make_scene(0, split)  # raises for a split that there is not
         self.resolution, self.count, self.split = resolution, count, split
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
 

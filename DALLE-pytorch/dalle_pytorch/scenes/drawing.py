@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.backgrounds import GRAIN, background_picture, grain
 from dalle_pytorch.scenes.scenes import make_scene
 from dalle_pytorch.scenes.subjects import subject_layers
@@ -18,10 +19,15 @@ from dalle_pytorch.scenes.world import COLOURS, GRID, Scene, Subject
 RIM_COLOUR = (252, 252, 250)
 
 
+def check_resolution(resolution: int) -> None:
+    """Raises `UsageError` for what scenes cannot be drawn at."""
+    if resolution % GRID:
+        raise UsageError(f"scenes are drawn at multiples of {GRID} pixels, got {resolution}")
+
+
 def draw(scene: Scene, resolution: int = 256) -> np.ndarray:
     """The picture of a scene: (resolution, resolution, 3) uint8. `resolution` is a multiple of 16 pixels."""
-    if resolution % GRID:
-        raise ValueError(f"the resolution is a multiple of {GRID} pixels, and {resolution} is not")
+    check_resolution(resolution)
     cell = resolution // GRID
     picture = background_picture(scene.background, scene.variant, resolution).copy()
     if resolution > GRAIN // 2:
@@ -68,7 +74,7 @@ def write_folder(
 ) -> None:
     """Writes scenes `start` … `start + count − 1` as an image-text folder: `000000.png`, `000000.txt`, `000000.json`.
 
-    The JSON holds what is in the scene. Pictures already there are kept, so a broken-off run goes on where it was.
+    The JSON holds what is in the scene. Images that are there already are kept, so an interrupted run can be resumed.
     """
     from dalle_pytorch.files.atomic import write_text
     from dalle_pytorch.files.images import save_image

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.captions import COMPLETE, LEFT_OPEN, write_caption
 from dalle_pytorch.scenes.world import (
     BACKGROUNDS,
@@ -37,7 +38,7 @@ def make_scene(index: int, split: str = "train", num_subjects: int | None = None
     and so always name a combination that training did not show.
     """
     if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+        raise UsageError(f"expected a split of {', '.join(SPLITS)}, got {split!r}")
     rng = np.random.default_rng([SPLITS.index(split), num_subjects or 0, index])
     while True:
         scene = _draw_lots(rng, num_subjects or int(rng.integers(1, 3)), LEFT_OPEN if split == "train" else COMPLETE)

@@ -134,8 +134,10 @@ class _Run:
         if self.finished:
             logger.info("this run is finished at step %d; raise --steps or --epochs to continue", self.progress.step)
         profiled = self.progress.step + PROFILED_STEP if self.settings.flops_profiler else None
-        batches = iter(self.loader)
-        with self.signals, contextlib.closing(batches), contextlib.closing(self.reporter or contextlib.ExitStack()):
+        with self.signals, contextlib.ExitStack() as closing:
+            batches = closing.enter_context(contextlib.closing(iter(self.loader)))
+            if self.reporter:
+                closing.enter_context(contextlib.closing(self.reporter))
             while not self.finished:
                 with counting_operations(self.progress.step == profiled) as counted:
                     step = self._forward_backward(batches)

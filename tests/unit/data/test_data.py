@@ -306,6 +306,9 @@ def test_what_cannot_be_opened_is_said(tmp_path):
     for query in ("sky=2", "twins=2", "terse_every=often"):
         with pytest.raises(UsageError, match=f"data set glyphs: no option {query}; there are .*terse_every: int"):
             open_dataset(f"glyphs?{query}", 16)
+    for name, resolution, message in (("glyphs", 20, "multiples of 16"), ("glyphs?split=moon", 16, "got 'moon'")):
+        with pytest.raises(UsageError, match=message):
+            open_dataset(name, resolution)
 
 
 def test_glyphs_have_no_end_but_a_door():

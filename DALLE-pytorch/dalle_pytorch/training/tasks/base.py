@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.tokenizers.base import Tokenizer
 
 Batch = dict[str, Any]
-Loss = tuple[Tensor, dict[str, Tensor | float]]
-Preview = dict[str, Tensor | str]
+Loss = tuple[Tensor, Mapping[str, Tensor | float]]
+Preview = Mapping[str, Tensor | str]
 TOKENIZER_NAME = "tokenizer.json"
 
 
