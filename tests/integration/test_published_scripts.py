@@ -164,7 +164,9 @@ def test_upscale_says_what_does_not_fit(parity, tmp_path, capsys):
     options = ("--input", tmp_path / "0.npy", "--model_path", case / "model.pt", "--cpu")
     vae = ("--vae_path", parity("vqgan/gumbel_f8") / "last.ckpt")
     flags = ("--unet_flags", "num_head_channels=16")
-    assert "codes of 24 channels, and those of its VAE have 32" in refused(capsys, upscale.main, *options, *flags, *vae)
+    assert "expects codebook rows of 24 channels, got a VAE with 32" in refused(
+        capsys, upscale.main, *options, *flags, *vae
+    )
     message = refused(capsys, upscale.main, *options, "--model_size", 256, *vae)
     assert "attention_resolutions=" in message or "num_head_channels=" in message
     vae = ("--dvae_mode", "--vae_path", parity("dalle/dvae_gumbel") / "vae.pt")
