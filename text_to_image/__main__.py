@@ -9,12 +9,12 @@ from importlib import import_module
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 
-COMMANDS = {
-    "generate": "text_to_image.commands.generate",
-    "upscale": "text_to_image.commands.upscale",
-    "convert": "text_to_image.commands.convert",
-    "demo": "text_to_image.commands.demo",
+COMMANDS = {name: f"text_to_image.commands.{name}" for name in ("generate", "upscale", "convert", "demo")}
+COMMANDS |= {
+    f"train_{name}": f"dalle_pytorch.training.commands.train_{name}"
+    for name in ("tokenizer", "vae", "vqgan", "dalle", "clip")
 }
+COMMANDS["train_decoder"] = "diffusion.train"
 HELP = f"usage: dalle {{{','.join(COMMANDS)}}} …\n\ndalle COMMAND --help lists the options of a command."
 
 
