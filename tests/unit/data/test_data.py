@@ -219,6 +219,16 @@ def test_random_crop_is_drawn_by_epoch_and_keeps_its_share(tmp_path):
     assert min(spans) > 0.5**0.5 - 0.03 and max(spans) < 1.01 and np.ptp(spans) > 0.2
 
 
+def test_random_crops_reach_all_edges(tmp_path):
+    across = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
+    Image.fromarray(np.stack((across, across.T, across), axis=2)).save(tmp_path / "a.png")
+    data = ImageTextFolder(tmp_path, 16, captions=False, crop_ratio=0.25)
+    crops = torch.stack([data.sample(0, np.random.default_rng(i))["image"] for i in range(200)])
+    for edge in (crops[:, 0, 0, 0], crops[:, 1, 0, 0], 255 - crops[:, 0, 0, -1], 255 - crops[:, 1, -1, 0]):
+        # Up to half of the image is cut off there, or nothing.
+        assert edge.min() < 12 and edge.max() > 90
+
+
 @pytest.mark.parametrize("mode, colour", [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
 def test_transparency_is_laid_over_white(tmp_path, mode, colour):
     image = Image.new(mode, (20, 20), colour)
