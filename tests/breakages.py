@@ -415,7 +415,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", help="the breakages with this in their name")
     parser.add_argument("--list", action="store_true", help="name the breakages and run nothing")
     arguments = parser.parse_args()
-    chosen = [breakage for breakage in BREAKAGES if arguments.only is None or arguments.only in breakage.name]
+    chosen = [breakage for breakage in BREAKAGES if (arguments.only or "").lower() in breakage.name.lower()]
     if arguments.list:
         print("\n".join(f"{breakage.name:<60} {breakage.file}" for breakage in chosen))
         return 0
