@@ -252,6 +252,7 @@ def test_checkpointing_of_a_network_without_transformer_layers_is_refused(tmp_pa
         make_accelerator(settings, LinearTask())
 
 
+@pytest.mark.slow
 def test_fsdp_on_cpus_is_refused_in_one_line(parts, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator")

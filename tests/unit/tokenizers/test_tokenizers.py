@@ -92,7 +92,7 @@ def test_train_tokenizer(tmp_path, capsys):
     train_tokenizer(["--image_text_folder", str(tmp_path), "--vocab_size", "64", "--output", str(output)])
     tokenizer = HugTokenizer(output)
     assert len(tokenizer.encode("ein haus")) == 2 and "2 captions" in capsys.readouterr().out
-    train_tokenizer(["--count", "50", "--output", str(tmp_path / "glyphs.json")])
+    train_tokenizer(["--image_text_folder", "glyphs", "--count", "50", "--output", str(tmp_path / "glyphs.json")])
     assert HugTokenizer(tmp_path / "glyphs.json").decode([0]) == ""
 
 
