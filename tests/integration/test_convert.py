@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(parity, tmp_path, capsys):
     vae = parity("dalle/dvae_gumbel") / "vae.pt"
     for arguments, said in (
         ([tmp_path / "evil.pt", tmp_path / "out"], "holds more than tensors and settings"),
-        ([tmp_path / "noise.pt"], "is damaged or no PyTorch file"),
+        ([tmp_path / "noise.pt"], "is damaged or not a PyTorch file"),
         ([tmp_path / "none.pt"], "is missing"),
         ([tmp_path / "other.pt", tmp_path / "out"], "not a prior, VAE or CLIP"),
         ([vae, tmp_path / "model"], "holds a model already"),

@@ -35,30 +35,11 @@ _OPENAI_CLIP_NAMES = (
     (r"\.attn\.([qkv]_proj|out_proj)\.", r".self_attn.\1."),
 )
 _HUB_FILES = ("config.json", "preprocessor_config.json", "merges.txt", "tokenizer.json")
-_TEXT_SETTINGS = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "hidden_act",
-    "layer_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-]
-_VISION_SETTINGS = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-]
+_TOWER_SETTINGS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+                   "layer_norm_eps")  # fmt: skip
+_TEXT_SETTINGS = (*_TOWER_SETTINGS, "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
+                  "pad_token_id")  # fmt: skip
+_VISION_SETTINGS = (*_TOWER_SETTINGS, "num_channels", "image_size", "patch_size")
 
 
 def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | PublishedCLIP:

@@ -14,15 +14,8 @@ from dalle_pytorch.pretrained import Model, construct, first_line, load_state
 from dalle_pytorch.published.unpickler import ForeignObject, module_state, tensor_dict
 
 # What checkpoints hold besides settings and weights, often twice their size.
-TRAINING_STATE = (
-    "opt_state",
-    "scheduler_state",
-    "optimizer_states",
-    "lr_schedulers",
-    "callbacks",
-    "loops",
-    "optimizer",
-)
+TRAINING_STATE = ("opt_state", "scheduler_state", "optimizer_states", "lr_schedulers", "callbacks", "loops",
+                  "optimizer")  # fmt: skip
 
 
 def build(source: object, model_class: type[Model], settings: Mapping[str, Any], state: State) -> Model:

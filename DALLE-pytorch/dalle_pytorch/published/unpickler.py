@@ -1,9 +1,9 @@
-"""A reader of other projects' files that takes tensors and settings out of them and runs nothing.
+"""Reads tensors and settings from other projects' PyTorch files without running code from them.
 
-A PyTorch file is a pickle, a program that may call anything. Here it can call a closed list of names: those that build
-tensors and containers, each replaced by a harmless function of our own. Classes that published checkpoints are known to
-carry (Lightning's callbacks, the dVAE's modules, the classes of a TorchScript archive) become `ForeignObject`, which
-only holds what the file says of it. Any other name is a reason to refuse the file.
+A PyTorch file is a pickle, a program that may call anything. Here it can call a closed list of names only: those that
+build tensors and containers, each replaced by a harmless function. Classes that published checkpoints are known to
+contain (Lightning's callbacks, the dVAE's modules, the classes of a TorchScript archive) become `ForeignObject`, which
+only stores its state. A file with any other name is refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import yaml
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.pretrained import first_line
 
-LARGEST_PICKLE = 256 * 2**20  # bytes; those of the largest published checkpoints have a few million
-LARGEST_EXPANDED = 2**24  # elements that a tensor may have beyond those that are stored
+MAX_PICKLE_BYTES = 256 * 2**20  # the largest published checkpoints need a few million
+MAX_EXPANDED = 2**24  # elements of a tensor that shares storage among them
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -54,7 +55,7 @@ _INERT = re.compile(
 
 
 class ForeignObject:
-    """An object of a class that is not loaded: `name` is the class's, `state` what the file says is in it."""
+    """An object of a class that is not loaded: the name of the class, and the state in the file."""
 
     name = ""
     state: dict[Any, Any]
@@ -75,21 +76,21 @@ class ForeignObject:
         self.state[key] = value
 
     def append(self, item: Any) -> None:
-        """What a list of such a class would take in is left out."""
+        """Drops the items of a subclass of list."""
 
     extend = add = append
 
 
 # --------------------------------------------------------------------------------------------------
-# What is public
+# Public functions
 
 
 def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
-    """What `torch.save`, `torch.jit.save` or an old PyTorch's `torch.save` wrote, on the CPU.
+    """The content of a file of `torch.save`, of any version, or `torch.jit.save`, on the CPU.
 
-    It is made of tensors, dicts, lists, tuples, sets, numbers, strings and `ForeignObject`s. If it is a dict, entries
-    named in `leave_out` are missing and their tensors are not read. Raises `CheckpointError`
-    with one line if the file is missing or damaged, or holds anything else; that is then not run.
+    It consists of tensors, dicts, lists, tuples, sets, numbers, strings and `ForeignObject`s. Entries of a dict named
+    in `leave_out` are skipped and their tensors not read. Raises `CheckpointError`, one line, for a file that is
+    missing, damaged, or contains anything else.
     """
     path = Path(path)
     try:
@@ -102,19 +103,16 @@ def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
     except OSError as error:
         raise CheckpointError(f"the weights file {path} cannot be read ({error.strerror or error})") from None
     except _Refusal as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and settings ({error}) and is not opened; nothing in it was run"
-        ) from None
+        raise CheckpointError(f"{path} holds more than tensors and settings ({error}), and was not opened") from None
     except RecursionError:
         raise CheckpointError(f"{path} is damaged: it is nested too deeply") from None
-    # Damage can surface as almost any exception of pickle, zipfile and torch.
+    # Damage raises almost any exception of pickle, zipfile and torch.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no PyTorch file: {reason}") from None
+        raise CheckpointError(f"{path} is damaged or not a PyTorch file: {first_line(error)}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings in a YAML file. Raises `CheckpointError` if there are none."""
+    """The settings in a YAML file."""
     try:
         settings = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -122,9 +120,9 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"the settings file {path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no table of settings")
+        raise CheckpointError(f"{path}: expected a mapping of settings, got a {type(settings).__name__}")
     return settings
 
 
@@ -148,12 +146,12 @@ def module_state(module: ForeignObject) -> dict[str, Tensor]:
 
 
 def tensor_dict(value: Any, source: object) -> dict[str, Tensor]:
-    """`value` if it is a state dict, names to tensors; else `CheckpointError`, which names `source`."""
+    """`value` if it is a state dict, else raises `CheckpointError`."""
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"{source} holds no weights")
     for key, tensor in value.items():
         if not (isinstance(key, str) and isinstance(tensor, Tensor)):
-            raise CheckpointError(f"{source} is no table of weights: {str(key)[:80]} is a {type(tensor).__name__}")
+            raise CheckpointError(f"{source} is not a state dict: {str(key)[:80]} is a {type(tensor).__name__}")
     return value
 
 
@@ -162,11 +160,11 @@ def tensor_dict(value: Any, source: object) -> dict[str, Tensor]:
 
 
 class _Refusal(Exception):
-    """A name outside the closed list. The message is that name."""
+    """A name outside the closed list, which is the message."""
 
 
 class _Dict(dict):
-    """Stands for OrderedDict and defaultdict, whose further attributes are dropped."""
+    """Replaces OrderedDict and defaultdict, and drops their attributes."""
 
     def __init__(self, *args):
         super().__init__(*(arg for arg in args if isinstance(arg, (dict, list))))
@@ -176,7 +174,7 @@ class _Dict(dict):
 
 
 class _Function:
-    """A function that a pickle may call and cannot change."""
+    """A function that a pickle may call but not modify."""
 
     __slots__ = ("_call",)
 
@@ -187,7 +185,7 @@ class _Function:
         return self._call(*args)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError("a function is not a place to store into")
+        raise pickle.UnpicklingError("it assigns to a function")
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,12 @@ class _Storage:
     key: str
     dtype: torch.dtype
     numel: int
-    first: int = 0  # where a view of another storage begins
+    first: int = 0  # offset of a view of another storage
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where a tensor is, to be read when all is known."""
+    """The location of a tensor that is read later."""
 
     storage: _Storage
     offset: int
@@ -209,7 +207,7 @@ class _StoredTensor:
     dtype: torch.dtype
 
     def __setstate__(self, state: Any) -> None:
-        pass  # attributes that a program has hung on its tensor
+        pass  # attributes of the tensor
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_) -> _StoredTensor:
@@ -242,7 +240,7 @@ _TYPES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds containers, `_StoredTensor`s and `ForeignObject`s. Everything it hands out is made for this one file."""
+    """Builds containers, `_StoredTensor`s and `ForeignObject`s, of classes made for this file alone."""
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -270,23 +268,23 @@ class _Unpickler(pickle.Unpickler):
             return rest[0]
         storage_type, key, _location, numel, *view = rest
         if kind != "storage" or not isinstance(storage_type, _Function) or not isinstance(numel, int) or numel < 0:
-            raise pickle.UnpicklingError("it refers to something that is no storage")
+            raise pickle.UnpicklingError("it refers to an unknown storage")
         first = view[0][1] if view and view[0] is not None else 0
         storage = self.storages[str(key)] = _Storage(str(key), storage_type(), numel, first)
         return storage
 
 
 def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """Reads one pickle from where the file stands, and the storages that it refers to."""
+    """Reads one pickle at the file's position, and the storages it refers to."""
     start, largest_index, count = file.tell(), 0, 0
     for opcode, argument, _ in pickletools.genops(file):
         count += 1
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             largest_index = max(largest_index, argument or 0)
     size = file.tell() - start
-    # The unpickler makes room for the largest index, however large.
-    if size > LARGEST_PICKLE or largest_index > count:
-        raise pickle.UnpicklingError("its table of contents is larger than a checkpoint's can be")
+    # The unpickler allocates memory for the largest index.
+    if size > MAX_PICKLE_BYTES or largest_index > count:
+        raise pickle.UnpicklingError("its pickle is larger than that of any checkpoint")
     file.seek(start)
     unpickler = _Unpickler(file.read(size))
     return unpickler.load(), unpickler.storages
@@ -302,7 +300,7 @@ def _read_zip(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
         members = {info.filename: info for info in archive.infolist()}
         tables = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(tables) != 1:
-            raise pickle.UnpicklingError("it is a zip file without a data.pkl")
+            raise pickle.UnpicklingError("expected a zip file with one data.pkl")
         folder = tables[0].removesuffix("data.pkl")
         left = size
 
@@ -312,9 +310,9 @@ def _read_zip(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
                 raise pickle.UnpicklingError(f"it lacks {name}")
             info = members[folder + name]
             left -= info.file_size
-            # PyTorch compresses none of these, so that all of them together are smaller than the file.
+            # PyTorch does not compress, so that together they are smaller than the file.
             if info.compress_type != zipfile.ZIP_STORED or left < 0:
-                raise pickle.UnpicklingError(f"{name} unpacks to more than there is in the file")
+                raise pickle.UnpicklingError(f"{name} unpacks to more than the size of the file")
             return bytearray(archive.read(info))
 
         if f"{folder}byteorder" in members and read("byteorder") != b"little":
@@ -326,7 +324,7 @@ def _read_zip(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
 def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
     """The format before PyTorch 1.6: five pickles, then the storages, each after the number of its elements."""
     if _unpickle(file)[0] != LEGACY_MAGIC:
-        raise pickle.UnpicklingError("it begins like none")
+        raise pickle.UnpicklingError("unknown magic number")
     _protocol, system = _unpickle(file)[0], _unpickle(file)[0]
     if not system["little_endian"]:
         raise pickle.UnpicklingError("its numbers are big-endian")
@@ -350,7 +348,7 @@ def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
 
 
 def _flat(storage: _Storage, data: bytearray) -> Tensor:
-    """The numbers of a storage, (numel,)."""
+    """The elements of a storage, (numel,)."""
     if len(data) < storage.numel * storage.dtype.itemsize:
         raise pickle.UnpicklingError(f"storage {storage.key} is cut short")
     data = data[: storage.numel * storage.dtype.itemsize]
@@ -358,12 +356,12 @@ def _flat(storage: _Storage, data: bytearray) -> Tensor:
 
 
 class _Finisher:
-    """Copies what was unpickled, with tensors in their places, and refuses whatever is not plain data."""
+    """Copies unpickled data with tensors read from their storages, and refuses anything else."""
 
     def __init__(self, read: Callable[[_Storage], bytearray]):
         self.read = read
         self.flat: dict[str, Tensor] = {}
-        self.done: dict[int, Any] = {}  # by identity: shared parts stay shared, and cycles end
+        self.done: dict[int, Any] = {}  # by identity, for shared parts and cycles
 
     def finish(self, contents: Any, leave_out: Collection[str]) -> Any:
         if isinstance(contents, dict):
@@ -384,7 +382,6 @@ class _Finisher:
         elif isinstance(value, (tuple, set, frozenset)):
             copy = self.done[id(value)] = type(value)(map(self, value))
         elif isinstance(value, ForeignObject):
-            # Its class was made for this file, and stays with it.
             copy = self.done[id(value)] = value
             copy.state = self(copy.state)
         elif isinstance(value, type) and issubclass(value, ForeignObject):
@@ -392,7 +389,7 @@ class _Finisher:
         elif isinstance(value, _StoredTensor):
             copy = self.done[id(value)] = self.tensor(value)
         else:
-            raise pickle.UnpicklingError("a function stands where a value should")
+            raise pickle.UnpicklingError("it contains a function as a value")
         return copy
 
     def tensor(self, stored: _StoredTensor) -> Tensor:
@@ -407,9 +404,9 @@ class _Finisher:
         if 0 in stored.size:
             return torch.empty(stored.size, dtype=stored.dtype)
         last = stored.offset + sum((size - 1) * stride for size, stride in zip(stored.size, stored.stride, strict=True))
-        # A stride of 0 makes any size out of one number.
-        if last >= len(flat) or math.prod(stored.size) > max(len(flat), LARGEST_EXPANDED):
+        # A stride of 0 expands one element to any size.
+        if last >= len(flat) or math.prod(stored.size) > max(len(flat), MAX_EXPANDED):
             raise pickle.UnpicklingError(
-                f"a tensor of shape {stored.size} does not fit its storage of {len(flat)} numbers"
+                f"a tensor of shape {stored.size} does not fit its storage of {len(flat)} elements"
             )
         return flat.as_strided(stored.size, stored.stride, stored.offset)
