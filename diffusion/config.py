@@ -59,6 +59,11 @@ class UNetConfig:
         return [int(mult * self.num_channels) for mult in self.channel_mult]
 
     @property
+    def time_dim(self) -> int:
+        """Width of the embedding of a timestep."""
+        return 4 * self.num_channels
+
+    @property
     def downscale(self) -> int:
         """Pixels per pixel of the middle's feature map, each way."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)

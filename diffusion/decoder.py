@@ -53,8 +53,7 @@ class DiffusionDecoder(PretrainedModel):
     def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         if "vae" in overrides:
             return {}
-        path = companion_path(folder, "vae")
-        if path is None:
+        if (path := companion_path(folder, "vae")) is None:
             raise CheckpointError(f"{folder} has no VAE: there is no folder vae in it or beside it")
         return {"vae": ImageTokenizer.from_pretrained(path)}
 
@@ -75,17 +74,10 @@ class DiffusionDecoder(PretrainedModel):
         return self.vae.image_fmap_size
 
     @torch.no_grad()
-    def decode(
-        self,
-        tokens: Tensor,
-        num_inference_steps: str | int | Iterable[int] = "quad25",
-        sampler: str = "ddim",
-        seed: int = 0,
-        image_indices: Sequence[int] | None = None,
-        guidance: ClipGuidance | None = None,
-        stop_at: int | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, num_inference_steps: str | int | Iterable[int] = "quad25", sampler: str = "ddim",
+               seed: int = 0, image_indices: Sequence[int] | None = None, guidance: ClipGuidance | None = None,
+               stop_at: int | None = None,
+               callback: Callable[[int, Tensor], None] | None = None) -> Tensor:  # fmt: skip
         """(b, side²) int64 tokens → images (b, 3, h, w) in [0, 1]; their size is proportional to `side`.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -73,16 +73,9 @@ class Denoiser:
         """A U-Net under the diffusion of its training. Raises `UsageError` if they do not fit."""
         if config.residual_std is not None and not unet.settings.low_res_condition:
             raise UsageError("residual_std needs a U-Net with low_res_condition: residuals are of that image")
-        return cls(
-            unet,
-            Schedule.named(config.noise_schedule, config.diffusion_steps),
-            config.predict_xstart,
-            unet.settings.learn_sigma,
-            config.sigma_small,
-            config.rescale_timesteps,
-            config.residual_std,
-            unet.settings.gated,
-        )
+        settings = asdict(config)
+        schedule = Schedule.named(settings.pop("noise_schedule"), settings.pop("diffusion_steps"))
+        return cls(unet, schedule, learn_sigma=unet.settings.learn_sigma, gated=unet.settings.gated, **settings)
 
     @property
     def num_steps(self) -> int:
@@ -210,13 +203,8 @@ class Denoiser:
         """The step's term of the variational bound in bits per dimension, (b,): a KL divergence; at step 0 an NLL."""
         true_mean = self.posterior_mean(x, step, x_0)
         true_log_variance = at(self.schedule.posterior_log_variance, step, x)
-        kl = 0.5 * (
-            log_variance
-            - true_log_variance
-            - 1
-            + (true_log_variance - log_variance).exp()
-            + (true_mean - mean) ** 2 * (-log_variance).exp()
-        )
+        ratio, error = (true_log_variance - log_variance).exp(), (true_mean - mean) ** 2 * (-log_variance).exp()
+        kl = 0.5 * (log_variance - true_log_variance - 1 + ratio + error)
         nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         first = (step == 0).to(kl.device)
         return torch.where(first, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)

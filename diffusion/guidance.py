@@ -78,17 +78,9 @@ class ClipGuidance:
     Raises `UsageError` without a prompt and when the weights cancel out.
     """
 
-    def __init__(
-        self,
-        clip: CLIPModel,
-        prompts: Sequence[tuple[str, float]] = (),
-        image_prompts: Sequence[tuple[Tensor, float]] = (),
-        clip_guidance_scale: float = 1000.0,
-        tv_scale: float = 0.0,
-        range_scale: float = 0.0,
-        cutn: int = 16,
-        cut_pow: float = 1.0,
-    ):
+    def __init__(self, clip: CLIPModel, prompts: Sequence[tuple[str, float]] = (),
+                 image_prompts: Sequence[tuple[Tensor, float]] = (), clip_guidance_scale: float = 1000.0,
+                 tv_scale: float = 0.0, range_scale: float = 0.0, cutn: int = 16, cut_pow: float = 1.0):  # fmt: skip
         self.clip = clip
         self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
         self.cutn, self.cut_pow = cutn, cut_pow

@@ -36,15 +36,9 @@ class SuperResolution(nn.Module):
             raise UsageError(f"expected a class from 0 to {NUM_CLASSES - 1}, got {class_label}")
 
     @torch.no_grad()
-    def enlarge(
-        self,
-        images: Tensor,
-        size: int,
-        identities: Sequence[object],
-        num_inference_steps: str | int = "quad25",
-        sampler: str = "ddim",
-        callback: Callable[[], object] | None = None,
-    ) -> Tensor:
+    def enlarge(self, images: Tensor, size: int, identities: Sequence[object],
+                num_inference_steps: str | int = "quad25", sampler: str = "ddim",
+                callback: Callable[[], object] | None = None) -> Tensor:  # fmt: skip
         """Square images (b, 3, h, h) in [0, 1] → (b, 3, s, s) in [0, 1].
 
         s is `size`, rounded up to a multiple of what the U-Net's levels divide. An image's noise is determined by its

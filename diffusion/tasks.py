@@ -102,15 +102,8 @@ class DiffusionTask(TrainingTask):
     sees a part of the batch whole instead, so that the network knows an image's borders from a crop's.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        conditioning_side: int,
-        crop_size: int | None = None,
-        full_share: float = 0.25,
-        step_sampler: str = "uniform",
-        use_kl: bool = False,
-    ):
+    def __init__(self, denoiser: Denoiser, conditioning_side: int, crop_size: int | None = None,
+                 full_share: float = 0.25, step_sampler: str = "uniform", use_kl: bool = False):  # fmt: skip
         super().__init__()
         self.denoiser, self.conditioning_side = denoiser, conditioning_side
         self.crop_size, self.full_share, self.use_kl = crop_size, full_share, use_kl

@@ -11,7 +11,7 @@ Module names give guided-diffusion's parameter names, so that its checkpoints lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import asdict
 from typing import Any
 
@@ -26,8 +26,6 @@ from dalle_pytorch.pretrained import PretrainedModel
 from diffusion.config import NORM_GROUPS, UNetConfig
 
 NUM_CLASSES = 1000  # of the class-conditional ImageNet models
-
-Resample = Callable[[Tensor], Tensor]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,65 +51,42 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def halve(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
-
-
-def double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 def match_size(low_res: Tensor, x: Tensor) -> Tensor:
     """`low_res` scaled to the side of `x`, bilinearly as in guided-diffusion."""
     size = x.shape[-2:]
     return low_res if low_res.shape[-2:] == size else F.interpolate(low_res, size, mode="bilinear")
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Divides the side by `stride`, by a convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
-        super().__init__()
-        self.op = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        super().__init__(OrderedDict(op=nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)))
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Doubles the side, then convolves."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(double(x))
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the timestep in between; `resample` (`halve` or `double`) applies to both branches."""
+    """Two convolutions with the timestep in between; `resample` applies to both branches."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        time_dim: int,
-        dropout: float,
-        scale_shift: bool,
-        resample: Resample | None = None,
-    ):
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resample: nn.Module | None = None):
         super().__init__()
-        self.scale_shift = scale_shift
-        self.resample = resample
+        self.scale_shift, self.resample = config.use_scale_shift_norm, resample
+        time_outputs = out_channels * (2 if self.scale_shift else 1)
         self.in_layers = nn.Sequential(
             group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels * (2 if scale_shift else 1)))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, time_outputs))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -136,16 +111,17 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a feature map.
 
-    `new_order` is the layout of the 3·channels outputs of `qkv`: q, k, v outermost (guided-diffusion's newer order), or
-    heads outermost, each with its own q, k, v (the older one).
+    `use_new_attention_order` is the layout of the 3·channels outputs of `qkv`: q, k, v outermost (guided-diffusion's
+    newer order), or heads outermost, each with its own q, k, v (the older one).
     """
 
-    def __init__(self, channels: int, num_heads: int, new_order: bool):
+    def __init__(self, channels: int, num_heads: int, config: UNetConfig):
         super().__init__()
+        if config.num_head_channels != -1:
+            num_heads = channels // config.num_head_channels
         if num_heads < 1 or channels % num_heads:
             raise UsageError(f"cannot divide {channels} channels into {num_heads} attention heads")
-        self.num_heads = num_heads
-        self.new_order = new_order
+        self.num_heads, self.new_order = num_heads, config.use_new_attention_order
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
@@ -191,10 +167,11 @@ class UNet(PretrainedModel):
         self.image_size, self.downscale = c.image_size, c.downscale
         self.attention_levels = {c.image_size // c.patch_size // side for side in c.attention_resolutions}
 
-        time_dim = 4 * c.num_channels
-        self.time_embed = nn.Sequential(nn.Linear(c.num_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.num_channels, c.time_dim), nn.SiLU(), nn.Linear(c.time_dim, c.time_dim)
+        )
         if c.class_cond:
-            self.label_emb = nn.Embedding(NUM_CLASSES, time_dim)
+            self.label_emb = nn.Embedding(NUM_CLASSES, c.time_dim)
 
         in_channels = (6 if c.low_res_condition else 3) * c.patch_size**2
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, c.widths[0], 3, padding=1))])
@@ -204,7 +181,7 @@ class UNet(PretrainedModel):
                 self.input_blocks.append(self._stage(level, skips[-1], width, c.num_heads))
                 skips.append(width)
             if level < len(c.widths) - 1:
-                down = self._res_block(width, width, halve) if c.resblock_updown else Downsample(width, width)
+                down = ResBlock(width, width, c, nn.AvgPool2d(2)) if c.resblock_updown else Downsample(width, width)
                 self.input_blocks.append(Stage(down))
                 skips.append(width)
 
@@ -224,49 +201,33 @@ class UNet(PretrainedModel):
                 stage = self._stage(level, channels + skips.pop(), width, heads)
                 channels = width
                 if level > 0 and block == c.num_res_blocks:
-                    stage.append(self._res_block(width, width, double) if c.resblock_updown else Upsample(width))
+                    up = (
+                        ResBlock(width, width, c, nn.Upsample(scale_factor=2)) if c.resblock_updown else Upsample(width)
+                    )
+                    stage.append(up)
                 self.output_blocks.append(stage)
 
         out_channels = (6 if c.learn_sigma else 3) + c.gated
-        self.out = nn.Sequential(
-            group_norm(channels),
-            nn.SiLU(),
-            zero_init(nn.Conv2d(channels, out_channels * c.patch_size**2, 3, padding=1)),
-        )
-
-    def _res_block(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> ResBlock:
-        c = self.settings
-        time_dim = 4 * c.num_channels
-        return ResBlock(in_channels, out_channels, time_dim, c.dropout, c.use_scale_shift_norm, resample)
-
-    def _attention(self, channels: int, heads: int) -> AttentionBlock:
-        per_head = self.settings.num_head_channels
-        return AttentionBlock(
-            channels, heads if per_head == -1 else channels // per_head, self.settings.use_new_attention_order
-        )
+        out = zero_init(nn.Conv2d(channels, out_channels * c.patch_size**2, 3, padding=1))
+        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), out)
 
     def _stage(self, level: int, in_channels: int, out_channels: int, heads: int) -> Stage:
         """A residual block, with attention where this level has it."""
-        stage = Stage(self._res_block(in_channels, out_channels))
+        stage = Stage(ResBlock(in_channels, out_channels, self.settings))
         if 2**level in self.attention_levels:
-            stage.append(self._attention(out_channels, heads))
+            stage.append(AttentionBlock(out_channels, heads, self.settings))
         return stage
 
     def _middle(self, channels: int, out_channels: int) -> Stage:
+        c = self.settings
         return Stage(
-            self._res_block(channels, channels),
-            self._attention(channels, self.settings.num_heads),
-            self._res_block(channels, out_channels),
+            ResBlock(channels, channels, c),
+            AttentionBlock(channels, c.num_heads, c),
+            ResBlock(channels, out_channels, c),
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        image_embeds: Tensor | None = None,
-        low_res: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, image_embeds: Tensor | None = None, low_res: Tensor | None = None,
+                y: Tensor | None = None) -> Tensor:  # fmt: skip
         """Noisy images `x` (b, 3, h, w) in [-1, 1] before the noise, and (b,) timesteps → (b, out_channels, h, w).
 
         `image_embeds` (b, emb_input_dims, rows, columns) are codebook rows, `low_res` (b, 3, h', w') images in [-1, 1],

@@ -12,17 +12,9 @@ from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES, ShardStream, local_path
 from dalle_pytorch.errors import FileError
 
 
-def open_dataset(
-    name: str | os.PathLike,
-    resolution: int,
-    *,
-    wds: str | None = None,
-    caption_key: str = "caption",
-    captions: bool = True,
-    crop_ratio: float = 1.0,
-    transparent: bool = False,
-    caption_problem: CaptionProblem | None = None,
-) -> Data:
+def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = None, caption_key: str = "caption",
+                 captions: bool = True, crop_ratio: float = 1.0, transparent: bool = False,
+                 caption_problem: CaptionProblem | None = None) -> Data:  # fmt: skip
     """Opens the data that a training names: a registered data set, WebDataset shards, or a folder of images.
 
     Args:
@@ -49,9 +41,6 @@ def open_dataset(
                            **settings)  # fmt: skip
     if not os.path.isdir(name):
         shards = str(name).endswith(ARCHIVE_SUFFIXES) or local_path(str(name)) is None
-        raise FileError(
-            f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"
-            if shards
-            else f"there is no folder {name}"
-        )
+        hint = f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"
+        raise FileError(hint if shards else f"there is no folder {name}")
     return ImageTextFolder(name, resolution, captions=captions, **settings)

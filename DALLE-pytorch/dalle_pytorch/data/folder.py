@@ -35,16 +35,8 @@ class ImageTextFolder(SampleDataset):
     the images have no text.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        resolution: int,
-        *,
-        captions: bool = True,
-        crop_ratio: float = 1.0,
-        transparent: bool = False,
-        caption_problem: CaptionProblem | None = None,
-    ):
+    def __init__(self, folder: str | os.PathLike, resolution: int, *, captions: bool = True, crop_ratio: float = 1.0,
+                 transparent: bool = False, caption_problem: CaptionProblem | None = None):  # fmt: skip
         self.folder, self.resolution, self.captions = Path(folder), resolution, captions
         self.crop_ratio, self.transparent, self.caption_problem = crop_ratio, transparent, caption_problem
         self.left_out: Counter[str] = Counter()

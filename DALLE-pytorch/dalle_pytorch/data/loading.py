@@ -14,12 +14,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dalle_pytorch.errors import FileError, UsageError
 
@@ -37,13 +38,13 @@ class BrokenSample(FileError):
         self.reason = reason
 
 
+@dataclass
 class Skipped:
     """Counts of samples read and skipped, the latter by reason, with the first example of each."""
 
-    def __init__(self):
-        self.read = 0
-        self.reasons: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+    read: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, error: BrokenSample) -> None:
         """Counts one sample as skipped."""
@@ -139,19 +140,9 @@ class BatchLoader:
         positions: the position in a stream, ready for JSON; None for data of known length.
     """
 
-    def __init__(
-        self,
-        dataset: Data,
-        batch_size: int,
-        *,
-        first_step: int = 0,
-        last_step: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        positions: dict[str, Any] | None = None,
-    ):
+    def __init__(self, dataset: Data, batch_size: int, *, first_step: int = 0, last_step: int | None = None,
+                 seed: int = 0, rank: int = 0, world_size: int = 1, num_workers: int = 0,
+                 positions: dict[str, Any] | None = None):  # fmt: skip
         if batch_size < world_size:
             raise UsageError(f"cannot share a batch of {batch_size} among {world_size} processes")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -187,14 +178,28 @@ class BatchLoader:
 
     def _map(self, data: SampleDataset) -> Iterator[Batch]:
         length = len(data)
-        order = StepBatches(length, self.batch_size, self.steps.start, self.steps.stop, self.seed, self.rank,
-                            self.world_size)  # fmt: skip
-        loader = self._loader(_MapBatches(data, self.seed), sampler=order)
+        loader = self._loader(_MapBatches(data, self.seed), sampler=self._order(length))
         for step, (batch, skipped) in zip(self.steps, loader, strict=True):
             # A batch that could not be filled with TRIES samples per place is enough to decide.
             self._count(skipped, 1 if batch is None else min(TRIES, length))
             assert batch is not None
             self._finish_epochs((step + 1) * self.batch_size // length)
+            yield batch
+
+    def _order(self, length: int) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (epoch, index) as a function of (seed, step), from a sequence of permutations of `length` samples.
+
+        Step s has the samples s·batch_size to (s + 1)·batch_size of the sequence, and process `rank` every
+        `world_size`-th of those: a batch of 8, a batch of 8 on two processes and two batches of 4 are the same samples.
+        """
+        order, ordered = np.empty(0, int), -1
+        for step in self.steps:
+            batch = []
+            for place in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world_size):
+                epoch, row = divmod(place, length)
+                if epoch != ordered:
+                    order, ordered = np.random.default_rng([self.seed, epoch]).permutation(length), epoch
+                batch.append((epoch, int(order[row])))
             yield batch
 
     def _stream(self, stream: SampleStream) -> Iterator[Batch]:
@@ -211,10 +216,9 @@ class BatchLoader:
             self.positions = {"readers": readers, "places": places}
             self._count(skipped, TRIES)
             self._finish_epochs(_slowest(places))
-            if batch is None:
-                continue
-            yield batch
-            missing -= 1
+            if batch is not None:
+                yield batch
+                missing -= 1
             if not missing:
                 return
 
@@ -242,33 +246,6 @@ class BatchLoader:
 
 def _slowest(places: list[list[int]]) -> int:
     return min(epoch for _, epoch, _ in places)
-
-
-class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) as a function of (seed, step), from a sequence of permutations of `length` samples.
-
-    Step s has the samples s·batch_size to (s + 1)·batch_size of the sequence, and process `rank` every `world_size`-th
-    of those: a batch of 8, a batch of 8 on two processes and two batches of 4 are the same samples.
-    """
-
-    def __init__(self, length: int, batch_size: int, first_step: int, last_step: int, seed: int = 0, rank: int = 0,
-                 world_size: int = 1):  # fmt: skip
-        self.length, self.batch_size, self.steps = length, batch_size, range(first_step, last_step)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, ordered = np.empty(0, int), -1
-        for step in self.steps:
-            batch = []
-            for place in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world_size):
-                epoch, row = divmod(place, self.length)
-                if epoch != ordered:
-                    order, ordered = np.random.default_rng([self.seed, epoch]).permutation(self.length), epoch
-                batch.append((epoch, int(order[row])))
-            yield batch
 
 
 class _MapBatches(Dataset):

@@ -18,14 +18,8 @@ from dalle_pytorch.files.images import decode_image
 CaptionProblem = Callable[[str], str | None]  # the reason to skip a caption, or None
 
 
-def load_image(
-    source: str | os.PathLike | bytes,
-    name: object,
-    resolution: int,
-    crop_ratio: float = 1.0,
-    generator: np.random.Generator | None = None,
-    transparent: bool = False,
-) -> Tensor:
+def load_image(source: str | os.PathLike | bytes, name: object, resolution: int, crop_ratio: float = 1.0,
+               generator: np.random.Generator | None = None, transparent: bool = False) -> Tensor:  # fmt: skip
     """A square of the image in a file, or in its bytes: (3, resolution, resolution) uint8, 4 channels if `transparent`.
 
     The square is the image's centre; with `crop_ratio` below 1 and a `generator` a random one inside it, with a share
@@ -69,12 +63,8 @@ def usable_captions(captions: list[str], name: object) -> list[str]:
     return captions
 
 
-def pick_caption(
-    captions: list[str],
-    name: object,
-    generator: np.random.Generator | None = None,
-    problem: CaptionProblem | None = None,
-) -> str:
+def pick_caption(captions: list[str], name: object, generator: np.random.Generator | None = None,
+                 problem: CaptionProblem | None = None) -> str:  # fmt: skip
     """A random caption, the first without a generator, out of those without a `problem`.
 
     Raises `BrokenSample` with the first problem as its reason if there is none.

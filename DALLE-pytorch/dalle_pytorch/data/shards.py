@@ -44,19 +44,10 @@ class ShardStream(SampleStream):
         shuffle_buffer: undecoded samples to draw from at random; 0 keeps their order.
     """
 
-    def __init__(
-        self,
-        urls: str | os.PathLike,
-        resolution: int,
-        *,
-        image_suffix: str = "jpg",
-        caption_suffix: str | None = "txt",
-        caption_key: str = "caption",
-        crop_ratio: float = 1.0,
-        transparent: bool = False,
-        caption_problem: CaptionProblem | None = None,
-        shuffle_buffer: int = 1000,
-    ):
+    def __init__(self, urls: str | os.PathLike, resolution: int, *, image_suffix: str = "jpg",
+                 caption_suffix: str | None = "txt", caption_key: str = "caption", crop_ratio: float = 1.0,
+                 transparent: bool = False, caption_problem: CaptionProblem | None = None,
+                 shuffle_buffer: int = 1000):  # fmt: skip
         self.urls, self.resolution, self.caption_key = list_shards(urls), resolution, caption_key
         self.image_suffixes = image_suffix.split(";")
         self.caption_suffixes = caption_suffix.split(";") if caption_suffix else []

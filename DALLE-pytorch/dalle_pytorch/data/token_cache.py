@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,17 +71,9 @@ class TokenCache(SampleDataset):
         return {"tokens": torch.from_numpy(self.tokens[index].astype(np.int64)), "caption": caption}
 
 
-def cache_tokens(
-    folder: str | os.PathLike,
-    dataset: Data,
-    vae: ImageTokenizer,
-    *,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Progress | None = None,
-) -> TokenCache:
+def cache_tokens(folder: str | os.PathLike, dataset: Data, vae: ImageTokenizer, *, batch_size: int = 32,
+                 num_workers: int = 0, rank: int = 0, world_size: int = 1,
+                 progress: Progress | None = None) -> TokenCache:  # fmt: skip
     """Opens the cache of a data set's tokens in `folder`, which is made first if it is not finished.
 
     Images are cropped to their centre square, whatever the data set's crops, and encoded on the device of `vae`.
@@ -154,173 +146,119 @@ def _unit(dataset: ImageTextFolder | ShardStream, unit: int) -> Iterator[Any]:
     """What there is to decode in a unit: raw samples of a stream, or indices."""
     if isinstance(dataset, ShardStream):
         return dataset.read_shard(dataset.urls[unit])
-    return iter(range(unit * PART_SIZE, min(len(dataset), (unit + 1) * PART_SIZE)))
+    return iter(range(len(dataset))[unit * PART_SIZE : (unit + 1) * PART_SIZE])
 
 
 def _finished(parts: Path) -> tuple[Counter[int], set[int]]:
-    """How many parts each unit has, from the first without a gap, and the units that have all of theirs."""
-    counts: Counter[int] = Counter()
-    complete = set()
-    for name in sorted(path.name for path in parts.glob("*.npz")):
-        if match := re.fullmatch(r"(\d+)-(\d+)(-last)?\.npz", name):
-            unit = int(match[1])
-            counts[unit] += 1
-            if match[3]:
-                complete.add(unit)
-    return counts, complete
-
-
-class _Piece(NamedTuple):
-    """Some samples of one part; `end` says what they complete: nothing, the `part`, or the `unit` with it."""
-
-    unit: int
-    part: int
-    images: Tensor | None  # (n, c, h, w) uint8
-    captions: list[list[str]]
-    skipped: Skipped
-    end: str | None
+    """How many parts each unit has, and the units that have all of theirs."""
+    found = [match for path in parts.glob("*.npz") if (match := re.fullmatch(r"(\d+)-\d+(-last)?\.npz", path.name))]
+    return Counter(int(match[1]) for match in found), {int(match[1]) for match in found if match[2]}
 
 
 class _Pieces(IterableDataset):
-    """What is left to read of some units, in pieces of at most `batch_size` samples. Workers share the units."""
+    """What is left to read of some units, each from its given part on. Workers share the units.
 
-    def __init__(self, dataset: Any, units: list[int], finished: Counter[int], batch_size: int):
-        self.dataset, self.units, self.finished, self.batch_size = dataset, units, finished, batch_size
+    Yields (unit, images (n, c, h, w) uint8, all captions of each, counts of samples, whether the unit ends) for up to
+    `batch_size` samples of one part.
+    """
 
-    def __iter__(self) -> Iterator[_Piece]:
-        worker = get_worker_info()
-        for unit in self.units[worker.id :: worker.num_workers] if worker else self.units:
-            yield from self._read(unit)
+    def __init__(self, dataset: Any, first_parts: dict[int, int], batch_size: int):
+        self.dataset, self.first_parts, self.batch_size = dataset, first_parts, batch_size
 
-    def _read(self, unit: int) -> Iterator[_Piece]:
-        part = self.finished[unit]
-        images, captions, skipped = [], [], Skipped()
-
-        def piece(end: str | None = None) -> _Piece:
-            nonlocal images, captions, skipped
-            made = _Piece(unit, part, torch.stack(images) if images else None, captions, skipped, end)
-            images, captions, skipped = [], [], Skipped()
-            return made
-
-        for number, raw in enumerate(islice(_unit(self.dataset, unit), part * PART_SIZE, None)):
-            if number and number % PART_SIZE == 0:
-                yield piece("part")
-                part += 1
-            skipped.read += 1
-            try:
-                found = self.dataset.all_captions(raw)
-                images.append(self.dataset.image(raw))
-                captions.append(found)
-            except BrokenSample as error:
-                skipped.add(error)
-            if len(images) == self.batch_size:
-                yield piece()
-        yield piece("unit")
+    def __iter__(self) -> Iterator[tuple[int, Tensor, list[list[str]], Skipped, bool]]:
+        worker, units = get_worker_info(), list(self.first_parts)
+        for unit in units[worker.id :: worker.num_workers] if worker else units:
+            position, ends = self.first_parts[unit] * PART_SIZE, False
+            samples = islice(_unit(self.dataset, unit), position, None)
+            sample = next(samples, None)
+            while not ends:
+                images, captions, skipped = [], [], Skipped()
+                while sample is not None and skipped.read < min(self.batch_size, PART_SIZE - position % PART_SIZE):
+                    skipped.read += 1
+                    try:
+                        found = self.dataset.all_captions(sample)
+                        images.append(self.dataset.image(sample))
+                        captions.append(found)
+                    except BrokenSample as error:
+                        skipped.add(error)
+                    sample = next(samples, None)
+                position, ends = position + skipped.read, sample is None
+                yield unit, torch.stack(images) if images else torch.empty(0), captions, skipped, ends
 
 
-class _Part:
-    """The samples of one part so far."""
-
-    def __init__(self):
-        self.tokens: list[np.ndarray] = []
-        self.lines: list[bytes] = []
-        self.skipped = Skipped()
-
-    def add(self, piece: _Piece, tokens: np.ndarray | None) -> None:
-        self.skipped.update(piece.skipped)
-        self.lines += [json.dumps(captions, ensure_ascii=False).encode() + b"\n" for captions in piece.captions]
-        if tokens is not None:
-            self.tokens.append(tokens)
-
-    def write(self, path: Path) -> None:
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            tokens=np.concatenate(self.tokens) if self.tokens else np.zeros((0, 0), np.uint16),
-            lines=np.frombuffer(b"".join(self.lines), np.uint8),
-            lengths=np.array([len(line) for line in self.lines], np.int64),
-            skipped=np.frombuffer(json.dumps([self.skipped.reasons, self.skipped.examples]).encode(), np.uint8),
-            read=self.skipped.read,
-        )
-        write_bytes(path, buffer.getvalue())
-
-
-def _make_parts(
-    folder: Path,
-    dataset: ImageTextFolder | ShardStream,
-    vae: ImageTokenizer,
-    batch_size: int,
-    num_workers: int,
-    rank: int,
-    world_size: int,
-    progress: Progress | None,
-) -> None:
+def _make_parts(folder: Path, dataset: ImageTextFolder | ShardStream, vae: ImageTokenizer, batch_size: int,
+                num_workers: int, rank: int, world_size: int, progress: Progress | None) -> None:  # fmt: skip
     """Writes this process's share of the parts that are missing."""
     counts, complete = _finished(folder)
     mine = range(rank, _unit_count(dataset), world_size)
-    pieces = _Pieces(dataset, [unit for unit in mine if unit not in complete], counts, batch_size)
-    loader = DataLoader(pieces, batch_size=None, num_workers=num_workers, collate_fn=as_it_is,
-                        generator=torch.Generator())  # fmt: skip
+    missing = {unit: counts[unit] for unit in mine if unit not in complete}
+    loader = DataLoader(_Pieces(dataset, missing, batch_size), batch_size=None, num_workers=num_workers,
+                        collate_fn=as_it_is, generator=torch.Generator())  # fmt: skip
     total, done = None, 0
     if isinstance(dataset, ImageTextFolder):
-        share = [min(len(dataset), (unit + 1) * PART_SIZE) - unit * PART_SIZE for unit in mine]
-        total = sum(share)
-        done = sum(size for unit, size in zip(mine, share, strict=True) if unit in complete)
-    device = vae.device
-    kind = np.uint16 if vae.num_tokens <= 2**16 else np.int32
-    everything, parts = Skipped(), {}
-    for piece in loader:
-        tokens = None
-        if piece.images is not None:
+        sizes = {unit: min(PART_SIZE, len(dataset) - unit * PART_SIZE) for unit in mine}
+        total = sum(sizes.values())
+        done = total - sum(sizes[unit] for unit in missing)
+    dtype = np.uint16 if vae.num_tokens <= 2**16 else np.int32
+    everything, parts = Skipped(), {unit: ([], [], Skipped()) for unit in missing}
+    for unit, images, captions, skipped, ends in loader:
+        tokens, lines, skipped_in_part = parts[unit]
+        if captions:
             with torch.no_grad():
-                tokens = vae.get_codebook_indices(piece.images.to(device).float() / 255).cpu().numpy().astype(kind)
-        part = parts.setdefault(piece.unit, _Part())
-        part.add(piece, tokens)
-        if piece.end is not None:
-            last = "-last" if piece.end == "unit" else ""
-            parts.pop(piece.unit).write(folder / f"{piece.unit:06}-{piece.part:06}{last}.npz")
-        everything.update(piece.skipped)
+                indices = vae.get_codebook_indices(images.to(vae.device).float() / 255)
+            tokens.append(indices.cpu().numpy().astype(dtype))
+        lines += [json.dumps(each, ensure_ascii=False) + "\n" for each in captions]
+        skipped_in_part.update(skipped)
+        if ends or skipped_in_part.read == PART_SIZE:
+            _write_part(folder / f"{unit:06}-{counts[unit]:06}{'-last' if ends else ''}.npz", *parts[unit])
+            counts[unit] += 1
+            parts[unit] = [], [], Skipped()
+        everything.update(skipped)
         everything.check()
-        done += piece.skipped.read
+        done += skipped.read
         if progress is not None:
             progress(done, total)
 
 
+def _write_part(path: Path, tokens: list[np.ndarray], lines: list[str], skipped: Skipped) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        tokens=np.concatenate(tokens) if tokens else np.zeros((0, 0), np.uint16),
+        lines=np.frombuffer("".join(lines).encode(), np.uint8),
+        skipped=np.frombuffer(json.dumps([skipped.reasons, skipped.examples]).encode(), np.uint8),
+        read=skipped.read,
+    )
+    write_bytes(path, buffer.getvalue())
+
+
 def _join_parts(folder: Path, left_out: Counter[str]) -> None:
     """Joins the finished parts to the cache's files, and removes them."""
-    paths = sorted((folder / "parts").glob("*.npz"))
-    skipped, counts, kinds = Skipped(), [], set()
-    for path in paths:
+    skipped, counts, dtype, seq_len = Skipped(), {}, None, 0
+    for path in sorted((folder / "parts").glob("*.npz")):
         with np.load(path, allow_pickle=False) as part:
-            skipped.read += int(part["read"])
-            reasons, examples = json.loads(part["skipped"].tobytes())
-            skipped.reasons.update(reasons)
-            skipped.examples = {**examples, **skipped.examples}
-            counts.append(len(part["tokens"]))
-            if counts[-1]:
-                kinds.add((part["tokens"].dtype, part["tokens"].shape[1]))
+            skipped.update(Skipped(int(part["read"]), *json.loads(part["skipped"].tobytes())))
+            if count := len(part["tokens"]):
+                counts[path], dtype, seq_len = count, part["tokens"].dtype, part["tokens"].shape[1]
     skipped.check(enough=1)
-    if not kinds:
+    if not counts:
         raise FileError("the data have no usable sample")
-    ((kind, seq_len),) = kinds
     with (
         atomic_write(folder / "tokens.npy") as tokens_path,
         atomic_write(folder / "captions.jsonl") as captions_path,
         atomic_write(folder / "starts.npy") as starts_path,
     ):
-        tokens = np.lib.format.open_memmap(tokens_path, "w+", kind, (sum(counts), seq_len))
-        first, lengths = 0, [np.zeros(1, np.int64)]
-        with open(captions_path, "wb") as captions:
-            for path, count in zip(paths, counts, strict=True):
-                if count:
-                    with np.load(path, allow_pickle=False) as part:
-                        tokens[first : first + count] = part["tokens"]
-                        captions.write(part["lines"].tobytes())
-                        lengths.append(part["lengths"])
-                    first += count
+        tokens = np.lib.format.open_memmap(tokens_path, "w+", dtype, (sum(counts.values()), seq_len))
+        first, starts = 0, [np.zeros(1, np.int64)]
+        with open(captions_path, "wb") as captions, open(starts_path, "wb") as starts_file:
+            for path, count in counts.items():
+                with np.load(path, allow_pickle=False) as part:
+                    tokens[first : first + count], lines = part["tokens"], part["lines"]
+                first += count
+                starts.append(captions.tell() + 1 + np.flatnonzero(lines == ord("\n")))
+                captions.write(lines.tobytes())
+            np.save(starts_file, np.concatenate(starts), allow_pickle=False)
         tokens.flush()
-        with open(starts_path, "wb") as starts:
-            np.save(starts, np.cumsum(np.concatenate(lengths)), allow_pickle=False)
-    index = {"samples": sum(counts), "tokens_per_sample": seq_len, "skipped": skipped.reasons + left_out}
+    index = {"samples": first, "tokens_per_sample": seq_len, "skipped": skipped.reasons + left_out}
     write_text(folder / "index.json", json.dumps(index, indent=2) + "\n")
     shutil.rmtree(folder / "parts")

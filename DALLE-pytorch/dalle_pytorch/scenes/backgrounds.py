@@ -76,9 +76,8 @@ def _lego(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
 
 
 def _checks(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
-    return _mix(
-        (226, 220, 206), (128, 138, 150), (np.floor(x / 2 + variant % 2) + np.floor((y + variant // 2) / 2)) % 2
-    )
+    odd = (np.floor(x / 2 + variant % 2) + np.floor((y + variant // 2) / 2)) % 2
+    return _mix((226, 220, 206), (128, 138, 150), odd)
 
 
 def _stripes(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
@@ -139,42 +138,25 @@ def _night(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
     return _mix((24, 30, 74), (252, 246, 210), light)
 
 
-TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
-    "white": partial(_plain, (244, 243, 240)),
-    "black": partial(_plain, (30, 30, 34)),
-    "brick": _brick,
-    "wood": _wood,
-    "water": _water,
-    "lego": _lego,
-    "checks": _checks,
-    "stripes": _stripes,
-    "dots": _dots,
-    "tiles": _tiles,
-    "grass": _grass,
-    "sand": _sand,
-    "marble": _marble,
-    "plaid": _plaid,
-    "zigzags": _zigzags,
-    "night": _night,
-}
-# Strength of the grain in grey levels, and how far it is smeared along x and along y, in lattice cells.
-GRAIN_OF = {
-    "white": (7, 1, 1),
-    "black": (10, 1, 1),
-    "brick": (26, 1, 1),
-    "wood": (34, 24, 1),
-    "water": (24, 8, 1),
-    "lego": (7, 1, 1),
-    "checks": (18, 1, 8),
-    "stripes": (18, 8, 1),
-    "dots": (14, 1, 1),
-    "tiles": (10, 1, 1),
-    "grass": (26, 1, 6),
-    "sand": (28, 1, 1),
-    "marble": (14, 6, 1),
-    "plaid": (24, 4, 1),
-    "zigzags": (16, 1, 4),
-    "night": (12, 1, 1),
+Texture = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+# Each with the strength of its grain in grey levels, and how far that is smeared along x and y, in lattice cells.
+TEXTURES: dict[str, tuple[Texture, int, int, int]] = {
+    "white": (partial(_plain, (244, 243, 240)), 7, 1, 1),
+    "black": (partial(_plain, (30, 30, 34)), 10, 1, 1),
+    "brick": (_brick, 26, 1, 1),
+    "wood": (_wood, 34, 24, 1),
+    "water": (_water, 24, 8, 1),
+    "lego": (_lego, 7, 1, 1),
+    "checks": (_checks, 18, 1, 8),
+    "stripes": (_stripes, 18, 8, 1),
+    "dots": (_dots, 14, 1, 1),
+    "tiles": (_tiles, 10, 1, 1),
+    "grass": (_grass, 26, 1, 6),
+    "sand": (_sand, 28, 1, 1),
+    "marble": (_marble, 14, 6, 1),
+    "plaid": (_plaid, 24, 4, 1),
+    "zigzags": (_zigzags, 16, 1, 4),
+    "night": (_night, 12, 1, 1),
 }
 
 
@@ -183,7 +165,7 @@ def background_picture(name: str, variant: int, resolution: int) -> np.ndarray:
     side = resolution * SUPERSAMPLE
     axis = ((np.arange(side) + 0.5) / side * GRID).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
-    return shrink(TEXTURES[name](x, y, variant).astype(np.float32))
+    return shrink(TEXTURES[name][0](x, y, variant).astype(np.float32))
 
 
 def grain(name: str, seed: int, resolution: int) -> np.ndarray:
@@ -191,7 +173,7 @@ def grain(name: str, seed: int, resolution: int) -> np.ndarray:
 
     Blocks of 2 × 2 lattice cells sum to zero, so at half the lattice's resolution or below there is nothing left of it.
     """
-    strength, along_x, along_y = GRAIN_OF[name]
+    _, strength, along_x, along_y = TEXTURES[name]
     noise = np.random.default_rng(seed).standard_normal((GRAIN, GRAIN)).astype(np.float32)
     for axis, length in ((1, along_x), (0, along_y)):
         if length > 1:

@@ -70,14 +70,8 @@ FAMILY = {kind: family for family, kinds in (("digit", DIGITS), ("letter", LETTE
            for kind in kinds}  # fmt: skip
 
 
-def write_caption(
-    rng: np.random.Generator,
-    subjects: tuple[Subject, ...],
-    background: str,
-    place: str | None,
-    relation: str | None,
-    left_open: Mapping[str, float],
-) -> str:
+def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], background: str, place: str | None,
+                  relation: str | None, left_open: Mapping[str, float]) -> str:  # fmt: skip
     def leaves_open(fact: str) -> bool:
         return rng.random() < left_open[fact]
 
@@ -172,9 +166,9 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
 
     def exchanged_colours() -> list[str]:
         first, second = scene.subjects
-        if not names_subjects_apart(scene):
-            return []  # it would still be true
-        if not all(allowed(a.kind, b.colour, scene.background) for a, b in ((first, second), (second, first))):
+        pairs = ((first.kind, second.colour), (second.kind, first.colour))
+        # Where the subjects are not told apart, it would still be true.
+        if not names_subjects_apart(scene) or not all(allowed(*pair, scene.background) for pair in pairs):
             return []
         exchange = {first.colour: second.colour, second.colour: first.colour}
         on = _background_said(scene)

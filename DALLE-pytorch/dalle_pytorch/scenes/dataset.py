@@ -21,15 +21,8 @@ class GlyphsDataset(RegisteredDataset):
     well, under the same keys after `second_`, that differs in one fact and is captioned accordingly.
     """
 
-    def __init__(
-        self,
-        resolution: int,
-        count: int = 10_000_000,
-        split: str = "train",
-        terse_every: int | None = None,
-        wrong_captions: int = 0,
-        twins: bool = False,
-    ):
+    def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", terse_every: int | None = None,
+                 wrong_captions: int = 0, twins: bool = False):  # fmt: skip
         check_resolution(resolution)
         glyphs.make_scene(0, split)  # raises for a split that there is not
         self.resolution, self.count, self.split = resolution, count, split

@@ -64,14 +64,8 @@ def _box_with_margin(picture: np.ndarray, subject: Subject, cell: int) -> np.nda
     return picture[(subject.row - 1) * cell :, (subject.column - 1) * cell :][:side, :side]
 
 
-def write_folder(
-    folder: str | Path,
-    count: int,
-    split: str = "train",
-    resolution: int = 256,
-    start: int = 0,
-    progress: Callable[[int], object] | None = None,
-) -> None:
+def write_folder(folder: str | Path, count: int, split: str = "train", resolution: int = 256, start: int = 0,
+                 progress: Callable[[int], object] | None = None) -> None:  # fmt: skip
     """Writes scenes `start` … `start + count − 1` as an image-text folder: `000000.png`, `000000.txt`, `000000.json`.
 
     The JSON holds what is in the scene. Images that are there already are kept, so an interrupted run can be resumed.

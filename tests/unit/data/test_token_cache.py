@@ -121,7 +121,7 @@ def test_goes_on_after_a_break(tmp_path, folder, archives, tiny_vae, name, num_w
     encoded = []
     encode = tiny_vae.get_codebook_indices
     monkeypatch.setattr(tiny_vae, "get_codebook_indices", lambda images: encoded.append(len(images)) or encode(images))
-    for stop in (7, 4, 1):
+    for stop in (7, 2, 1):
         calls = iter(range(stop))
 
         def interrupt(done, total, calls=calls):
