@@ -178,16 +178,13 @@ class JudgeTask(TrainingTask):
 
 
 class QuestionDataset(SampleDataset):
-    """Scenes with their answers, as indices in the order of `QUESTIONS`."""
-
-    def __init__(self, split: str = "train"):
-        self.split = split
+    """Scenes to train on with their answers, as indices in the order of `QUESTIONS`."""
 
     def __len__(self) -> int:
         return 10_000_000
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = glyphs.make_scene(index, self.split)
+        scene = glyphs.make_scene(index, "train")
         facts = answers(scene) | {"detail": "fine"}
         indices = [options.index(facts[name]) if name in facts else NOT_ASKED for name, options in QUESTIONS.items()]
         image = torch.from_numpy(glyphs.draw(scene, IMAGE_SIZE)).permute(2, 0, 1)

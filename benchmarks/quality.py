@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import Jobs
+from jobs import shared_by
 from judge import Judge, judge_by_attribute, likeliest, log_likelihood, share_of_scenes_read
 from measures import best_of, frechet_distance, frechet_interval, interval
+from torch import Tensor
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
@@ -101,15 +102,13 @@ class Models:
         right = [judge_by_attribute(scene, answers) for answers in seen]
         return {"scores": [image.score for image in found], "right": right}, found
 
-    def diffuse(
-        self, tokens: torch.Tensor, steps: str, seed: int, guidance: ClipGuidance | None = None
-    ) -> torch.Tensor:
+    def diffuse(self, tokens: Tensor, steps: str, seed: int, guidance: ClipGuidance | None = None) -> Tensor:
         """The image (1, 3, h, w) of a grid of tokens."""
         result = self.pipe.upscale(tokens, num_inference_steps=steps, seed=seed, clip_guidance=guidance or False)
         return result[0].upscaled_pixels[0][None]
 
     @torch.no_grad()
-    def opinion(self, scene: glyphs.Scene, picture: torch.Tensor) -> Record:
+    def opinion(self, scene: glyphs.Scene, picture: Tensor) -> Record:
         """What the judge says of one picture (1, 3, h, w)."""
         features = self.judge.features(picture)
         logits = self.judge.logits(features)
@@ -132,28 +131,18 @@ def measure(settings: QualitySettings, models: Models, group: str, index: int) -
     count = longest if index < settings.curve_count else settings.num_images
     record, found = models.candidates(scene, count, settings.seed)
     best = clip_choice(found[: settings.num_images])
+    diffuse = partial(models.diffuse, steps=settings.steps, seed=settings.seed)
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
-    enlarged = resize(best.pixels[None], 256)
-    diffused = models.diffuse(best.tokens, settings.steps, settings.seed)
+    strip = {"drawn": drawn, "enlarged": resize(best.pixels[None], 256), "diffused": diffuse(best.tokens)}
+    if index < settings.guided_count:
+        strip["guided"] = diffuse(best.tokens, guidance=models.pipe.guidance(scene.caption))
     # What both decoders make of the tokens of the drawn scene itself: how they differ with nothing else in the way.
     own_tokens = models.pipe.model.prior.encode_image(drawn.to(models.pipe.model.device))[0].cpu()
     own_enlarged = resize(models.pipe.read(own_tokens)[0].pixels[None], 256)
-    own_diffused = models.diffuse(own_tokens, settings.steps, settings.seed)
-    record |= {
-        "group": group, "index": index, "caption": scene.caption, "best": best.index,
-        "drawn": models.opinion(scene, drawn),
-        "enlarged": models.opinion(scene, enlarged),
-        "diffused": models.opinion(scene, diffused),
-        "own_enlarged": models.opinion(scene, own_enlarged),
-        "own_diffused": models.opinion(scene, own_diffused),
-    }  # fmt: skip
-    strip = [drawn, enlarged, diffused]
-    if index < settings.guided_count:
-        guidance = models.pipe.guidance(scene.caption)
-        guided = models.diffuse(best.tokens, settings.steps, settings.seed, guidance)
-        record["guided"] = models.opinion(scene, guided)
-        strip.append(guided)
-    sheet = contact_sheet([picture[0] for picture in strip], len(strip), gap=0)
+    own = {"own_enlarged": own_enlarged, "own_diffused": diffuse(own_tokens)}
+    record |= {"group": group, "index": index, "caption": scene.caption, "best": best.index}
+    record |= {name: models.opinion(scene, picture) for name, picture in (strip | own).items()}
+    sheet = contact_sheet([picture[0] for picture in strip.values()], len(strip), gap=0)
     save_image(strip_path(settings.output_dir, record), sheet)
     return record
 
@@ -187,8 +176,8 @@ def all_records(settings: QualitySettings, models: Models) -> list[Record]:
         missing = [key for key in wanted if key not in records]
         # A single job is this process, which has its models already.
         make_models = partial(Models.of, settings) if settings.jobs > 1 else lambda: models
-        with Jobs(settings.jobs, make_models) as jobs:
-            done = jobs.map(partial(measure, settings), missing)
+        with shared_by(settings.jobs, make_models) as in_jobs:
+            done = in_jobs(partial(measure, settings), missing)
             for record in tqdm(done, "captions", len(missing), dynamic_ncols=True):
                 records[record["group"], record["index"]] = record
                 file.write(json.dumps(record) + "\n")
@@ -243,13 +232,11 @@ def curves(records: list[Record], curve_images: int) -> Record:
     records = [r for r in records if len(r["scores"]) >= curve_images]
     steps = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= curve_images]
     values: Record = {"N": steps, "captions": len(records)}
-    tests = {"everything": all_right} | {name: lambda right, name=name: right[name] for name in ATTRIBUTES}
-    for name, test in tests.items():
-        chosen = [r for r in records if name == "everything" or name in r["right"][0]]
-        if chosen:
-            right = [[test(one) for one in r["right"]] for r in chosen]
-            values[name] = [float(np.mean([best_of(r["scores"], x, n) for r, x in zip(chosen, right, strict=True)]))
-                            for n in steps]  # fmt: skip
+    for name in ("everything", *ATTRIBUTES):
+        scored = [(r["scores"], [{"everything": all_right(one), **one}[name] for one in r["right"]])
+                  for r in records if name == "everything" or name in r["right"][0]]  # fmt: skip
+        if scored:
+            values[name] = [float(np.mean([best_of(scores, right, n) for scores, right in scored])) for n in steps]
     return values
 
 
@@ -308,14 +295,12 @@ def print_tables(figures: Record) -> None:
 
 def plot_curves(path: Path, groups: Record) -> None:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no best_of.png: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups), 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(groups), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True)
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
         curve = group["best_of"]
         for attribute in ("everything", *ATTRIBUTES):
@@ -334,7 +319,6 @@ def plot_curves(path: Path, groups: Record) -> None:
     figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write_sheet(path: Path, records: list[Record], folder: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from dalle_pytorch import DALLE
 from dalle_pytorch.cli import run
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.errors import UsageError
-from dalle_pytorch.settings import Settings, number, option
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.settings import Settings, option
+from dalle_pytorch.vae.discrete import DiscreteVAE
 
 MIB = 2**20
 
@@ -31,28 +38,22 @@ class MemorySettings(Settings):
     whatever the layers are, have a column of their own. Prints a table; with --output it is written as JSON too.
     """
 
-    depths: list = option([8, 16, 32], "layers", kind=number(int, 1), nargs="+")
+    depths: list[int] = option([8, 16, 32], "layers", low=1, nargs="+")
     dim: int = option(64, "width, of heads of 16", low=16)
     batch_size: int = option(8, "sequences", low=1)
     image_fmap_size: int = option(16, "side of the token grid", low=1)
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
     output: Path | None = option(None, "write the table as JSON", metavar="FILE")
-    case: str | None = option(None, "of a child process: plain or reversible", choices=("plain", "reversible"))
 
 
-def measure(settings: MemorySettings) -> dict[str, float]:
-    """One training step of one depth, in this process: MiB and seconds."""
-    import torch
-
-    from dalle_pytorch import DALLE
-    from dalle_pytorch.vae.discrete import DiscreteVAE
-
+def measure(settings: MemorySettings, depth: int, reversible: bool) -> dict[str, float]:
+    """One training step, in this process: MiB and seconds."""
     torch.manual_seed(0)
     device, side, text_seq_len = pick_device(settings.device), settings.image_fmap_size, 64
     vae = DiscreteVAE(image_size=8 * side, num_tokens=256, codebook_dim=8, hidden_dim=8)
     dalle = DALLE(
-        dim=settings.dim, vae=vae, num_text_tokens=256, text_seq_len=text_seq_len, depth=settings.depths[0],
-        heads=max(settings.dim // 16, 1), dim_head=16, reversible=settings.case == "reversible",
+        dim=settings.dim, vae=vae, num_text_tokens=256, text_seq_len=text_seq_len, depth=depth,
+        heads=max(settings.dim // 16, 1), dim_head=16, reversible=reversible,
     ).to(device)  # fmt: skip
     text = torch.randint(1, 256, (settings.batch_size, text_seq_len), device=device)
     image = torch.randint(256, (settings.batch_size, side * side), device=device)
@@ -73,11 +74,9 @@ def measure(settings: MemorySettings) -> dict[str, float]:
     }
 
 
-def peak(device: object, reset: bool = False) -> int:
+def peak(device: torch.device, reset: bool = False) -> int:
     """Bytes of the most memory held so far; with `reset`, of what is held now, from which a GPU's peak counts anew."""
-    import torch
-
-    if getattr(device, "type", None) == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -85,38 +84,27 @@ def peak(device: object, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_apart(settings: MemorySettings, depth: int, case: str) -> dict[str, float]:
+def measure_apart(settings: MemorySettings, depth: int, layers: str) -> dict[str, float]:
     """`measure` in a fresh process, whose peak is its own."""
-    options = {"depths": depth, "case": case, **{name: vars(settings)[name] for name in
-               ("dim", "batch_size", "image_fmap_size", "device")}}  # fmt: skip
-    command = [sys.executable, __file__]
-    for name, value in options.items():
-        command += [] if value is None else [f"--{name}", str(value)]
     # Large blocks go back to the system when they are freed, and so are not counted as held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise UsageError(f"depth {depth}, {case}: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
-    return json.loads(done.stdout)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, settings, depth, layers == "reversible").result()
+        except BrokenProcessPool:
+            raise UsageError(f"depth {depth}, {layers}: the process was killed, out of memory perhaps") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = MemorySettings.parse(argv)
-    if settings.case is not None:
-        print(json.dumps(measure(settings)))
-        return
     print("| depth | layers | activations, MiB | weights and gradients, MiB | step, s |")
     print("|---:|---|---:|---:|---:|")
     rows = []
     for depth in settings.depths:
-        for case in ("plain", "reversible"):
-            row = {"depth": depth, "layers": case, **measure_apart(settings, depth, case)}
-            rows.append(row)
-            print("| {depth} | {layers} | {activations_mib} | {weights_and_gradients_mib} | {seconds} |".format(**row),
-                  flush=True)  # fmt: skip
+        for layers in ("plain", "reversible"):
+            rows.append({"depth": depth, "layers": layers, **measure_apart(settings, depth, layers)})
+            print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
     if settings.output is not None:
-        from dalle_pytorch.files.atomic import write_text
-
         sizes = {name: vars(settings)[name] for name in ("dim", "batch_size", "image_fmap_size")}
         write_text(settings.output, json.dumps({**sizes, "rows": rows}, indent=2) + "\n")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from dalle_pytorch.cli import run
 from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.settings import Settings, number, option
+from dalle_pytorch.settings import Settings, option
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 GPU_MEMORY = 80e9
@@ -32,14 +32,7 @@ RECOMPUTE = ("nothing", "checkpointing", "reversible")
 
 
 @dataclass
-class Sizes(Settings):
-    """What a big prior needs, worked out on paper: memory per GPU and steps per day. Nothing here is measured.
-
-    python benchmarks/scale_table.py --depth 20 --image_tokens 1024
-
-    prints the tables of docs/scale.md, which explains the formulas.
-    """
-
+class PriorSizes(Settings):
     dim: int = option(2048, "width", low=1)
     depth: int = option(20, "layers", low=1)
     heads: int = option(16, "heads", low=1)
@@ -47,35 +40,37 @@ class Sizes(Settings):
     text_tokens: int = option(256, "text tokens of a sequence", low=1)
     vocabulary: int = option(16384, "text tokens that there are", low=1)
     codebook: int = option(8192, "image tokens that there are", low=1)
-    gpus: int = option(8, "GPUs of 80 GB", low=1)
-    batch_size: int = option(512, "sequences a step, of all GPUs", low=1)
-    image_tokens: list = option([1024, 256], "image tokens of a sequence", kind=number(int, 1), nargs="+")
-    mfu: float = option(0.4, "assumed share of the peak FLOP/s that is reached", low=0, high=1, above=True)
 
 
 @dataclass
+class Sizes(PriorSizes):
+    """What a big prior needs, worked out on paper: memory per GPU and steps per day. Nothing here is measured.
+
+    python benchmarks/scale_table.py --depth 20 --image_tokens 1024
+
+    prints the tables of docs/scale.md, which explains the formulas.
+    """
+
+    gpus: int = option(8, "GPUs of 80 GB", low=1)
+    batch_size: int = option(512, "sequences a step, of all GPUs", low=1)
+    image_tokens: list[int] = option([1024, 256], "image tokens of a sequence", low=1, nargs="+")
+    mfu: float = option(0.4, "assumed share of the peak FLOP/s that is reached", low=0, high=1, above=True)
+
+
 class Prior:
     """The sizes of a prior that memory and time follow from; `parameters` are counted on the model itself."""
 
-    dim: int
-    depth: int
-    heads: int
-    dim_head: int
-    text_tokens: int
-    image_tokens: int
-    vocabulary: int
-    codebook: int
-
-    def __post_init__(self):
-        side = math.isqrt(self.image_tokens)
+    def __init__(self, *, dim: int, depth: int, heads: int, dim_head: int, text_tokens: int, image_tokens: int,
+                 vocabulary: int, codebook: int):  # fmt: skip
+        self.dim, self.depth, self.inner = dim, depth, heads * dim_head
         with torch.device("meta"):
-            vae = DiscreteVAE(image_size=8 * side, num_layers=3, num_tokens=self.codebook)
-            model = DALLE(dim=self.dim, depth=self.depth, heads=self.heads, dim_head=self.dim_head, vae=vae,
-                          num_text_tokens=self.vocabulary, text_seq_len=self.text_tokens, qk_norm=True)  # fmt: skip
+            vae = DiscreteVAE(image_size=8 * math.isqrt(image_tokens), num_layers=3, num_tokens=codebook)
+            model = DALLE(dim=dim, depth=depth, heads=heads, dim_head=dim_head, vae=vae, num_text_tokens=vocabulary,
+                          text_seq_len=text_tokens, qk_norm=True)  # fmt: skip
         self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.layer_parameters = sum(parameter.numel() for parameter in model.transformer.layers[0].parameters())
-        self.tokens = self.text_tokens + self.image_tokens
-        self.logits = self.text_tokens * (self.vocabulary + self.text_tokens) + self.image_tokens * self.codebook
+        self.tokens = text_tokens + image_tokens
+        self.logits = text_tokens * (vocabulary + text_tokens) + image_tokens * codebook
 
     def states(self, kind: str, processes: int, recompute: str) -> float:
         """Bytes of weights, gradients and optimizer in one process."""
@@ -95,8 +90,7 @@ class Prior:
         of width `dim`; gate, value, activated gate and product, each of width 4 · `dim`; of width heads · dim_head q
         and k before their norm, q, k and v, and the attention's output twice.
         """
-        inner = self.heads * self.dim_head
-        return self.tokens * (2 * 4 * self.dim + 2 * (4 * self.dim + 4 * 4 * self.dim + 7 * inner))
+        return self.tokens * (2 * 4 * self.dim + 2 * (4 * self.dim + 4 * 4 * self.dim + 7 * self.inner))
 
     def activations(self, recompute: str) -> float:
         """Bytes of activations for one sequence; of the logits in 16 bits, in float32 twice, and their gradient."""
@@ -106,9 +100,8 @@ class Prior:
 
     def flops(self, recompute: str) -> float:
         """Operations for one sequence: two for each weight and token forward, twice that backward."""
-        inner = self.heads * self.dim_head
         # Causal attention looks at half of the pairs.
-        layers = self.depth * self.tokens * (2 * self.layer_parameters + 2 * inner * self.tokens)
+        layers = self.depth * self.tokens * (2 * self.layer_parameters + 2 * self.inner * self.tokens)
         passes = 3 if recompute == "nothing" else 4
         return passes * layers + 3 * 2 * self.dim * self.logits
 
@@ -137,11 +130,10 @@ def table(prior: Prior, gpus: int, batch: int, mfu: float) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = Sizes.parse(argv)
     for image_tokens in settings.image_tokens:
-        sizes = {field.name: vars(settings)[field.name] for field in fields(Prior)}
-        prior = Prior(**{**sizes, "image_tokens": image_tokens})
+        prior = Prior(**settings.values(PriorSizes), image_tokens=image_tokens)
         print(
-            f"\n{prior.parameters / 1e9:.2f} B parameters, {prior.text_tokens} text and {image_tokens} image tokens, "
-            f"{settings.gpus} GPUs, {settings.batch_size} sequences a step, MFU {settings.mfu:.0%}:\n"
+            f"\n{prior.parameters / 1e9:.2f} B parameters, {settings.text_tokens} text and {image_tokens} image "
+            f"tokens, {settings.gpus} GPUs, {settings.batch_size} sequences a step, MFU {settings.mfu:.0%}:\n"
         )
         print("\n".join(table(prior, settings.gpus, settings.batch_size, settings.mfu)))
 

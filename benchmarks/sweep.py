@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from jobs import Jobs
+from jobs import shared_by
 from measures import best_of
 from quality import GROUPS, Models, all_right, with_interval
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
-from dalle_pytorch.settings import Settings, number, option
+from dalle_pytorch.settings import Settings, option
 from text_to_image.model import DEFAULT_MODEL
 
 
@@ -36,9 +36,9 @@ class SweepSettings(Settings):
     model: Path = option(DEFAULT_MODEL, "folder of the model")
     count: int = option(60, "captions of each kind", low=1)
     num_images: int = option(8, "candidates a caption", low=1)
-    cond_scale: list = option([1.0, 1.5, 2.0, 3.0], "guidance", kind=number(float, 0), nargs="+")
-    temperature: list = option([0.6, 0.8, 1.0], "temperatures", kind=number(float, 0), nargs="+")
-    top_p: list = option([0.8, 0.9, 0.95, 1.0], "shares", kind=number(float, 0, 1, above=True), nargs="+")
+    cond_scale: list[float] = option([1.0, 1.5, 2.0, 3.0], "guidance", low=0, nargs="+")
+    temperature: list[float] = option([0.6, 0.8, 1.0], "temperatures", low=0, nargs="+")
+    top_p: list[float] = option([0.8, 0.9, 0.95, 1.0], "shares", low=0, high=1, above=True, nargs="+")
     output_dir: Path = option(Path("outputs/sweep"), "where the table goes")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
     jobs: int = option(1, "as in quality.py", low=1)
@@ -46,23 +46,18 @@ class SweepSettings(Settings):
 
 def draw_caption(
     models: Models, num_subjects: int, index: int, *, num_images: int, **sampling: float
-) -> tuple[tuple[int, int], float, float]:
-    """Which caption it is, its share of candidates with everything right, and whether CLIP's best has."""
+) -> tuple[float, float]:
+    """The share of a caption's candidates with everything right, and how often CLIP's best has."""
     models.sampling = sampling
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     record, _ = models.candidates(scene, num_images, seed=0)
     right = [all_right(r) for r in record["right"]]
-    return (num_subjects, index), float(np.mean(right)), best_of(record["scores"], right, num_images)
+    return float(np.mean(right)), best_of(record["scores"], right, num_images)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = SweepSettings.parse(argv)
-    with Jobs(settings.jobs, partial(Models, settings.model, settings.device)) as jobs:
-        sweep(settings, jobs)
-
-
-def sweep(settings: SweepSettings, jobs: Jobs) -> None:
-    """Tries the settings, prints the table and writes it."""
+    captions = [*product(GROUPS.values(), range(settings.count))]
     tried: dict[tuple[float, float, float], dict] = {}
 
     def share(top_p: float, temperature: float, cond_scale: float) -> float:
@@ -71,16 +66,14 @@ def sweep(settings: SweepSettings, jobs: Jobs) -> None:
         if key not in tried:
             draw = partial(draw_caption, num_images=settings.num_images, top_p=top_p, temperature=temperature,
                            cond_scale=cond_scale)  # fmt: skip
-            captions = [*itertools.product(GROUPS.values(), range(settings.count))]
-            # In the captions' order, for intervals that do not depend on which is done first.
-            shares = sorted(tqdm(jobs.map(draw, captions), str(key), len(captions)))
-            _, one, best = zip(*shares, strict=True)
+            one, best = zip(*tqdm(in_jobs(draw, captions), str(key), len(captions)), strict=True)
             tried[key] = {"one": with_interval(one), "best": with_interval(best)}
         return tried[key]["one"]["mean"]
 
-    grid = itertools.product(settings.temperature, settings.cond_scale)
-    temperature, cond_scale = max(grid, key=lambda pair: share(0.9, *pair))
-    top_p = max(settings.top_p, key=lambda top_p: share(top_p, temperature, cond_scale))
+    with shared_by(settings.jobs, partial(Models, settings.model, settings.device)) as in_jobs:
+        grid = product(settings.temperature, settings.cond_scale)
+        temperature, cond_scale = max(grid, key=lambda pair: share(0.9, *pair))
+        top_p = max(settings.top_p, key=lambda top_p: share(top_p, temperature, cond_scale))
 
     print(f"| top_p | temperature | cond_scale | one candidate | best of {settings.num_images} |")
     print("|---|---|---|---|---|")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from jobs import Jobs
+from jobs import shared_by
 from quality import GROUPS, Models, Record, all_right, clip_choice, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
-from dalle_pytorch.settings import Settings, number, option
+from dalle_pytorch.settings import Settings, option
 from text_to_image.model import DEFAULT_MODEL
 
 
@@ -34,8 +34,8 @@ class GuidanceSettings(Settings):
     model: Path = option(DEFAULT_MODEL, "folder of the model")
     count: int = option(20, "captions of each kind", low=1)
     num_images: int = option(4, "candidates that CLIP ranks", low=1)
-    clip_guidance_scale: list = option([1e4, 3e4, 1e5], "strengths", kind=number(float, 0, above=True), nargs="+")
-    cut_pow: list = option([1.0], "small for cutouts of almost the whole image", kind=number(float, 0), nargs="+")
+    clip_guidance_scale: list[float] = option([1e4, 3e4, 1e5], "strengths", low=0, above=True, nargs="+")
+    cut_pow: list[float] = option([1.0], "small for cutouts of almost the whole image", low=0, nargs="+")
     steps: str = option("quad25", "diffusion steps")
     output_dir: Path = option(Path("outputs/sweep"), "where the table goes")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
@@ -44,8 +44,8 @@ class GuidanceSettings(Settings):
 
 def guide_caption(
     models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, settings: Sequence[dict | None]
-) -> tuple[tuple[int, int], list[Record]]:
-    """Which caption it is, and the judge's opinion of its image with every setting; None is without guidance."""
+) -> list[Record]:
+    """The judge's opinion of a caption's image with every setting; None is without guidance."""
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     _, found = models.candidates(scene, num_images, seed=0)
     opinions = []
@@ -53,19 +53,17 @@ def guide_caption(
         guidance = None if scales is None else models.pipe.guidance(scene.caption, **scales)
         image = models.diffuse(clip_choice(found).tokens, steps, seed=0, guidance=guidance)
         opinions.append(models.opinion(scene, image))
-    return (num_subjects, index), opinions
+    return opinions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = GuidanceSettings.parse(argv)
-    grid = itertools.product(arguments.clip_guidance_scale, arguments.cut_pow)
+    grid = product(arguments.clip_guidance_scale, arguments.cut_pow)
     settings = [{"clip_guidance_scale": scale, "cut_pow": cut_pow} for scale, cut_pow in grid]
     guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, settings=[None, *settings])
-    captions = [*itertools.product(GROUPS.values(), range(arguments.count))]
-    with Jobs(arguments.jobs, partial(Models, arguments.model, arguments.device)) as jobs:
-        # In the captions' order, for intervals that do not depend on which is done first.
-        done = sorted(tqdm(jobs.map(guide, captions), "captions", len(captions)), key=lambda pair: pair[0])
-    opinions = [row for _, row in done]
+    captions = [*product(GROUPS.values(), range(arguments.count))]
+    with shared_by(arguments.jobs, partial(Models, arguments.model, arguments.device)) as in_jobs:
+        opinions = [*tqdm(in_jobs(guide, captions), "captions", len(captions))]
     nats = np.asarray([[one["log_likelihood"] for one in row] for row in opinions])
     right = np.asarray([[float(all_right(one["right"])) for one in row] for row in opinions])
     print(f"without guidance: {nats[:, 0].mean():.4f} nats, {right[:, 0].mean():.1%} of {len(captions)} right")

@@ -22,15 +22,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, Self
 
 from jsonargparse import ArgumentParser as JsonArgumentParser
 
 from dalle_pytorch.errors import UsageError
 
 USER_ERROR = 2
-
-SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
 def option(
@@ -41,13 +39,10 @@ def option(
     low: float = float("-inf"),
     high: float = float("inf"),
     above: bool = False,
-    choices: Sequence[Any] | None = None,
     kind: Callable[[Any], Any] | None = None,
-    nargs: str | int | None = None,
-    const: Any = None,
-    metavar: str | None = None,
     positional: bool = False,
     instead_of: str | None = None,
+    **argparse_options: Any,
 ) -> Any:
     """A field of a `Settings` dataclass.
 
@@ -56,15 +51,14 @@ def option(
         help: a phrase for `--help`, to which the default is added.
         flags: other spellings: `--lr`, or `--bf16=bf16`, a flag without a value that stands for that value.
         low, high, above: the range of a number; `above` excludes `low` itself.
-        choices: the values that are allowed.
         kind: turns text, or a YAML value, into the setting; by the annotation unless given.
-        nargs, const, metavar: argparse's.
         positional: given without a flag.
         instead_of: the option that becomes None where this one is given, and the other way round.
+        argparse_options: nargs, const, metavar and choices, argparse's.
     """
-    metadata = {"help": help, "flags": tuple(flags), "bounds": (low, high, above), "choices": choices, "kind": kind,
-                "nargs": nargs, "const": const, "metavar": metavar, "positional": positional, "instead_of": instead_of,
-                "required": default is MISSING}  # fmt: skip
+    metadata = {"help": help, "flags": tuple(flags), "bounds": (low, high, above), "kind": kind,
+                "positional": positional, "instead_of": instead_of, "required": default is MISSING,
+                "argparse": argparse_options}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=None if default is MISSING else default, metadata=metadata)
@@ -80,7 +74,7 @@ def again(settings: type[Settings], name: str, default: Any) -> Any:
 # Kinds of values
 
 
-def number(kind: type, low: float = float("-inf"), high: float = float("inf"), above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float, above: bool) -> Callable[[Any], Any]:
     """An `int` or finite `float` from `low` (or only `above` it) to `high`."""
 
     def parse(text: Any) -> Any:
@@ -170,26 +164,29 @@ class Settings:
     takes_config: ClassVar[bool] = False
 
     @classmethod
-    def parse(cls: type[SettingsType], argv: Sequence[str] | None = None, prog: str | None = None) -> SettingsType:
+    def parse(cls, argv: Sequence[str] | None = None, prog: str | None = None) -> Self:
         """The settings of a command line. A mistake is printed in one line, and exits with code 2."""
         parser, fields = cls.parser(prog), dataclasses.fields(cls)
-        argv, given = _spell_out(fields, sys.argv[1:] if argv is None else argv)
-        levels = [given]
+        argv = _spell_out(fields, sys.argv[1:] if argv is None else argv)
+        given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
         if cls.takes_config:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.error = parser.error
             finder.add_argument("--config")
             if path := finder.parse_known_args(argv)[0].config:
-                values = _read_yaml(path, fields, parser)
-                parser.set_defaults(values)
-                levels.append(list(values))
+                in_file = _read_yaml(path, fields, parser)
+                parser.set_defaults(in_file)
+                given = [*in_file, *given]
         namespace = parser.parse_args(argv)
         values = {field.name: namespace[field.name] for field in fields}
         for field in fields:
-            if field.metadata["nargs"] in ("+", "*") and isinstance(values[field.name], list):
-                values[field.name] = _flat(values[field.name])
-            if field.metadata["instead_of"]:
-                _decide(values, levels, field.name, field.metadata["instead_of"])
+            if field.metadata["argparse"].get("nargs") in ("+", "*"):  # between blanks, between commas, or both
+                parts = values[field.name] or []
+                values[field.name] = [x for part in parts for x in (part if isinstance(part, list) else [part])]
+            if other := field.metadata["instead_of"]:
+                found = [name for name in given if name in (field.name, other)]
+                if found:  # the one given last counts
+                    values[other if found[-1] == field.name else field.name] = None
         return cls(**values)
 
     @classmethod
@@ -210,9 +207,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, choices = getattr(self, field.name), field.metadata["argparse"].get("choices")
             if value is not None and choices and value not in choices:
-                raise UsageError(f"--{field.name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+                raise UsageError(f"--{field.name}: {_no_choice(choices, value)}")
 
     def values(self, part: type[Settings]) -> dict[str, Any]:
         """The settings that a base class declares, such as the arguments of a network."""
@@ -228,7 +225,7 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     options = field.metadata
     default = field.default if field.default_factory is MISSING else field.default_factory()
     settings: dict[str, Any] = {"type": _kind(hint, options), "default": default, "help": options["help"]}
-    settings |= {name: options[name] for name in ("nargs", "const", "metavar", "choices") if options[name] is not None}
+    settings |= options["argparse"]
     if settings["type"] is boolean:
         settings |= {"nargs": "?", "const": True, "metavar": "True|False"}
     if options["positional"]:
@@ -255,28 +252,24 @@ def _kind(hint: Any, options: Mapping[str, Any]) -> Callable[[Any], Any]:
     return _path if hint is Path else _text
 
 
-def _spell_out(fields: Iterable[dataclasses.Field], argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments with flags like `--bf16` as `--mixed_precision=bf16`, and the names of the options given."""
-    short = dict(pair for field in fields for pair in _shorthands(field))
-    argv = [short.get(argument, argument) for argument in argv]
-    names = _names(fields)
-    given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-    return argv, [names.get(name, name) for name in given]
-
-
-def _shorthands(field: dataclasses.Field) -> Iterable[tuple[str, str]]:
-    for flag in field.metadata["flags"]:
-        if "=" in flag:
-            name, _, value = flag.partition("=")
-            yield name, f"--{field.name}={value}"
-
-
-def _names(fields: Iterable[dataclasses.Field]) -> dict[str, str]:
-    """Every spelling of an option without its dashes, to the name of its field."""
+def _spellings(fields: Iterable[dataclasses.Field]) -> dict[str, str]:
+    """What all spellings stand for, without dashes: `lr` for `learning_rate`, `bf16` for `mixed_precision=bf16`."""
     spellings = {field.name: field.name for field in fields}
     for field in fields:
-        spellings |= {flag.lstrip("-"): field.name for flag in field.metadata["flags"] if "=" not in flag}
+        for flag in field.metadata["flags"]:
+            name, equals, value = flag.lstrip("-").partition("=")
+            spellings[name] = field.name + equals + value
     return spellings
+
+
+def _spell_out(fields: Iterable[dataclasses.Field], argv: Sequence[str]) -> list[str]:
+    """The arguments with each flag under the name of its field."""
+    spellings, spelled = _spellings(fields), []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        known = spellings.get(name[2:]) if name.startswith("--") else None
+        spelled.append(f"--{known}{equals}{value}" if known else argument)
+    return spelled
 
 
 def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
@@ -292,51 +285,38 @@ def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentP
         parser.error(f"{path} is not YAML: {error}")
     if not isinstance(content, dict):
         parser.error(f"{path} holds no settings (lines of `option: value`)")
-    names, short = _names(fields), dict(pair for field in fields for pair in _shorthands(field))
-    kinds = {action.dest: action for action in parser._actions}
-    values = {}
+    spellings, values = _spellings(fields), {}
+    actions = {action.dest: action for action in parser._actions}
     for key, value in content.items():
-        name = str(key).lstrip("-")
-        if isinstance(value, bool) and name not in names and f"--{name}" in short:
-            name, _, told = short[f"--{name}"][2:].partition("=")
-            value = told if value else None
-        if name not in names:
+        name, short, told = spellings.get(str(key).lstrip("-"), "").partition("=")
+        if not name or (short and not isinstance(value, bool)):
             parser.error(f"{path}: {key}: there is no such option")
+        if short:
+            value = told if value else None
         if value is None:
             continue
-        action = kinds[names[name]]
         try:
-            value = action.const if value is True and action.const is not None else _convert(action, value)
+            values[name] = _convert(actions[name], value)
         except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
             parser.error(f"{path}: {key}: {error}")
-        values[names[name]] = value
     return values
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     """A YAML value as the option takes it."""
+    if value is True and action.const is not None:
+        return action.const
     kind: Any = action.type
     if action.nargs in ("+", "*"):
-        value = [kind(item) for item in (value if isinstance(value, list) else [value])]
-    else:
-        value = kind(value)
+        return [kind(item) for item in (value if isinstance(value, list) else [value])]
+    value = kind(value)
     if action.choices is not None and value not in action.choices:
-        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+        raise ValueError(_no_choice(action.choices, value))
     return value
 
 
-def _decide(values: dict[str, Any], levels: list[list[str]], name: str, other: str) -> None:
-    """Of two options that exclude each other, the one given last on the first level that has either of them stays."""
-    for given in levels:
-        found = [option for option in given if option in (name, other)]
-        if found:
-            values[other if found[-1] == name else name] = None
-            return
-
-
-def _flat(values: list[Any]) -> list[Any]:
-    """Values given between blanks, between commas, or both."""
-    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+def _no_choice(choices: Iterable[Any], value: Any) -> str:
+    return f"expected one of {', '.join(map(str, choices))}, got {value!r}"
 
 
 def _plain(value: Any) -> Any:
