@@ -67,13 +67,17 @@ class Checkpoints:
         state.save(building)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            manifest = {str(file.relative_to(building)): _seal(file) for file in _files(building)}
+            files = sorted(file for file in building.rglob("*") if file.is_file())
+            manifest = {str(file.relative_to(building)): _measure(file) for file in files}
             (building / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), "utf-8")
-            _seal(building / MANIFEST_NAME)
+            for file in (*files, building / MANIFEST_NAME):
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
             shutil.rmtree(path, ignore_errors=True)  # one that was found damaged
             building.rename(path)
             for step in sorted(self._steps())[: -self.keep]:
-                _remove(self.folder / f"step-{step:08}")
+                # One that is half deleted no longer has the name of a checkpoint.
+                shutil.rmtree((self.folder / f"step-{step:08}").rename(building), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _steps(self) -> list[int]:
@@ -115,18 +119,8 @@ class Checkpoints:
         return outcome[0]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-
-
-def _seal(path: Path) -> list[int]:
-    """Sends a file to the disk; its size and checksum."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return _measure(path)
-
-
 def _measure(path: Path) -> list[int]:
+    """The size of a file, and its checksum."""
     size = checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -146,10 +140,3 @@ def _problem(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return str(error).splitlines()[0]
     return None
-
-
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint; one that is half deleted no longer has the name of one."""
-    doomed = folder.with_name(f".{folder.name}.tmp")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_pytorch.data.loading import BatchLoader, Data, describe_skipped
 from dalle_pytorch.errors import TrainingDiverged
@@ -27,8 +29,8 @@ from dalle_pytorch.training.launch import make_accelerator
 from dalle_pytorch.training.lr_schedule import LRSchedule
 from dalle_pytorch.training.native import NativeFolders
 from dalle_pytorch.training.optimizers import make_optimizers
-from dalle_pytorch.training.profile import counting_operations
-from dalle_pytorch.training.reporting import Rate, Reporter, mean_metrics
+from dalle_pytorch.training.profile import describe_operations
+from dalle_pytorch.training.reporting import Reporter, mean_metrics
 from dalle_pytorch.training.settings import TrainingSettings, total_steps
 from dalle_pytorch.training.state import Progress, RunState, random_state, set_random_state
 from dalle_pytorch.training.tasks.base import TrainingTask
@@ -89,29 +91,27 @@ class _Run:
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.state = RunState(accelerator, task, self.model, self.optimizers, self.lr_schedule, self.ema)
         self.checkpoints = Checkpoints(settings.output_dir, settings.keep_n_checkpoints, accelerator)
-        self._resume()
-        self.loader = self._data(dataset)
-        self.reporter = Reporter(settings, accelerator, self.progress.step) if accelerator.is_main_process else None
-        self.rate = Rate(self.progress)
-        self.signals = SignalWatch()
-
-    def _resume(self) -> None:
-        if not self.settings.resume:
-            self.checkpoints.start_anew(self.settings.overwrite)
+        if not settings.resume:
+            self.checkpoints.start_anew(settings.overwrite)
         elif newest := self.checkpoints.newest():
             self.state.load(newest)
+        self.loader = self._remaining(dataset)
+        self.reporter = Reporter(settings, accelerator, self.progress.step) if accelerator.is_main_process else None
+        self.last_logged = (self.progress.step, self.progress.samples, time.monotonic())
+        self.signals = SignalWatch()
 
-    def _data(self, dataset: Data) -> BatchLoader:
+    def _remaining(self, dataset: Data) -> BatchLoader:
         """The batches that are left."""
         accelerator, settings = self.accelerator, self.settings
         batch_size = settings.batch_size * accelerator.num_processes
-        first = self.progress.samples // batch_size
-        left = None if self.steps is None else max(0, self.steps - self.progress.step) * settings.ga_steps
+        first, last = self.progress.samples // batch_size, None
+        if self.steps is not None:
+            last = first + max(0, self.steps - self.progress.step) * settings.ga_steps
         return BatchLoader(
             dataset,
             batch_size,
             first_step=first,
-            last_step=None if left is None else first + left,
+            last_step=last,
             seed=settings.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -133,16 +133,18 @@ class _Run:
     def train(self) -> TrainingTask:
         if self.finished:
             logger.info("this run is finished at step %d; raise --steps or --epochs to continue", self.progress.step)
-        profiled = self.progress.step + PROFILED_STEP if self.settings.flops_profiler else None
+        profiled_step = self.progress.step + PROFILED_STEP if self.settings.flops_profiler else None
         with self.signals, contextlib.ExitStack() as closing:
             batches = closing.enter_context(contextlib.closing(iter(self.loader)))
             if self.reporter:
                 closing.enter_context(contextlib.closing(self.reporter))
             while not self.finished:
-                with counting_operations(self.progress.step == profiled) as counted:
+                profiled, started = self.progress.step == profiled_step, time.monotonic()
+                with FlopCounterMode(display=False) if profiled else contextlib.nullcontext() as counter:
                     step = self._forward_backward(batches)
-                if counted:
-                    logger.info(counted.describe(self.settings.batch_size * self.settings.ga_steps))
+                if counter:
+                    samples = self.settings.batch_size * self.settings.ga_steps
+                    logger.info(describe_operations(counter, time.monotonic() - started, samples))
                     return self.task.eval()
                 self._update(step)
                 self._log(step)
@@ -208,12 +210,12 @@ class _Run:
         settings, number = self.settings, self.progress.step
         logged = number % settings.log_every == 0 or self.finished or step.bad
         metrics: dict[str, float] = {}
-        if logged or self.lr_schedule.wants_losses:
+        if logged or self.lr_schedule.kind == "plateau":
             metrics = mean_metrics(step.rows, self.accelerator.num_processes)
             self.lr_schedule.observe(number - 1, metrics["loss"])
         if logged and self.reporter:
             metrics |= {} if step.norm is None else {"grad_norm": step.norm}
-            metrics |= {"lr": step.lr, **self.rate.since_last(self.progress)}
+            metrics |= {"lr": step.lr, **self._speed()}
             self.reporter.log(number, metrics)
             if self.report:
                 self.report(number, metrics)
@@ -226,6 +228,12 @@ class _Run:
                 )
         if (step.new_epoch or self.finished) and (line := self._skipped()):
             logger.info(f"epoch {step.epoch}: {line}" if step.new_epoch else line)
+
+    def _speed(self) -> dict[str, float]:
+        """Seconds per step since the last call, and images per second in all processes together."""
+        last, self.last_logged = self.last_logged, (self.progress.step, self.progress.samples, time.monotonic())
+        steps, images, seconds = (after - before for after, before in zip(self.last_logged, last, strict=True))
+        return {"seconds": seconds / steps, "images_per_second": images / max(seconds, 1e-9)}
 
     def _skipped(self) -> str:
         """A line about the samples that were skipped since the start, in all processes; empty if there were none."""

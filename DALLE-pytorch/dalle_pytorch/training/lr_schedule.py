@@ -45,11 +45,6 @@ class LRSchedule:
             return settings.learning_rate * settings.lr_decay_rate ** (since // 100)
         return settings.learning_rate * self.factor.param_groups[0]["lr"]
 
-    @property
-    def wants_losses(self) -> bool:
-        """Whether `observe` needs the loss of each step."""
-        return self.kind == "plateau"
-
     def observe(self, step: int, loss: float) -> None:
         """Records the loss of step `step`, the mean over all processes; a loss that is not finite is ignored."""
         if math.isfinite(loss):
@@ -60,16 +55,15 @@ class LRSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a plateau; the other schedules have none."""
-        names = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
         return {
             "factor": self.factor.param_groups[0]["lr"],
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
-            "plateau": {name: getattr(self.plateau, name) for name in names},
+            "plateau": self.plateau.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a `state_dict`."""
         self.factor.param_groups[0]["lr"] = state["factor"]
         self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
-        self.plateau.__dict__.update(state["plateau"])
+        self.plateau.load_state_dict(state["plateau"])

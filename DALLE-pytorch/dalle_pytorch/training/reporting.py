@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, save_image
 from dalle_pytorch.training.settings import TrainingSettings
-from dalle_pytorch.training.state import Progress
 from dalle_pytorch.training.tasks.base import Preview
 
 CONFIG_NAME = "config.yaml"
@@ -40,19 +38,15 @@ class Reporter:
         write_text(self.folder / CONFIG_NAME, config)
         kept = [row for row in _rows(self.metrics_path) if row["step"] <= first_step]
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
-        if settings.tracker:
-            self._start_tracker(settings, first_step)
-
-    def _start_tracker(self, settings: TrainingSettings, first_step: int) -> None:
         if settings.tracker == "tensorboard":  # event files in output_dir/tensorboard
-            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
-            return
-        id_file = self.folder / WANDB_ID_NAME
-        if not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex[:12])
-        run = {"entity": settings.wandb_entity, "dir": str(self.folder), "resume": "allow",
-               "id": id_file.read_text("utf-8").strip(), "config": settings.as_dict()}  # fmt: skip
-        self.accelerator.init_trackers(settings.wandb_name or "uncategorized", init_kwargs={"wandb": run})
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+        elif settings.tracker == "wandb":
+            id_file = self.folder / WANDB_ID_NAME
+            if not id_file.exists():
+                write_text(id_file, uuid.uuid4().hex[:12])
+            run = {"entity": settings.wandb_entity, "dir": str(self.folder), "resume": "allow",
+                   "id": id_file.read_text("utf-8").strip(), "config": settings.as_dict()}  # fmt: skip
+            accelerator.init_trackers(settings.wandb_name or "uncategorized", init_kwargs={"wandb": run})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a step; what is not finite becomes null."""
@@ -95,33 +89,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_metrics(rows: Sequence[dict[str, Tensor | float]], processes: int = 1) -> dict[str, float]:
+def mean_metrics(rows: Sequence[Mapping[str, Tensor | float]], processes: int = 1) -> dict[str, float]:
     """The mean of each metric over the batches of a step and over all processes, which must call together.
 
     Batches and processes without a metric do not count in its mean.
     """
-    means = _means([{name: float(value) for name, value in row.items()} for row in rows])
+    names = dict.fromkeys(name for row in rows for name in row)
+    means = {name: statistics.fmean(float(row[name]) for row in rows if name in row) for name in names}
     if processes == 1:
         return means
     gathered = [means] * processes
     torch.distributed.all_gather_object(gathered, means)
-    return _means(gathered)
-
-
-def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
-
-
-class Rate:
-    """The speed of a run between two calls."""
-
-    def __init__(self, progress: Progress):
-        self.step, self.samples, self.time = progress.step, progress.samples, time.monotonic()
-
-    def since_last(self, progress: Progress) -> dict[str, float]:
-        """Seconds per step, and images per second in all processes together."""
-        seconds = max(time.monotonic() - self.time, 1e-9)
-        steps, images = progress.step - self.step, progress.samples - self.samples
-        self.__init__(progress)
-        return {"seconds": seconds / steps, "images_per_second": images / seconds}
+    return mean_metrics(gathered)
