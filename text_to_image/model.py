@@ -116,12 +116,9 @@ class Model:
             getattr(self, name)
         return self
 
-    # ----------------------------------------------------------------------------------------------
-    # Parts
-
     @cached_property
     def prior(self) -> Prior:
-        """The prior, with its image tokenizer and its text tokenizer."""
+        """The prior, with its text tokenizer."""
         given, parts = self.parts.prior, self.parts
         if isinstance(given, Prior):
             prior = given.to(self.device)
@@ -135,17 +132,16 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The prior's text tokenizer."""
         assert self.prior.tokenizer is not None
         return self.prior.tokenizer
 
     @cached_property
     def vae(self) -> ImageTokenizer | None:
-        """The image tokenizer that was given in place of those that the prior and the decoder name."""
+        """The image tokenizer that was given, None for those that the prior and the decoder name."""
         given = self.parts.vae
-        return given if given is None or isinstance(given, ImageTokenizer) else load_vae(
-            given, vqgan_config_path=self.parts.vqgan_config_path
-        )  # fmt: skip
+        if given is None or isinstance(given, ImageTokenizer):
+            return given
+        return load_vae(given, vqgan_config_path=self.parts.vqgan_config_path)
 
     @cached_property
     def scorer(self) -> CLIPModel:
@@ -157,7 +153,6 @@ class Model:
 
     @cached_property
     def decoder(self) -> DiffusionDecoder:
-        """The diffusion decoder, with its image tokenizer."""
         given, parts = self.parts.decoder, self.parts
         if isinstance(given, DiffusionDecoder):
             return given.to(self.device)
@@ -167,19 +162,14 @@ class Model:
             return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
         if parts.model_size or parts.unet_flags:
             raise UsageError(f"model_size and unet_flags go with a .pt of guided-diffusion's, and {path} is a folder")
-        overrides: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
-        return self._frozen(DiffusionDecoder.from_pretrained(path, **overrides))
+        return self._frozen(DiffusionDecoder.from_pretrained(path, vae=self.vae))
 
     @cached_property
     def super_resolution(self) -> SuperResolution | None:
-        """The U-Net that enlarges the decoder's images, where one is given."""
         given, parts = self.parts.super_resolution, self.parts
         if given is None or isinstance(given, SuperResolution):
             return given and given.to(self.device)
         return self._frozen(load_super_resolution(given, parts.super_res_class, **parts.super_res_flags))
-
-    # ----------------------------------------------------------------------------------------------
-    # Settings
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -187,8 +177,7 @@ class Model:
         if self.parts.sampling is not None:
             return self.parts.sampling
         names = [setting.name for setting in fields(SamplingSettings)]
-        recorded = {} if self.parts.prior else self._recorded
-        own = {name: recorded[name] for name in names if name in recorded}
+        own = {} if self.parts.prior else {name: self._recorded[name] for name in names if name in self._recorded}
         try:
             return replace(self.prior.sampling, **own)
         except TypeError as error:
@@ -210,15 +199,13 @@ class Model:
     @cached_property
     def _recorded(self) -> dict[str, Any]:
         path = self._bundled(SAMPLING_NAME)
-        return {} if path is None else read_config(path.parent, SAMPLING_NAME)
+        return {} if path is None else read_config(path.parent, path.name)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words that the prior, or its tokenizer, has never seen."""
         if self.words is None:
             return self.tokenizer.unknown_words(prompt)
         return [word for word in dict.fromkeys(prompt.split()) if word.strip(".,;:!?\"'()") not in self.words]
-
-    # ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Source, dtype: torch.dtype | None = None) -> None:
         """Writes the parts that there are as a folder for `from_pretrained`, floating-point weights as `dtype`.

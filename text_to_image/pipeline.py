@@ -53,7 +53,7 @@ class TextToImage:
     def from_pretrained(
         cls, name: Source | None = None, device: torch.device | str | None = None, **parts: Any
     ) -> TextToImage:
-        """The pipeline of a folder, a hub name, the default model (None), or of `parts`: `Model.from_pretrained`."""
+        """See `Model.from_pretrained`."""
         return cls(Model.from_pretrained(name, device, **parts))
 
     def __call__(
@@ -96,18 +96,14 @@ class TextToImage:
         progress: Progress | None = None,
         **sampling: float | None,
     ) -> Result:
-        """Samples candidates for a prompt.
+        """Samples candidates for a prompt. For the arguments that are not here see `generate_candidates`.
 
         Args:
-            keep: how many of the best are returned, all unless given. Memory grows with these alone.
             rank: orders the candidates by CLIP's score; without it they are the first ones, in order.
-            batch_size: candidates sampled at once, which does not change them.
-            seed: decides candidate i together with the prompt.
             init_image: an image to complete, or the (k,) image tokens to begin with.
             num_init_image_tokens: how many of its tokens are kept, from the top; 7/16 of them unless given.
             progress: called with the tokens sampled, and with those of all candidates.
-            sampling: `top_k`, `top_p`, `temperature`, `cond_scale`, see `SamplingSettings`; the model's own unless
-                given.
+            sampling: see `SamplingSettings`; the model's own unless given.
 
         Raises `UsageError` for an empty prompt and for what is out of range.
         """
@@ -145,18 +141,16 @@ class TextToImage:
     @torch.no_grad()
     def encode_init_image(self, image: ImageInput | Tensor, count: int | None = None) -> Tensor:
         """The first `count` image tokens of an image for the prior to complete; 7/16 of all unless given."""
-        prior = self.model.prior
         if isinstance(image, Tensor):
             return image
-        count = prior.num_init_tokens(count)
-        return encode_image(prior.vae, image, prior.image_fmap_size)[:count]
+        prior = self.model.prior
+        return encode_image(prior.vae, image, prior.image_fmap_size)[: prior.num_init_tokens(count)]
 
     # ----------------------------------------------------------------------------------------------
     # Stage 2
 
     def upscale(self, inputs: Any, num_images: int = 1, **options: Any) -> Result:
-        """Redraws inputs by the diffusion decoder; `num_images` for each. What they may be is said at `read`, the
-        options at `upscale_each`."""
+        """Redraws inputs, see `read`, by the diffusion decoder, with the options of `upscale_each`."""
         result = self.read(inputs)
         upscaled: list[list[Tensor]] = [[] for _ in result]
         for image in self.upscale_each(result, num_images, **options):

@@ -19,7 +19,6 @@ from torch import Tensor
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, resize, save_image, tensor_to_image
-from dalle_pytorch.files.names import safe_name
 from dalle_pytorch.files.tokens import save_tokens
 from text_to_image.inputs import CAPTION_NAME
 
@@ -47,7 +46,6 @@ class ResultImage:
 
     @property
     def image(self) -> Image.Image:
-        """The image as the image tokenizer decodes it."""
         return tensor_to_image(self.pixels)
 
     @property
@@ -101,9 +99,8 @@ class Result(Sequence[ResultImage]):
             save_image(folder / f"{rank}{score}.png", image.pixels)
             if tokens:
                 save_tokens(folder / f"{rank}.npy", image.tokens)
-            for name, pixels in zip(upscaled_names(str(rank), len(image.upscaled_pixels)), image.upscaled_pixels,
-                                    strict=True):  # fmt: skip
-                save_image(folder / f"{name}.png", pixels)
+            for number, pixels in enumerate(image.upscaled_pixels):
+                save_image(folder / f"{upscaled_name(rank, number)}.png", pixels)
         save_image(folder / "grid.png", contact_sheet([image.pixels for image in self[:LARGEST_GRID]]))
         if any(image.upscaled_pixels for image in self):
             save_image(folder / "before_after.png", self.grid())
@@ -120,9 +117,16 @@ class Result(Sequence[ResultImage]):
         return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 
-def upscaled_names(stem: str, count: int) -> list[str]:
-    """The names, without suffix, of the images that one input is upscaled to."""
-    return [f"{stem}-upscaled{f'-{number}' if number else ''}" for number in range(count)]
+def upscaled_name(stem: str | int, number: int) -> str:
+    """The name, without suffix, of one of the images that an input is upscaled to."""
+    return f"{stem}-upscaled{f'-{number}' if number else ''}"
+
+
+def safe_name(prompt: str, longest: int = 80) -> str:
+    """A file name of the prompt's letters, digits and `-`, the rest `_`; never empty, never `..`."""
+    name = re.sub(r"[^\w-]+", "_", prompt).strip("_")
+    # File systems count bytes, not characters.
+    return name.encode("utf-8")[:longest].decode("utf-8", "ignore").rstrip("_") or "prompt"
 
 
 def claim_folder(outputs_dir: Path, prompt: str) -> Path:

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch.files.images import save_image
     from text_to_image.commands.progress import ProgressBar
     from text_to_image.pipeline import TextToImage
-    from text_to_image.results import LARGEST_COMPARISON, make_writable, upscaled_names
+    from text_to_image.results import LARGEST_COMPARISON, make_writable, upscaled_name
 
     pipe = TextToImage.from_pretrained(
         device="cpu" if settings.cpu else settings.device, decoder=settings.model_path, model_size=settings.model_size,
@@ -132,12 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae=settings.vae_path, vqgan_config_path=settings.vqgan_config_path, scorer=settings.clip_path,
     )  # fmt: skip
     per_input = settings.num_batches * settings.batch_size
-    names = [upscaled_names(path.stem, per_input) for path in paths]
 
     def preview(step, images, items) -> None:
         if step % settings.save_every == 0:
             for image, (i, number) in zip(images, items, strict=True):
-                save_image(folder / f"{names[i][number]}-step{step:04}.png", image)
+                save_image(folder / f"{upscaled_name(paths[i].stem, number)}-step{step:04}.png", image)
 
     inputs = pipe.read(paths)
     with ProgressBar("diffusing", "step") as bar:
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         started = time.monotonic()
         shown = [[] for _ in paths[:LARGEST_COMPARISON]]
         for image in upscaled:
-            save_image(folder / f"{names[image.input][image.number]}.png", image.pixels)
+            save_image(folder / f"{upscaled_name(paths[image.input].stem, image.number)}.png", image.pixels)
             if image.input < len(shown):
                 shown[image.input].append(image.pixels)
     save_image(folder / "before_after.png", inputs[: len(shown)].with_upscaled(shown).grid())

@@ -74,18 +74,12 @@ class PublishedCLIP(CLIPModel):
         if self.bpe_path is not None and self.bpe_path.parent != Path(folder):
             write_bytes(Path(folder) / self.bpe_path.name, self.bpe_path.read_bytes())
 
-    # ----------------------------------------------------------------------------------------------
-    # Features
-
     def encode_image(self, image: Tensor) -> Tensor:
         pixels = (resize(image, self.image_size) - self.mean) / self.std
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def encode_text(self, text: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=text).pooler_output)
-
-    # ----------------------------------------------------------------------------------------------
-    # Scoring
 
     @property
     def tokenizer(self) -> SimpleTokenizer:

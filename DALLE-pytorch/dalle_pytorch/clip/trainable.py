@@ -31,23 +31,6 @@ UPSTREAM_NAMES = (
 )
 
 
-class GatherRows(torch.autograd.Function):
-    """Differentiable all-gather of the rows (b, dim) of all processes: (B, dim), in the order of ranks."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Every process has a gradient for the rows of all.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
 def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
     """Patch embedding by 3×3 convolutions of stride 2 (arXiv:2106.14881): images to (b, dim, h / p, w / p)."""
     halvings = patch_size.bit_length() - 1
@@ -129,7 +112,6 @@ class CLIP(CLIPModel):
         )
         self.to_text_latent = nn.Linear(dim_text, dim_latent, bias=False)
 
-        self.conv_stem = visual_conv_stem
         if visual_conv_stem:
             self.patch_emb = convolutional_stem(channels, dim_image, visual_patch_size)
         else:
@@ -184,7 +166,7 @@ class CLIP(CLIPModel):
         return self.to_visual_latent(patches.mean(dim=1) if self.visual_pool is None else self.visual_pool(patches))
 
     def _embed_patches(self, image: Tensor) -> Tensor:
-        if self.conv_stem:
+        if not isinstance(self.patch_emb, nn.Linear):
             return self.patch_emb(image).flatten(2).transpose(1, 2)
         patches = F.pixel_unshuffle(image, self.patch_size)
         # DALLE-pytorch's order within a patch: row, column, channel.
@@ -238,7 +220,9 @@ class CLIP(CLIPModel):
         scale = self.temperature.exp()
         texts, images, first = text_latents, image_latents, 0
         if all_processes and torch.distributed.is_initialized():
-            texts, images = (GatherRows.apply(latents) for latents in (text_latents, image_latents))
+            from torch.distributed.nn.functional import all_gather
+
+            texts, images = (torch.cat(all_gather(latents)) for latents in (text_latents, image_latents))
             first = torch.distributed.get_rank() * len(text)
         by_text = text_latents @ images.T * scale
         by_image = image_latents @ texts.T * scale

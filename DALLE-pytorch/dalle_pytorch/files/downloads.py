@@ -7,6 +7,7 @@ import http.client
 import logging
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -139,8 +140,7 @@ def _fetch(url: str, part: Path) -> int:
             have = 0
             total = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         with open(part, "ab" if have else "wb") as out:
-            while chunk := response.read(CHUNK):
-                out.write(chunk)
+            shutil.copyfileobj(response, out, CHUNK)
             out.flush()
             os.fsync(out.fileno())
             return out.tell() if total is None else total
@@ -152,7 +152,4 @@ def _size(path: Path) -> int:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dalle_pytorch.nn.module_list import ModuleList
-
 
 class KVCache(nn.Module):
     """Preallocated keys and values, (b, heads, max_length, dim_head) each, of which the first `length` are filled."""
@@ -46,9 +44,11 @@ class LayerCache(nn.Module):
 class TransformerCache(nn.Module):
     """The caches of all layers, of fixed shape, of which `length` tokens are filled."""
 
+    layers: Sequence[LayerCache]
+
     def __init__(self, layers: Sequence[LayerCache]):
         super().__init__()
-        self.layers: ModuleList[LayerCache] = ModuleList(layers)
+        self.add_module("layers", nn.ModuleList(layers))
 
     @property
     def length(self) -> int:

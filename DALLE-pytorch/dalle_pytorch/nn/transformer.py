@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Generic, TypeVar
 
 import torch
@@ -15,7 +16,6 @@ from dalle_pytorch.nn.attention import Attention
 from dalle_pytorch.nn.cache import KVCache, LayerCache, TransformerCache
 from dalle_pytorch.nn.checkpointing import Checkpointed
 from dalle_pytorch.nn.masks import make_pattern
-from dalle_pytorch.nn.module_list import ModuleList
 from dalle_pytorch.nn.reversible import ReversibleSequence
 from dalle_pytorch.nn.rotary import rotary_table
 from dalle_pytorch.nn.token_shift import TokenShift
@@ -36,7 +36,6 @@ class FeedForward(nn.Module):
 
 
 Inner = TypeVar("Inner", Attention, FeedForward)
-T = TypeVar("T")
 
 
 class Branch(nn.Module, Generic[Inner]):
@@ -90,11 +89,6 @@ class Layer(Checkpointed):
         return x + self.ff(x, **ff_kwargs)
 
 
-def repeat_to(length: int, values: Sequence[T]) -> list[T]:
-    """The first `length` elements of `values`, repeated as needed."""
-    return [values[i % len(values)] for i in range(length)]
-
-
 class Transformer(nn.Module):
     """DALLE-pytorch's transformer, over a plain sequence or, with `image_fmap_size`, <bos>, text and image tokens.
 
@@ -102,6 +96,7 @@ class Transformer(nn.Module):
     attention or feed-forward module, while norms and scales stay their own.
     """
 
+    layers: Sequence[Layer]
     rotary: Tensor | None
 
     def __init__(
@@ -129,15 +124,13 @@ class Transformer(nn.Module):
         if not image_fmap_size and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
             raise UsageError("shift_tokens, rotary_emb and attn_types other than full need image_fmap_size")
         self.reversible = reversible
-        attn_types = repeat_to(depth, attn_types)
-        attn_ids = repeat_to(depth, shared_attn_ids or range(depth))
-        ff_ids = repeat_to(depth, shared_ff_ids or range(depth))
+        shared_ids = (cycle(ids or range(depth)) for ids in (shared_attn_ids, shared_ff_ids))
         patterns: dict[str, nn.Module | None] = {}
         attns: dict[int, tuple[str, Attention]] = {}
         ffs: dict[int, FeedForward] = {}
         shift = TokenShift(text_len, image_fmap_size) if shift_tokens else None
         layers = []
-        for layer, (attn_type, attn_id, ff_id) in enumerate(zip(attn_types, attn_ids, ff_ids, strict=True)):
+        for layer, attn_type, attn_id, ff_id in zip(range(depth), cycle(attn_types), *shared_ids, strict=False):
             if attn_id not in attns:
                 # Masks are the same in all layers of a type; the random blocks of `sparse` are a layer's own.
                 if attn_type not in patterns or attn_type == "sparse":
@@ -151,7 +144,7 @@ class Transformer(nn.Module):
                 raise UsageError(f"shared_attn_ids shares attention between {first_type} and {attn_type} layers")
             options = layer, sandwich_norm, shift
             layers.append(Layer(Branch(dim, attn, *options), Branch(dim, ffs[ff_id], *options)))
-        self.layers: ModuleList[Layer] = ModuleList(layers)
+        self.add_module("layers", nn.ModuleList(layers))
         table = rotary_table(dim_head, text_len, image_fmap_size) if rotary_emb else None
         self.register_buffer("rotary", table, persistent=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         text_seq_len: text tokens of a prompt, padding included.
         image_fmap_size: side of the grid of image tokens.
         num_image_tokens: size of the codebook.
+        max_length: positions that a cache needs for a whole sequence.
+        num_filtered_tokens: how many tokens a fractional `top_k` counts over.
         sampling: its default sampling settings.
     """
 
@@ -46,25 +48,14 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     text_seq_len: int
     image_fmap_size: int
     num_image_tokens: int
+    max_length: int
+    num_filtered_tokens: int
     sampling: SamplingSettings = SamplingSettings(top_p=0.9)
 
     @property
     def image_seq_len(self) -> int:
         """Image tokens of a grid."""
         return self.image_fmap_size**2
-
-    @property
-    def max_length(self) -> int:
-        """Positions that a cache needs for a whole sequence."""
-        return self.image_seq_len
-
-    @property
-    def num_filtered_tokens(self) -> int:
-        """The tokens that a fractional `top_k` counts over."""
-        return self.num_image_tokens
-
-    # ----------------------------------------------------------------------------------------------
-    # To implement
 
     @abstractmethod
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
@@ -86,9 +77,6 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     @abstractmethod
     def check_text(self, text: Tensor) -> None:
         """Raises `UsageError` for tokens outside the vocabulary, from another tokenizer."""
-
-    # ----------------------------------------------------------------------------------------------
-    # Common to all priors
 
     def opened(self, folder: Path) -> None:
         self.tokenizer = companion_tokenizer(folder)
@@ -118,15 +106,6 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
             raise UsageError(f"expected 0 to {self.image_seq_len - 1} initial image tokens, got {count}")
         return count
 
-    def generate_texts(
-        self,
-        tokenizer: Tokenizer,
-        text: str | None = None,
-        *,
-        top_k: float | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> tuple[Tensor, list[str]]:
+    def generate_texts(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[str]]:
         """Continues a text, see `DALLE.generate_texts`. Raises `UsageError` unless the prior models text too."""
         raise UsageError(f"a {type(self).__name__} cannot continue a text: it models images only")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.nn.cache import TransformerCache
-from dalle_pytorch.nn.transformer import Transformer, repeat_to
+from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
 from dalle_pytorch.pretrained import companion_path, records_config
 from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.filters import filter_logits, sample
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
 from dalle_pytorch.sampling.settings import SamplingSettings
-from dalle_pytorch.sampling.text import sample_text_tokens
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.vae.base import ImageTokenizer
@@ -61,7 +62,7 @@ class DALLE(Prior[TransformerCache]):
         vae: the image tokenizer; it is frozen.
         num_text_tokens: size of the tokenizer's vocabulary.
         text_seq_len: text tokens in a sequence, padding included.
-        depth, heads, dim_head, attn_dropout, ff_dropout: see `Transformer`.
+        depth, heads, dim_head, attn_dropout, ff_dropout, shared_attn_ids, shared_ff_ids: see `Transformer`.
         reversible: memory in training does not grow with depth (measured in docs/reversible.md).
         sparse_attn: layers (cycling) with block-sparse attention, as if `attn_types` had `sparse` there.
         attn_types: `full`, `axial_row`, `axial_col`, `conv_like`, `sparse`, cycling over the layers.
@@ -71,7 +72,6 @@ class DALLE(Prior[TransformerCache]):
         sandwich_norm: a second norm at the end of each branch (CogView).
         shift_tokens: each token takes some channels of its neighbours, see `TokenShift`.
         rotary_emb: rotary positions; learned ones otherwise.
-        shared_attn_ids, shared_ff_ids: layers of the same id share that module.
         share_input_output_emb: ties embeddings to the output layer.
         image_fmap_size: side of the grid of image tokens; `vae.image_size / 2^num_layers` unless given.
         num_image_tokens: size of the codebook; the VAE's unless given, and checked against it.
@@ -111,11 +111,12 @@ class DALLE(Prior[TransformerCache]):
             raise UsageError(f"expected a VAE of {num_image_tokens} image tokens, got {vae.num_tokens}")
         self.image_fmap_size = image_fmap_size or vae.image_fmap_size
         self.text_seq_len = text_seq_len
-        self.total_seq_len = text_seq_len + self.image_seq_len
+        self.total_seq_len = self.max_length = text_seq_len + self.image_seq_len
         self.num_image_tokens = vae.num_tokens
         # As upstream, including the padding tokens, one for each text position.
         self.num_text_tokens = num_text_tokens + text_seq_len
-        self.total_tokens = self.num_text_tokens + self.num_image_tokens
+        # DALLE-pytorch's `top_k` is a fraction of text and image tokens together.
+        self.total_tokens = self.num_filtered_tokens = self.num_text_tokens + self.num_image_tokens
         self.loss_img_weight = loss_img_weight
         self.stable = stable
 
@@ -233,18 +234,14 @@ class DALLE(Prior[TransformerCache]):
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (b, n, dim) of the first n tokens of `prepare_text`'s."""
-        if self.text_emb is None:
-            emb = F.embedding(tokens, self.to_logits.weight[: self.num_text_tokens])
-        else:
-            emb = self.text_emb(tokens)
+        shared = self.to_logits.weight[: self.num_text_tokens]
+        emb = F.embedding(tokens, shared if self.text_emb is None else self.text_emb.weight)
         return emb if self.text_pos_emb is None else emb + self.text_pos_emb.weight[: tokens.shape[1]]
 
     def embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Embeddings (b, n, dim) of image tokens (b, n), the first of which is at position `start` of the grid."""
-        if self.image_emb is None:
-            emb = F.embedding(tokens, self.to_logits.weight[self.num_text_tokens :])
-        else:
-            emb = self.image_emb(tokens)
+        shared = self.to_logits.weight[self.num_text_tokens :]
+        emb = F.embedding(tokens, shared if self.image_emb is None else self.image_emb.weight)
         return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
 
     # ----------------------------------------------------------------------------------------------
@@ -333,15 +330,6 @@ class DALLE(Prior[TransformerCache]):
     # ----------------------------------------------------------------------------------------------
     # For sampling
 
-    @property
-    def max_length(self) -> int:
-        return self.total_seq_len
-
-    @property
-    def num_filtered_tokens(self) -> int:
-        """DALLE-pytorch's `top_k` is a fraction of text and image tokens together."""
-        return self.total_tokens
-
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         emb = torch.cat((self.embed_text(self.prepare_text(text)), self.embed_image(image_tokens)), dim=1)
         hidden = self.hidden(emb[:, : self.total_seq_len])
@@ -401,8 +389,10 @@ class DALLE(Prior[TransformerCache]):
             Images (b, 3, h, w) in [0, 1]; or a tuple of them, the scores (b,) with `clip` and the tokens with
             `return_tokens`. Raises `UsageError` for settings out of range.
         """
-        settings = self._settings(top_k_thresh if top_k is None else top_k, top_p_thresh if top_p is None else top_p,
-                                  filter_thres, temperature, cond_scale)  # fmt: skip
+        top_p = top_p_thresh if top_p is None else top_p
+        top_k = top_k_thresh if top_k is None else top_k
+        top_k = filter_thres if top_k is None and top_p is None else top_k
+        settings = SamplingSettings(top_k, top_p, temperature, cond_scale)
         text = text[:, : self.text_seq_len]
         self.check_text(text)
         if mask is not None:
@@ -412,8 +402,7 @@ class DALLE(Prior[TransformerCache]):
             if img is not None:
                 count = self.num_init_tokens(num_init_img_tokens)
                 init_image_tokens = self.encode_image(img)[:, :count].expand(len(text), -1)
-            if seed is None:
-                seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, ())) if seed is None else seed
             uniforms = torch.cat([candidate_uniforms(seed, row, [i], self.image_seq_len) for i, row in enumerate(text)])
             if use_cache:
                 # Equal prompts go through the transformer once.
@@ -443,33 +432,28 @@ class DALLE(Prior[TransformerCache]):
 
         `filter_thres` is the fraction of all tokens to remove, unless `top_k` or `top_p` is given.
         """
-        settings = self._settings(top_k, top_p, filter_thres, temperature)
+        top_k = filter_thres if top_k is None and top_p is None else top_k
+        settings = SamplingSettings(top_k, top_p, temperature)
         begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
         self.check_text(begin)
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len)
-
-        def next_logits(tokens: Tensor) -> Tensor:
-            return self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1])
-
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len).to(self.device)
+        tokens = begin[:, : self.text_seq_len]
         with evaluation(self):
-            tokens = sample_text_tokens(next_logits, begin, uniforms, settings, self.num_filtered_tokens)
+            # Without a cache: texts are short.
+            for position in range(tokens.shape[1], self.text_seq_len):
+                logits = self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1])
+                logits = filter_logits(logits, settings.top_k, settings.top_p, self.num_filtered_tokens)
+                token = sample(logits, uniforms[:, position], settings.temperature)
+                tokens = torch.cat((tokens, token[:, None]), dim=1)
         first_padding = self.num_text_tokens - self.text_seq_len
         tokens = tokens.masked_fill(tokens >= first_padding, 0)
         return tokens, [tokenizer.decode([token for token in row if token != 0]) for row in tokens.tolist()]
 
-    @staticmethod
-    def _settings(
-        top_k: float | None, top_p: float | None, filter_thres: float, temperature: float, cond_scale: float = 1.0
-    ) -> SamplingSettings:
-        top_k = filter_thres if top_k is None and top_p is None else top_k
-        return SamplingSettings(top_k, top_p, temperature, cond_scale)
-
 
 def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:
     """One attention type per layer."""
-    types = [attn_types] if isinstance(attn_types, str) else list(attn_types or ("full",))
-    sparse = [sparse_attn] if isinstance(sparse_attn, bool) else list(sparse_attn or (False,))
-    pairs = zip(repeat_to(depth, types), repeat_to(depth, sparse), strict=True)
-    return ["sparse" if is_sparse else attn_type for attn_type, is_sparse in pairs]
+    types = cycle([attn_types] if isinstance(attn_types, str) else attn_types or ("full",))
+    sparse = cycle([sparse_attn] if isinstance(sparse_attn, bool) else sparse_attn or (False,))
+    layers = zip(range(depth), types, sparse, strict=False)
+    return ["sparse" if is_sparse else attn_type for _, attn_type, is_sparse in layers]

@@ -62,15 +62,8 @@ def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | Published
     return _open_hugging_face_clip(folder, config)
 
 
-def load_trainable_clip(path: str | os.PathLike) -> CLIP:
-    """Opens a trainable CLIP: a native folder or weights with their `hparams`."""
-    if not is_file(path):
-        return CLIP.from_pretrained(path)
-    return open_trainable_clip(path, as_checkpoint(path, read_torch(path, TRAINING_STATE)))
-
-
 def open_trainable_clip(path: str | os.PathLike, checkpoint: dict[str, Any]) -> CLIP:
-    """`load_trainable_clip` of the content of a file."""
+    """The trainable CLIP of a checkpoint of DALLE-pytorch."""
     return build(path, CLIP, checkpoint["hparams"], rename(checkpoint["weights"], UPSTREAM_NAMES))
 
 

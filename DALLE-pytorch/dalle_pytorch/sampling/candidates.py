@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,14 +23,10 @@ from dalle_pytorch.sampling.uniforms import candidate_uniforms
 class Candidate:
     """One image for a prompt, on the CPU."""
 
-    index: int
-    """Index under the seed: the same candidate for every batch size and number of candidates."""
-    tokens: Tensor
-    """(image_seq_len,) int64, row by row."""
-    image: Tensor
-    """(3, h, w) in [0, 1]."""
-    score: float | None = None
-    """Cosine similarity to the prompt, None without a scorer."""
+    index: int  # under the seed: the same candidate for every batch size and number of candidates
+    tokens: Tensor  # (image_seq_len,) int64, row by row
+    image: Tensor  # (3, h, w) in [0, 1]
+    score: float | None = None  # cosine similarity to the prompt, None without a scorer
 
 
 def candidate_batches(
@@ -102,17 +99,11 @@ def generate_candidates(
     Without a `scorer` these are the first ones, in order. Memory grows with `keep`, not with `num_images`. `options`
     are those of `candidate_batches`.
     """
-    if keep is not None and keep < 1:
-        raise UsageError(f"keep must be at least 1, got {keep}")
-    keep = num_images if keep is None else min(keep, num_images)
+    keep = num_images if keep is None else keep
+    if min(num_images, keep) < 1:
+        raise UsageError(f"num_images and keep must be at least 1, got {num_images} and {keep}")
+    keep = min(num_images, keep)
     if scorer is None:
         num_images = keep
-    best: list[tuple[float, int, Candidate]] = []
-    for batch in candidate_batches(prior, prompt, num_images, scorer=scorer, **options):
-        for candidate in batch:
-            entry = (0.0 if candidate.score is None else candidate.score, -candidate.index, candidate)
-            if len(best) < keep:
-                heapq.heappush(best, entry)
-            else:
-                heapq.heappushpop(best, entry)
-    return [candidate for _, _, candidate in sorted(best, key=lambda entry: entry[:2], reverse=True)]
+    candidates = chain.from_iterable(candidate_batches(prior, prompt, num_images, scorer=scorer, **options))
+    return heapq.nlargest(keep, candidates, key=lambda candidate: candidate.score or 0.0)

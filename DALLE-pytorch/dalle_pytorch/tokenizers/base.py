@@ -31,8 +31,13 @@ class Tokenizer(ABC):
         """The ids of a text of any length."""
 
     @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids, none of which is padding."""
+
     def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
         """The text of ids, without 0 and `pad_tokens`."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        return self._decode([i for i in ids if i != 0 and i not in pad_tokens])
 
     def tokenize(self, texts: str | Sequence[str], context_length: int = 256, truncate_text: bool = False) -> Tensor:
         """Tokens (b, context_length) int64 of one text or several, padded with 0.
@@ -64,8 +69,3 @@ class Tokenizer(ABC):
             return []
         words = dict.fromkeys(word.strip(string.punctuation) or word for word in text.split())
         return [word for word in words if self.unknown_id in self.encode(word)]
-
-
-def _kept(ids: Sequence[int] | Tensor, left_out: Collection[int]) -> list[int]:
-    ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    return [i for i in ids if i != 0 and i not in left_out]

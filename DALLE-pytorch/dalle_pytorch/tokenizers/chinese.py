@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
 
 import tokenizers
-from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.pretrained import first_line
-from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+from dalle_pytorch.tokenizers.base import Tokenizer
 
 
 class ChineseTokenizer(Tokenizer):
@@ -32,8 +30,8 @@ class ChineseTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
-        return self.tokenizer.decode(_kept(ids, pad_tokens))
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
 
     def to_hugging_face(self) -> tokenizers.Tokenizer:
         return self.tokenizer.backend_tokenizer

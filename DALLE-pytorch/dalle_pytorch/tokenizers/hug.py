@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import processors as post_processors
-from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.pretrained import companion_path, first_line
-from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+from dalle_pytorch.tokenizers.base import Tokenizer
 
 
 class HugTokenizer(Tokenizer):
@@ -36,8 +35,8 @@ class HugTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
-    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
-        return self.tokenizer.decode(_kept(ids, pad_tokens), skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def to_hugging_face(self) -> tokenizers.Tokenizer:
         return self.tokenizer

@@ -9,15 +9,13 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
-from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+from dalle_pytorch.tokenizers.base import Tokenizer
 
 #: OpenAI's file as it is in CLIP's repository, MIT
 CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -39,31 +37,23 @@ class SimpleTokenizer(Tokenizer):
         if len(merges) < _CLIP_MERGES:
             raise CheckpointError(f"{path} is not CLIP's list of {_CLIP_MERGES} merges")
         letters = _byte_letters()
-        tokens = [
-            *letters,
-            *(f"{letter}</w>" for letter in letters),
-            *("".join(pair) for pair in merges),
-            *_CLIP_SPECIALS,
-        ]
+        tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), *_CLIP_SPECIALS]
         self.vocab_size = len(tokens)
         self._ends = {tokens.index(token) for token in _CLIP_SPECIALS}
         self.tokenizer = tokenizers.Tokenizer(
             models.BPE({token: i for i, token in enumerate(tokens)}, merges, end_of_word_suffix="</w>")
         )
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        words = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
         self.tokenizer.add_special_tokens(list(_CLIP_SPECIALS))
         self._bytes = decoders.ByteLevel()
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(_clean(text).lower(), add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
-        pieces = (self.tokenizer.id_to_token(i) for i in _kept(ids, {*self._ends, *pad_tokens}))
+    def _decode(self, ids: list[int]) -> str:
+        pieces = (self.tokenizer.id_to_token(i) for i in ids if i not in self._ends)
         return self._bytes.decode([piece for piece in pieces if piece]).replace("</w>", " ").strip()
 
 

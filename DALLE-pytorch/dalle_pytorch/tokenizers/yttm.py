@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
-from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError, UsageError
-from dalle_pytorch.tokenizers.base import Tokenizer, _kept
+from dalle_pytorch.tokenizers.base import Tokenizer
 
 
 class YttmTokenizer(Tokenizer):
@@ -81,13 +79,12 @@ class YttmTokenizer(Tokenizer):
             _, result, at = min(rules)
             ids[at : at + 2] = [result]
 
-    def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
+    def _decode(self, ids: list[int]) -> str:
         try:
-            pieces = [self._pieces[i] for i in _kept(ids, pad_tokens)]
+            pieces = [self._pieces[i] for i in ids]
         except KeyError as error:
             raise ValueError(f"expected tokens below {self.vocab_size}, got {error}") from None
-        text = "".join(" " + piece[1:] if piece.startswith(self.SPACE) else piece for piece in pieces)
-        return text.removeprefix(" ")
+        return "".join(re.sub(f"^{self.SPACE}", " ", piece) for piece in pieces).removeprefix(" ")
 
     def to_hugging_face(self) -> tokenizers.Tokenizer:
         """The encoding as in a tokenizer.json. Raises `UsageError` if two tokens spell the same piece."""
@@ -96,11 +93,8 @@ class YttmTokenizer(Tokenizer):
             raise UsageError("two tokens of this vocabulary spell the same, which a tokenizer.json cannot represent")
         merges = [(self._pieces[left], self._pieces[right]) for left, right in self._merges]
         tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<UNK>", fuse_unk=True))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(f"[ \\t\\n\\v\\f\\r{self.SPACE}]+"), behavior="removed"),
-                pre_tokenizers.Metaspace(self.SPACE, prepend_scheme="always", split=False),
-            ]
-        )
+        words = pre_tokenizers.Split(Regex(f"[ \\t\\n\\v\\f\\r{self.SPACE}]+"), behavior="removed")
+        spaces = pre_tokenizers.Metaspace(self.SPACE, prepend_scheme="always", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, spaces])
         tokenizer.decoder = decoders.Metaspace(self.SPACE, prepend_scheme="always", split=False)
         return tokenizer

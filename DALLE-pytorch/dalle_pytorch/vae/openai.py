@@ -7,7 +7,7 @@ tokens ─▶ one-hot, 1×1 convolution: the rows of a codebook ─▶ decoder �
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -21,17 +21,16 @@ from dalle_pytorch.vae.base import ImageTokenizer
 # The logit-Laplace distribution needs pixels in the open interval (0, 1): they are mapped to [0.1, 0.9].
 PIXEL_MARGIN = 0.1
 
-# The published names. Groups, blocks and convolutions, counted from 1 there, follow in `rename_halves`.
+# The published names, in which groups, blocks and convolutions are counted from 1.
 _UPSTREAM_NAMES = (
     (r"\.w$", ".weight"),
     (r"\.b$", ".bias"),
     (r"^blocks\.input\.", "conv_in."),
     (r"^blocks\.output\.conv\.", "conv_out."),
     (r"\.id_path\.", ".skip."),
+    (r"^blocks\.group_(\d+)\.block_(\d+)\.", r"groups.\1.\2."),
+    (r"\.res_path\.conv_(\d+)\.", r".convs.\1."),
 )
-
-
-Resample = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -66,7 +65,7 @@ def _groups(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.Mo
 class Stack(nn.Module):
     """A convolution, groups of blocks with a change of resolution between them, a 1×1 convolution."""
 
-    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, conv_out: nn.Conv2d, resample: Resample):
+    def __init__(self, conv_in: nn.Conv2d, groups: nn.ModuleList, conv_out: nn.Conv2d, resample: nn.Module):
         super().__init__()
         self.conv_in = conv_in
         self.groups = groups
@@ -80,14 +79,6 @@ class Stack(nn.Module):
         return self.conv_out(F.relu(x))
 
 
-def _halve(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
 class OpenAIDiscreteVAE(ImageTokenizer):
     """The published dVAE: 8192 tokens, f = 8, made for 256 pixels.
 
@@ -96,8 +87,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
     Args:
         image_size: side in pixels of the images it is made for; it takes any multiple of 8.
-        num_tokens: size of the codebook.
-        codebook_dim: width of the codebook's rows.
+        num_tokens, codebook_dim: the codebook's shape.
         encoder_dim, decoder_dim: width of the convolutions at full resolution; 2, 4 and 8 times that below.
         encoder_blocks, decoder_blocks: blocks at each of the four resolutions.
         channels: channels of the images.
@@ -129,19 +119,19 @@ class OpenAIDiscreteVAE(ImageTokenizer):
             nn.Conv2d(channels, encoder_dim, 7, padding=3),
             _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
             nn.Conv2d(down[-1], num_tokens, 1),
-            _halve,
+            nn.MaxPool2d(2),
         )
         # The second half of the output channels are the scales of the Laplace distributions, for training only.
         self.decoder = Stack(
             nn.Conv2d(num_tokens, codebook_dim, 1),
             _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
             nn.Conv2d(up[-1], 2 * channels, 1),
-            _double,
+            nn.Upsample(scale_factor=2.0),
         )
 
     @property
     def codebook_weight(self) -> Tensor:
-        """(num_tokens, codebook_dim): the decoder's first convolution of each one-hot token."""
+        # The decoder's first convolution of each one-hot token.
         weight, bias = self.decoder.conv_in.parameters()
         return weight[:, :, 0, 0].T + bias
 
@@ -158,14 +148,8 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
 def rename_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> State:
     """The weights of `OpenAIDiscreteVAE` from those of the published encoder and decoder."""
-
-    def groups_from_zero(match: re.Match) -> str:
-        return f"groups.{int(match[1]) - 1}.{int(match[2]) - 1}."
-
     own: State = {}
     for prefix, half in (("encoder.", encoder), ("decoder.", decoder)):
         for key, tensor in rename(half, _UPSTREAM_NAMES).items():
-            key = re.sub(r"^blocks\.group_(\d+)\.block_(\d+)\.", groups_from_zero, key)
-            key = re.sub(r"\.res_path\.conv_(\d+)\.", lambda match: f".convs.{int(match[1]) - 1}.", key)
-            own[prefix + key] = tensor
+            own[prefix + re.sub(r"\d+", lambda number: str(int(number[0]) - 1), key)] = tensor
     return own

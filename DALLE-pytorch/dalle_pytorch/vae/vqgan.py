@@ -11,6 +11,7 @@ makes every token a function of its own square of pixels, which is easier for a 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -65,56 +66,44 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published models pad right and bottom only
+def _downsample(channels: int) -> nn.Module:
+    # The published models pad right and bottom only.
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(channels: int) -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(resize=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )
 
 
 class Level(nn.Module):
     """The blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
 
-    def __init__(self, widths: Sequence[int], dropout: float, attention: bool, resample: nn.Module | None):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dropout: float,
+        attention: bool,
+        downsample: nn.Module | None = None,
+        upsample: nn.Module | None = None,
+    ):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:]) if attention else None
-        if isinstance(resample, Downsample):
-            self.downsample = resample
-        elif isinstance(resample, Upsample):
-            self.upsample = resample
-        self.resample = [resample] if resample is not None else []  # a list, so that it is registered once
+        self.attn = nn.ModuleList(AttnBlock(width) if attention else nn.Identity() for width in widths[1:])
+        self.downsample, self.upsample = downsample or nn.Identity(), upsample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn is not None:
-                x = self.attn[i](x)
-        for resample in self.resample:
-            x = resample(x)
-        return x
+        for block, attn in zip(self.block, self.attn, strict=True):
+            x = attn(block(x))
+        return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float, attention: bool):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def _middle(channels: int, dropout: float, attention: bool) -> nn.Module:
+    # In this order, which is that of the initial weights under a seed.
+    block_1 = ResnetBlock(channels, channels, dropout)
+    attn_1 = AttnBlock(channels) if attention else nn.Identity()
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=ResnetBlock(channels, channels, dropout)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,9 +124,9 @@ class Encoder(nn.Module):
             widths = [width] + [ch * mult] * num_res_blocks
             width = widths[-1]
             last = i == len(ch_mult) - 1
-            self.down.append(Level(widths, dropout, side in attn_resolutions, None if last else Downsample(width)))
+            self.down.append(Level(widths, dropout, side in attn_resolutions, None if last else _downsample(width)))
             side = side if last else side // 2
-        self.mid = Middle(width, dropout, mid_attention)
+        self.mid = _middle(width, dropout, mid_attention)
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, z_channels * (2 if double_z else 1), 3, padding=1)
 
@@ -183,12 +172,12 @@ class Decoder(nn.Module):
         width = ch * ch_mult[-1]
         side = resolution // patch_size // 2 ** (len(ch_mult) - 1)
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = Middle(width, dropout, mid_attention)
+        self.mid = _middle(width, dropout, mid_attention)
         levels = []
         for i in reversed(range(len(ch_mult))):
             widths = [width] + [ch * ch_mult[i]] * (num_res_blocks + 1)
             width = widths[-1]
-            levels.append(Level(widths, dropout, side in attn_resolutions, Upsample(width) if i else None))
+            levels.append(Level(widths, dropout, side in attn_resolutions, upsample=_upsample(width) if i else None))
             side *= 2
         self.up = nn.ModuleList(reversed(levels))  # numbered from the finest, as published
         self.norm_out = _norm(width)
@@ -320,7 +309,6 @@ class VQGanVAE(ImageTokenizer):
 
     @property
     def codebook_weight(self) -> Tensor:
-        """(num_tokens, embed_dim)"""
         return self.quantize.codebook
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dalle_pytorch.errors import UsageError, UserError
 from dalle_pytorch.files.images import image_to_tensor
 from text_to_image import TextToImage
 from text_to_image.inputs import clean_prompt
+from text_to_image.results import safe_name
 
 PROMPT = "a red seven on brick"
 
@@ -132,3 +133,13 @@ def test_what_is_out_of_range(pipe, call):
 
 def test_prompts_are_cleaned():
     assert clean_prompt(" A\tRed \0 Seven\n") == "a red seven"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["../../etc/passwd", "/", "..", "a\0b", "🐟", "x" * 10_000, "   ", "ж" * 500, "-rf", "."]
+)
+def test_folder_names_stay_inside(tmp_path, prompt):
+    name = safe_name(prompt)
+    path = tmp_path / name
+    path.mkdir()
+    assert path.resolve().parent == tmp_path.resolve() and len(name.encode()) <= 80
