@@ -35,12 +35,11 @@ Progress = Callable[[int, int], object]  # called with what is done, and with al
 
 
 class Upscaled(NamedTuple):
-    """An image of the diffusion decoder: of which input it is, which of that input's images, and its pixels
-    (3, h, w) in [0, 1]."""
+    """An image of the diffusion decoder."""
 
     input: int
-    number: int
-    pixels: Tensor
+    number: int  # among the images of that input
+    pixels: Tensor  # (3, h, w) in [0, 1]
 
 
 class TextToImage:

@@ -233,9 +233,6 @@ class CLIP(CLIPModel):
             by_image = torch.cat((by_image, others), dim=1)
         return by_text, by_image, first + torch.arange(len(text), device=text.device)
 
-    # ----------------------------------------------------------------------------------------------
-    # Scoring
-
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Tokens (b, text_seq_len) of one text or several, truncated.
 

@@ -51,7 +51,6 @@ class SparsePattern(nn.Module):
         self.register_buffer("layout", layout.tril())
 
     def forward(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` over the keys before `stop`: bool (stop - start, stop)."""
         query = torch.arange(start, stop, device=self.layout.device)[:, None]
         key = torch.arange(stop, device=self.layout.device)
         visible = self.layout[query // SPARSE_BLOCK_SIZE, key // SPARSE_BLOCK_SIZE] | (key < self.text_len)

@@ -73,8 +73,7 @@ class DALLE(Prior[TransformerCache]):
         shift_tokens: each token takes some channels of its neighbours, see `TokenShift`.
         rotary_emb: rotary positions; learned ones otherwise.
         share_input_output_emb: ties embeddings to the output layer.
-        image_fmap_size: side of the grid of image tokens; `vae.image_size / 2^num_layers` unless given.
-        num_image_tokens: size of the codebook; the VAE's unless given, and checked against it.
+        image_fmap_size, num_image_tokens: the VAE's unless given; the latter is checked against the VAE's.
         qk_norm: RMS norm on queries and keys. Not in DALLE-pytorch.
     """
 
@@ -428,10 +427,8 @@ class DALLE(Prior[TransformerCache]):
         temperature: float = 1.0,
         seed: int | None = None,
     ) -> tuple[Tensor, list[str]]:
-        """Continues `text`, or samples a text: tokens (1, text_seq_len), and the text in a list.
-
-        `filter_thres` is the fraction of all tokens to remove, unless `top_k` or `top_p` is given.
-        """
+        """Continues `text`, or samples one: tokens (1, text_seq_len), and the text in a list. `filter_thres` as in
+        `generate_images`."""
         top_k = filter_thres if top_k is None and top_p is None else top_k
         settings = SamplingSettings(top_k, top_p, temperature)
         begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)

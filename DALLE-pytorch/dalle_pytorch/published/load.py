@@ -81,10 +81,7 @@ def open_published(
 
 
 def load_prior(path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False) -> Prior:
-    """Opens a prior of any kind, in evaluation mode on the CPU: a native folder, a hub name, or DALLE-pytorch's files.
-
-    `vae` overrides the image tokenizer that it names; `taming` does so with the published VQGAN of as many codes.
-    """
+    """Opens a prior of any kind: a native folder, a hub name, or DALLE-pytorch's files. See `load_dalle`."""
     if is_published_dalle(path):
         return load_dalle(path, vae, taming)
     return open_native_prior(Prior, path, vae, taming)

@@ -48,11 +48,9 @@ def candidate_batches(
         settings: the prior's own by default.
         seed: determines the candidates, together with the prompt and their indices.
         init_image_tokens: (k,) image tokens that every candidate begins with.
-        scorer: scores the candidates.
         progress: called with the number of finished candidates and of tokens sampled for each of the current batch.
 
-    Raises:
-        UsageError: settings out of range, or a tokenizer that is not the prior's.
+    Raises `UsageError` for settings out of range, or a tokenizer that is not the prior's.
     """
     settings = prior.sampling if settings is None else settings
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):

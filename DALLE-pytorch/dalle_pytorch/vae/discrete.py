@@ -37,10 +37,8 @@ class DiscreteVAE(ImageTokenizer):
     `DiscreteVAE(vae_path)` opens a `vae.pt` of DALLE-pytorch.
 
     Args:
-        image_size: side in pixels of the images it is made for; it takes any multiple of 2^num_layers.
-        num_tokens, codebook_dim: the codebook's shape.
-        num_layers: halvings of the resolution; f = 2^num_layers.
-        num_resnet_blocks, hidden_dim, channels: the sizes of the convolutions.
+        image_size, num_tokens, num_layers, channels: see `ImageTokenizer`.
+        codebook_dim, num_resnet_blocks, hidden_dim: width of a codebook row; number and width of the convolutions.
         smooth_l1_loss: smooth L1 instead of mean squared error as reconstruction loss.
         temperature: of the Gumbel-softmax (arXiv:1611.01144).
         straight_through: one-hot codes in the forward pass, the gradient of the soft ones in the backward pass.

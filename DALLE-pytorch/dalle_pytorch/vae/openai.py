@@ -86,11 +86,9 @@ class OpenAIDiscreteVAE(ImageTokenizer):
     that OpenAI publishes; with the sizes below by name, a new one is made.
 
     Args:
-        image_size: side in pixels of the images it is made for; it takes any multiple of 8.
-        num_tokens, codebook_dim: the codebook's shape.
+        image_size, num_tokens, codebook_dim, channels: see `ImageTokenizer`.
         encoder_dim, decoder_dim: width of the convolutions at full resolution; 2, 4 and 8 times that below.
         encoder_blocks, decoder_blocks: blocks at each of the four resolutions.
-        channels: channels of the images.
     """
 
     @records_config
