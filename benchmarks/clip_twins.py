@@ -1,7 +1,5 @@
 """What the default model's CLIP tells apart: `python benchmarks/clip_twins.py --help`."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

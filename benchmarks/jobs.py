@@ -1,7 +1,5 @@
 """Processes that share the captions of a benchmark, and the CPU's cores."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor

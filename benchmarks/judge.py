@@ -6,8 +6,6 @@ trains it on drawn scenes, resumably, and prints its share of test scenes read w
 models/default/judge.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

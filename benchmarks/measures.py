@@ -1,7 +1,5 @@
 """The statistics of the benchmarks: intervals by bootstrap, the best of N without drawing again, Fréchet distance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import comb
 

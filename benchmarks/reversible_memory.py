@@ -1,7 +1,5 @@
 """Memory of reversible layers: `python benchmarks/reversible_memory.py --help`."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

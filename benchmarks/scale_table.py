@@ -1,7 +1,5 @@
 """What a big prior needs, worked out on paper: `python benchmarks/scale_table.py --help`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The settings that the default model is best sampled with: `python benchmarks/sweep.py --help`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

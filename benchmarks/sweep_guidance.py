@@ -1,7 +1,5 @@
 """How strongly CLIP guidance is best led: `python benchmarks/sweep_guidance.py --help`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

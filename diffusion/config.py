@@ -3,8 +3,6 @@
 torch is not imported here, so that a command line can show the defaults at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

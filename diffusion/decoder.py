@@ -1,7 +1,5 @@
 """The diffusion decoder: image tokens to images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict

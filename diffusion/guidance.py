@@ -4,8 +4,6 @@ The losses are those of CLIP-guided diffusion (Crowson 2021): the spherical dist
 the prediction, blended with the noisy image late in the run, and a total-variation and a range loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ A file is a state dict without its architecture, which guided-diffusion takes fr
 from the weights where possible, and flags of the same names fill in the rest.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ noisiest, `num_steps - 1`, down to 0: the next sample and the predicted x_0. The
 `guide(denoiser, x, step)`, if given, makes the predictions, each with the gradient of a log-density to follow.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """What the training of a diffusion is told. Names are guided-diffusion's; torch is not imported here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Super-resolution: a second diffusion, conditioned on a small image, draws the large one (Nichol & Dhariwal 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

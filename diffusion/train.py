@@ -1,7 +1,5 @@
 """Trains a diffusion decoder or a super-resolution network (--help)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from dalle_pytorch.cli import run

@@ -8,8 +8,6 @@ Module names give guided-diffusion's parameter names, so that its checkpoints lo
   cheaper than full resolution, because the two most expensive levels are not needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from dataclasses import asdict

@@ -12,8 +12,6 @@ When code or tests move, mend the entries that are reported as stale. When a fau
 have noticed, add it here together with the test.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import multiprocessing

@@ -1,7 +1,5 @@
 """What tests share: where recorded reference outputs are, and tiny models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

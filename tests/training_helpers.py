@@ -1,7 +1,5 @@
 """A tiny training for the tests of the loop."""
 
-from __future__ import annotations
-
 import json
 import time
 

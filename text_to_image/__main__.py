@@ -1,7 +1,5 @@
 """`dalle <command>`, or `python -m text_to_image <command>`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

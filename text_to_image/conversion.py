@@ -1,7 +1,5 @@
 """Published files into native folders: what `convert` does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What people give: prompts and the files to upscale. torch is not imported, so that a mistake is told at once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dalle_pytorch.errors import UsageError

@@ -1,7 +1,5 @@
 """The command line: one-line errors with exit code 2."""
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The device that a command runs on."""
 
-from __future__ import annotations
-
 import torch
 
 from dalle_pytorch.errors import UsageError

@@ -3,8 +3,6 @@
 Every other exception is a bug and keeps its traceback, `ValueError` among them.
 """
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """Something that the user can correct. The message is one line that says what was given and what is expected."""

@@ -1,7 +1,5 @@
 """Where the model classes are that a `config.json` may name. Their modules are imported when such a model is opened."""
 
-from __future__ import annotations
-
 # Class name to module. Packages above this one add their own in their `__init__`.
 MODEL_MODULES = {
     "CLIP": "dalle_pytorch.clip.trainable",

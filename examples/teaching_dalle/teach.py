@@ -1,7 +1,5 @@
 """The lesson of a small DALL-E: `python examples/teaching_dalle/teach.py --help`."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Published checkpoints: the recorded numbers, sizes read off the weights, and what is said of what does not fit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """convert.py: says what a file is, writes the native folder, refuses in one line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Programs as users of DALLE-pytorch have them, with its keyword names, at tiny sizes: they run and do as they say."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from factories import Letters

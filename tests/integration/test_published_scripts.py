@@ -1,7 +1,5 @@
 """generate.py and upscale.py on other projects' files, from the prompt to the picture."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """docs/training.md means what it says: its commands are run on 2,000 pictures, and the options that it names exist."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """All training scripts, one after the other, on a folder of a few pictures, and then the two stages with the result."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shlex

@@ -1,7 +1,5 @@
 """The interfaces of a scorer, and of the CLIP models that are scorers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol

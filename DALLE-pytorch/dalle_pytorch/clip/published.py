@@ -1,7 +1,5 @@
 """Published CLIPs (arXiv:2103.00020), on `transformers`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The trainable CLIP: two small transformers, for text tokens and for image patches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path

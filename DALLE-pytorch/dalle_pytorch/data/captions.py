@@ -1,7 +1,5 @@
 """All captions of a data set, without its images, to train a tokenizer on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Opens the data that a training names."""
 
-from __future__ import annotations
-
 import os
 
 from dalle_pytorch.data.folder import ImageTextFolder

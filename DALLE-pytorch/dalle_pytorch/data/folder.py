@@ -1,7 +1,5 @@
 """A folder of images, each with its captions in a text file of the same stem."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

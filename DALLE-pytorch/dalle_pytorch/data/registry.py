@@ -4,8 +4,6 @@ An entry point names a function `open(resolution, **options)`. `NAME?option=valu
 are numbers, true or false, or else texts.
 """
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

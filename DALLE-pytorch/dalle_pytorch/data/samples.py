@@ -1,7 +1,5 @@
 """One sample from the bytes of an image and of its captions: what folders and shards have in common."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """WebDataset shards: tar archives of images and captions, streamed from a disk, the web or a command."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

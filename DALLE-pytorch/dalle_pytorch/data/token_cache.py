@@ -5,8 +5,6 @@ A cache is a folder of `tokens.npy` (n, tokens per image), `captions.jsonl` with
 and `index.json`, which is written last. While it is being made, `parts/` holds what is finished.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

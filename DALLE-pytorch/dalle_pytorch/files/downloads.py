@@ -1,7 +1,5 @@
 """Published files that are the defaults of paths, downloaded once to `~/.cache/dalle`."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging

@@ -1,7 +1,5 @@
 """Images on disk and in memory: Pillow on one side, tensors in [0, 1] on the other."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os

@@ -1,7 +1,5 @@
 """Grids of image tokens on disk, as `.npy`."""
 
-from __future__ import annotations
-
 import io
 import os
 

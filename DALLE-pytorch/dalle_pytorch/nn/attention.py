@@ -1,7 +1,5 @@
 """Multi-head attention with a key-value cache, a mask pattern and rotary positions."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

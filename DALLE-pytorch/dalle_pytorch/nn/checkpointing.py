@@ -1,7 +1,5 @@
 """Activation checkpointing."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

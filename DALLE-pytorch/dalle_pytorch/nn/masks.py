@@ -1,7 +1,5 @@
 """Attention patterns over a sequence of <bos>, text and image grid."""
 
-from __future__ import annotations
-
 import math
 
 import torch

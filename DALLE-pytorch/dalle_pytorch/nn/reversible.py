@@ -1,7 +1,5 @@
 """Reversible layers: activations are recomputed in the backward pass instead of stored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

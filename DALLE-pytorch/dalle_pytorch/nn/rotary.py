@@ -1,7 +1,5 @@
 """Rotary positions of text and image tokens, as in DALLE-pytorch."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Token shift: each token takes some channels of its neighbours."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The transformer of the prior and of CLIP: pre-norm residual branches with layer scale, sequential or reversible."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Generic, TypeVar

@@ -1,7 +1,5 @@
 """DALLE-pytorch's parameter names, mapped to ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

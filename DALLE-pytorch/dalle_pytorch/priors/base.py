@@ -1,7 +1,5 @@
 """The interface of a prior: a model of image tokens given text tokens. Sampling knows nothing else of it."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CLIP: OpenAI's files, Hugging Face's folders, and the one that DALLE-pytorch trains."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

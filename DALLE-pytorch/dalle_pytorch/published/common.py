@@ -1,7 +1,5 @@
 """What all published formats share: building a model, and errors for files that do not fit."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

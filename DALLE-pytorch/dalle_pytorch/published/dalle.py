@@ -1,7 +1,5 @@
 """DALLE-pytorch's priors, of releases 0.11 to 1.6 and of the DALL-3 fork, as one file or as DeepSpeed leaves them."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

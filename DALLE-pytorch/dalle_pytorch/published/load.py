@@ -1,7 +1,5 @@
 """Opens a published file of any kind."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from pathlib import Path

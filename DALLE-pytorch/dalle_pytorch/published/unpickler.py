@@ -6,8 +6,6 @@ contain (Lightning's callbacks, the dVAE's modules, the classes of a TorchScript
 only stores its state. A file with any other name is refused.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -1,7 +1,5 @@
 """DALLE-pytorch's DiscreteVAE, taming-transformers' VQGANs and OpenAI's dVAE."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

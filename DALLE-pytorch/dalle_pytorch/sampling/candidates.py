@@ -1,7 +1,5 @@
 """The candidates of one prompt: sample, decode, score, keep the best, one batch at a time."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

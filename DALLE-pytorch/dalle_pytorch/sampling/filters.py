@@ -1,7 +1,5 @@
 """From logits to a token: top-k and top-p filters, and sampling."""
 
-from __future__ import annotations
-
 import math
 
 import torch

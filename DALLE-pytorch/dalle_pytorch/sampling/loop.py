@@ -1,7 +1,5 @@
 """The token loop: image tokens are sampled one by one from a prior's key-value cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings of sampling from a prior."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

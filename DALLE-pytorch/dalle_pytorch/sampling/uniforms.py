@@ -1,7 +1,5 @@
 """Reproducible uniform numbers, determined by seed, prompt, candidate and position."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 """Textures, and the fine grain below them. A texture is a colour for every place in grid cells, (h, w) each, and every
 variant."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache, partial
 

@@ -1,7 +1,5 @@
 """What is said of a scene: complete and terse captions, and such with one fact made wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The drawn world as a data set, registered as `glyphs`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scenes drawn, at any resolution that is a multiple of 16 pixels."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import lru_cache

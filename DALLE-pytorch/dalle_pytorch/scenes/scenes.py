@@ -1,7 +1,5 @@
 """Scenes by their number: lots are drawn for all that is in one, always the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

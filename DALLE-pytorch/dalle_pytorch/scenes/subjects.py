@@ -1,7 +1,5 @@
 """What the subjects look like: signed distances in a box of [-1, 1]², negative inside, and the layers of a sticker."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise

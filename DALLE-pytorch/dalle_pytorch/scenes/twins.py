@@ -4,8 +4,6 @@ A caption with a fact made wrong teaches CLIP what a picture is not called. A pi
 what a caption does not show, where words hardly differ: a subject drawn twice, colours or places exchanged.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What there is in the glyphs world: subjects, colours, backgrounds, places, and the splits of their combinations."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """The interface of a tokenizer."""
 
-from __future__ import annotations
-
 import os
 import string
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """BERT's vocabulary of Chinese characters."""
 
-from __future__ import annotations
-
 import os
 
 import tokenizers

@@ -1,7 +1,5 @@
 """Hugging Face's tokenizer.json, and byte-pair encoding trained into one."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tokenizer that a command line names."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

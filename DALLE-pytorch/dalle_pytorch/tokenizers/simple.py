@@ -1,7 +1,5 @@
 """CLIP's byte-pair encoding."""
 
-from __future__ import annotations
-
 import gzip
 import html
 import json

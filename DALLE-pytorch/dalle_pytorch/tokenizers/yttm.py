@@ -1,7 +1,5 @@
 """YouTokenToMe's `.model` files."""
 
-from __future__ import annotations
-
 import os
 import re
 from itertools import pairwise

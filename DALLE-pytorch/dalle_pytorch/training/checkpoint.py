@@ -4,8 +4,6 @@ A checkpoint is built under a temporary name and gets its own when everything is
 and checksums by which a damaged checkpoint is told from one of something else.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -77,7 +75,8 @@ class Checkpoints:
             building.rename(path)
             for step in sorted(self._steps())[: -self.keep]:
                 # One that is half deleted no longer has the name of a checkpoint.
-                shutil.rmtree((self.folder / f"step-{step:08}").rename(building), ignore_errors=True)
+                name = f"step-{step:08}"
+                shutil.rmtree((self.folder / name).rename(self.folder / f".{name}.tmp"), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _steps(self) -> list[int]:

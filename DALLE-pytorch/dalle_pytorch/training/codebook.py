@@ -1,7 +1,5 @@
 """What a codebook's training counts, over all processes: so that every process comes to the same codebook."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The launcher of the processes (none, torchrun, accelerate launch, deepspeed) is 
 the command is the same. What cannot work is refused here, with one line, before anything is trained.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

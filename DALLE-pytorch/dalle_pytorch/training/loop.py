@@ -4,8 +4,6 @@ What differs between trainings is a task (tasks/base.py): a module that turns a 
 does the rest: order of the data, optimizers, learning rate, EMA, checkpoints and resuming, reports.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -4,8 +4,6 @@ Both are VQGAN's (Esser et al. 2021, arXiv:2012.09841), which has LPIPS where a 
 with the mean of all that could be there, which is a blur.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The trained networks as native folders, kept up to date beside the checkpoints."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The optimizers of a training."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """How many operations a step takes."""
 
-from __future__ import annotations
-
 from torch.utils.flop_counter import FlopCounterMode
 
 LISTED = 20  # modules that are named

@@ -1,7 +1,5 @@
 """What can be seen of a run: `config.yaml`, `metrics.jsonl`, previews in `samples`, and accelerate's trackers."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -3,8 +3,6 @@
 The commands in `commands/` derive from these dataclasses, and the loop takes them. torch is not imported here.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sized

@@ -5,8 +5,6 @@ process keeps its random state and its place in the data in a file of its own. R
 holds, which is why accelerate's `load_state` is not used: it unpickles what is registered with it.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """DiscreteVAE: the convolutional VAE of DALLE-pytorch, trained with Gumbel-softmax."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ image (b, 3, h, w) ─▶ encoder ─▶ logits (b, num_tokens, h / 8, w / 8) �
 tokens ─▶ one-hot, 1×1 convolution: the rows of a codebook ─▶ decoder ─▶ image
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

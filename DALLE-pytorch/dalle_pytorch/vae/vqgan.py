@@ -9,8 +9,6 @@ Two quantizers, as published: nearest neighbour (VQModel) and Gumbel (GumbelVQ),
 makes every token a function of its own square of pixels, which is easier for a prior to learn.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Remakes the default model from nothing: `python models/default/recipe/make.py --help`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

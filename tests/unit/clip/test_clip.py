@@ -1,7 +1,5 @@
 """The trainable CLIP: the same numbers as DALLE-pytorch, masks, negatives, and its use as a scorer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

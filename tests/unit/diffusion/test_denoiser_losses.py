@@ -1,7 +1,5 @@
 """The denoiser's losses by hand: the hybrid loss and the variational bound, term by term."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The diffusions' training task: which steps are drawn, and how much each counts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from factories import gaussian_denoiser

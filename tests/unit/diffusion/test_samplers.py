@@ -1,7 +1,5 @@
 """Steps of the samplers by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Super-resolution as a second stage: guided-diffusion's recorded run, any size, and what is refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Default files: fetched once, resumed, checked, and one clear line where there is no network."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import threading

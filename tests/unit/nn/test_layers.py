@@ -1,7 +1,5 @@
 """Rotary positions, attention and token shift, each against its definition written out."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The prior: the same numbers as DALLE-pytorch, its loss, its patterns, reversible layers, checkpoints."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

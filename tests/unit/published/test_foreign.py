@@ -1,7 +1,5 @@
 """Files of other projects: tensors come out, nothing is run, damage is one line."""
 
-from __future__ import annotations
-
 import collections
 import io
 import pickle

@@ -1,7 +1,5 @@
 """The candidates of a prompt: reproducible, ranked, and no more of them in memory than are kept."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from factories import Letters

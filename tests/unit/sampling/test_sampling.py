@@ -1,7 +1,5 @@
 """Sampling: filters, draws, and the cached loop against the plain forward pass."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

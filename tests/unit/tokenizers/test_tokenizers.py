@@ -1,7 +1,5 @@
 """Tokenizers: recorded ids, round trips, padding, length, unknown words, damaged files."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

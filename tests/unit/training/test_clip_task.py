@@ -1,7 +1,5 @@
 """CLIP's training task: what the pictures go through, and its loss with hard negatives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Which parameters each optimizer has, and its constants."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The prior's training task: which captions are dropped, which image tokens are noisy, and what is predicted."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

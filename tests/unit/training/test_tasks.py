@@ -1,7 +1,5 @@
 """What is trained on: losses, the batch of all processes, companions, previews."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

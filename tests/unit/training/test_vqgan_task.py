@@ -1,7 +1,5 @@
 """The VQGAN's training task: the terms of its loss, the straight-through gradient, and the codebook's running means."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """DiscreteVAE's draws in training, and its two ranges of pixels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

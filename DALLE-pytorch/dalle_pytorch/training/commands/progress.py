@@ -1,7 +1,5 @@
 """A training, and what comes before it, under a progress bar."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

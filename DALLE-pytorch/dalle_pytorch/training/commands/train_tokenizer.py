@@ -1,7 +1,5 @@
 """Learns a byte-pair encoding."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the training tasks share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress

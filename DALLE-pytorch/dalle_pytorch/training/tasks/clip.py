@@ -1,7 +1,5 @@
 """The training task of CLIP: the contrastive loss, with hard negatives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

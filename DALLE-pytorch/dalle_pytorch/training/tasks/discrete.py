@@ -1,7 +1,5 @@
 """The training task of a DiscreteVAE: its own loss, at a temperature that falls as in DALLE-pytorch."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The training task of the prior: next-token loss over captions and image tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -6,8 +6,6 @@ gradient: it is the moving average of the encodings that chose each code, starts
 chooses any more is moved to a random encoding: a Gumbel quantizer whose projection is tied to its codebook.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
