@@ -25,14 +25,14 @@ from dalle_pytorch.training.commands.progress import run_training
 # What is asked of a scene, and the possible answers. The first subject is the left or upper one.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "count": ("1", "2"),
-    "background": glyphs.BACKGROUNDS,
-    "kind": glyphs.SUBJECTS,
-    "colour": tuple(glyphs.COLOURS),
-    "second_kind": glyphs.SUBJECTS,
-    "second_colour": tuple(glyphs.COLOURS),
-    "size": tuple(glyphs.SIZES),
-    "place": glyphs.PLACES,
-    "relation": glyphs.RELATIONS,
+    "background": glyphs.world.BACKGROUNDS,
+    "kind": glyphs.world.SUBJECTS,
+    "colour": tuple(glyphs.world.COLOURS),
+    "second_kind": glyphs.world.SUBJECTS,
+    "second_colour": tuple(glyphs.world.COLOURS),
+    "size": tuple(glyphs.world.SIZES),
+    "place": glyphs.world.PLACES,
+    "relation": glyphs.world.RELATIONS,
     "detail": ("none", "faint", "fine"),  # how much it has of the fine grain that only 256 pixels can show
 }
 NOT_ASKED = -100  # what cross_entropy leaves out
@@ -42,12 +42,8 @@ IMAGE_SIZE = 256
 def answers(scene: glyphs.Scene) -> dict[str, str]:
     """The true answers for a scene; questions that make no sense for it are left out."""
     first, *rest = scene.subjects
-    facts = {
-        "count": str(len(scene.subjects)),
-        "background": scene.background,
-        "kind": first.kind,
-        "colour": first.colour,
-    }
+    facts = {"count": str(len(scene.subjects)), "background": scene.background, "kind": first.kind,
+             "colour": first.colour}  # fmt: skip
     if rest:
         return facts | {"second_kind": rest[0].kind, "second_colour": rest[0].colour, "relation": scene.relation}
     return facts | {"size": first.size, "place": scene.place}

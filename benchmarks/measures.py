@@ -39,9 +39,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def frechet_interval(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int = 200, seed: int = 0
-) -> list[tuple[float, float]]:
+def frechet_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int = 200,
+                     seed: int = 0) -> list[tuple[float, float]]:  # fmt: skip
     """95 % intervals, over captions, of the distances of several pairs of feature sets whose rows are captions.
 
     By the spread of the bootstrap, about the distance itself: the distances of resampled sets are all too large, since

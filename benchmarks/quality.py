@@ -63,16 +63,12 @@ class QualitySettings(Settings):
     top_p: float | None = option(None, "(default: the model's own)", low=0, high=1, above=True)
     temperature: float | None = option(None, "(default: the model's own)", low=0)
     cond_scale: float | None = option(None, "(default: the model's own)", low=0)
-    split: str = option("test", "captions that training never showed, or others", choices=glyphs.SPLITS)
+    split: str = option("test", "captions that training never showed, or others", choices=glyphs.world.SPLITS)
     steps: str = option("quad25", "diffusion steps")
     seed: int = option(0, "of candidates and noise")
     output_dir: Path = option(Path("outputs/quality"), "where the records and tables go")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
     jobs: int = option(1, "processes that share captions and cores: on a CPU, as many as it has cores", low=1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Drawing
 
 
 class Models:
@@ -185,14 +181,6 @@ def all_records(settings: QualitySettings, models: Models) -> list[Record]:
     return [records[key] for key in wanted]
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures
-
-
-def all_right(right: dict[str, bool]) -> bool:
-    return all(right.values())
-
-
 def with_interval(values: Sequence[float]) -> Record:
     low, high = interval(values)
     return {"mean": float(np.mean(values)), "low": low, "high": high, "count": len(values)}
@@ -200,9 +188,9 @@ def with_interval(values: Sequence[float]) -> Record:
 
 def shares(records: list[Record], num_images: int) -> Record:
     """Each way's share of pictures with everything right, and after diffusion the paired difference to before."""
-    one = [np.mean([all_right(right) for right in r["right"][:num_images]]) for r in records]
-    best = [float(all_right(r["right"][r["best"]])) for r in records]
-    diffused = [float(all_right(r["diffused"]["right"])) for r in records]
+    one = [np.mean([all(right.values()) for right in r["right"][:num_images]]) for r in records]
+    best = [float(all(r["right"][r["best"]].values())) for r in records]
+    diffused = [float(all(r["diffused"]["right"].values())) for r in records]
     return {
         "one candidate": with_interval(one),
         f"best of {num_images}": with_interval(best),
@@ -233,7 +221,7 @@ def curves(records: list[Record], curve_images: int) -> Record:
     steps = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= curve_images]
     values: Record = {"N": steps, "captions": len(records)}
     for name in ("everything", *ATTRIBUTES):
-        scored = [(r["scores"], [{"everything": all_right(one), **one}[name] for one in r["right"]])
+        scored = [(r["scores"], [{"everything": all(one.values()), **one}[name] for one in r["right"]])
                   for r in records if name == "everything" or name in r["right"][0]]  # fmt: skip
         if scored:
             values[name] = [float(np.mean([best_of(scores, right, n) for scores, right in scored])) for n in steps]
@@ -246,7 +234,7 @@ def guidance_effect(records: list[Record]) -> Record:
     if not records:
         return {}
     nats = [r["guided"]["log_likelihood"] - r["diffused"]["log_likelihood"] for r in records]
-    right = [float(all_right(r["guided"]["right"])) - all_right(r["diffused"]["right"]) for r in records]
+    right = [float(all(r["guided"]["right"].values())) - all(r["diffused"]["right"].values()) for r in records]
     return {"nats": with_interval(nats), "right": with_interval(right), "captions": len(records)}
 
 
@@ -262,10 +250,6 @@ def frechet(records: list[Record]) -> Record:
     for (name, pair), (low, high) in zip(pairs.items(), intervals, strict=True):
         result[name] = {"distance": frechet_distance(*pair), "low": low, "high": high}
     return result
-
-
-# --------------------------------------------------------------------------------------------------
-# Output
 
 
 def print_tables(figures: Record) -> None:
@@ -352,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(folder / "quality.json", json.dumps(figures, indent=1) + "\n")
     if settings.curve_count:
         plot_curves(folder / "best_of.png", figures["groups"])
-    failures = [r for r in records if not all_right(r["diffused"]["right"])]
+    failures = [r for r in records if not all(r["diffused"]["right"].values())]
     random.Random(0).shuffle(failures)
     write_sheet(folder / "first.png", records[:PICTURES_ON_SHEET], folder)
     write_sheet(folder / "failures.png", failures[:PICTURES_ON_SHEET], folder)

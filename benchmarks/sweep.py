@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jobs import shared_by
 from measures import best_of
-from quality import GROUPS, Models, all_right, with_interval
+from quality import GROUPS, Models, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
@@ -42,14 +42,13 @@ class SweepSettings(Settings):
     jobs: int = option(1, "as in quality.py", low=1)
 
 
-def draw_caption(
-    models: Models, num_subjects: int, index: int, *, num_images: int, **sampling: float
-) -> tuple[float, float]:
+def draw_caption(models: Models, num_subjects: int, index: int, *, num_images: int,
+                 **sampling: float) -> tuple[float, float]:  # fmt: skip
     """The share of a caption's candidates with everything right, and how often CLIP's best has."""
     models.sampling = sampling
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     record, _ = models.candidates(scene, num_images, seed=0)
-    right = [all_right(r) for r in record["right"]]
+    right = [all(r.values()) for r in record["right"]]
     return float(np.mean(right)), best_of(record["scores"], right, num_images)
 
 

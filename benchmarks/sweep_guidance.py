@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from jobs import shared_by
-from quality import GROUPS, Models, Record, all_right, clip_choice, with_interval
+from quality import GROUPS, Models, Record, clip_choice, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
@@ -40,9 +40,8 @@ class GuidanceSettings(Settings):
     jobs: int = option(1, "as in quality.py", low=1)
 
 
-def guide_caption(
-    models: Models, num_subjects: int, index: int, *, num_images: int, steps: str, settings: Sequence[dict | None]
-) -> list[Record]:
+def guide_caption(models: Models, num_subjects: int, index: int, *, num_images: int, steps: str,
+                  settings: Sequence[dict | None]) -> list[Record]:  # fmt: skip
     """The judge's opinion of a caption's image with every setting; None is without guidance."""
     scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
     _, found = models.candidates(scene, num_images, seed=0)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with shared_by(arguments.jobs, partial(Models, arguments.model, arguments.device)) as in_jobs:
         opinions = [*tqdm(in_jobs(guide, captions), "captions", len(captions))]
     nats = np.asarray([[one["log_likelihood"] for one in row] for row in opinions])
-    right = np.asarray([[float(all_right(one["right"])) for one in row] for row in opinions])
+    right = np.asarray([[float(all(one["right"].values())) for one in row] for row in opinions])
     print(f"without guidance: {nats[:, 0].mean():.4f} nats, {right[:, 0].mean():.1%} of {len(captions)} right")
     print("| clip_guidance_scale | cut_pow | nats, on minus off | everything right, on minus off |")
     print("|---|---|---|---|")

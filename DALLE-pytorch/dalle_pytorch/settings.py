@@ -70,10 +70,6 @@ def again(settings: type[Settings], name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={**field.metadata, "required": False})
 
 
-# --------------------------------------------------------------------------------------------------
-# Kinds of values
-
-
 def number(kind: type, low: float, high: float, above: bool) -> Callable[[Any], Any]:
     """An `int` or finite `float` from `low` (or only `above` it) to `high`."""
 
@@ -130,10 +126,6 @@ def _text(value: Any) -> str:
 
 def _path(value: Any) -> Path:
     return Path(_text(value))
-
-
-# --------------------------------------------------------------------------------------------------
-# The parser
 
 
 class ArgumentParser(JsonArgumentParser):

@@ -39,13 +39,14 @@ def scenes(settings: dict[str, Any], held_out: bool = False) -> Iterator[Any]:
     combinations = [parts for parts in every if (glyphs.split_of(*parts) != "train") == held_out]
     if not combinations:
         raise UsageError("a tenth of the combinations is kept out of training; name more digits, colours and textures")
-    corner = (glyphs.GRID - glyphs.SIZES["big"]) // 2
+    corner = (glyphs.world.GRID - glyphs.world.SIZES["big"]) // 2
     rng = np.random.default_rng([settings["seed"], held_out])
     while True:
         digit, colour, texture = combinations[rng.integers(len(combinations))]
         subject = glyphs.Subject(digit, colour, "big", corner, corner)
         caption = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {digit} on {texture}"
-        yield glyphs.Scene((subject,), texture, int(rng.integers(glyphs.VARIANTS)), int(rng.integers(2**31)), caption)
+        variant, grain_seed = int(rng.integers(glyphs.world.VARIANTS)), int(rng.integers(2**31))
+        yield glyphs.Scene((subject,), texture, variant, grain_seed, caption)
 
 
 def draw_pictures(folder: Path, settings: dict[str, Any]) -> None:

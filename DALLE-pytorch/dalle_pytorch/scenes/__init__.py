@@ -14,20 +14,4 @@ from dalle_pytorch.scenes.captions import change_caption, states_place, states_s
 from dalle_pytorch.scenes.drawing import draw, subject_mask, write_folder
 from dalle_pytorch.scenes.scenes import make_scene
 from dalle_pytorch.scenes.twins import make_twins
-from dalle_pytorch.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    DIGITS,
-    GRID,
-    LETTERS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    SPLITS,
-    SUBJECTS,
-    VARIANTS,
-    Scene,
-    Subject,
-    split_of,
-)
+from dalle_pytorch.scenes.world import Scene, Subject, split_of

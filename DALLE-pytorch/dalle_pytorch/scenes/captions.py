@@ -5,21 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dalle_pytorch.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    DIGITS,
-    LETTERS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    SPLITS,
-    SUBJECTS,
-    Scene,
-    Subject,
-    split_of,
-    split_of_scene,
-)
+from dalle_pytorch.scenes import world
+from dalle_pytorch.scenes.world import Scene, Subject, split_of, split_of_scene
 
 # How often a caption does without a fact, or a word: in a complete one, in one of training, in a terse one.
 COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "relation": 0.1, "frame": 0.75,
@@ -49,23 +36,20 @@ ON_BACKGROUND: dict[str | None, tuple[str, ...]] = {
     "night": ("on a night sky", "on a starry sky"),
 }
 AT_PLACE: dict[str | None, tuple[str, ...]] = {
-    "middle": ("in the middle", "in the center"),
-    "left": ("on the left", "at the left"),
-    "right": ("on the right", "at the right"),
-    "top": ("at the top",),
-    "bottom": ("at the bottom",),
-    **{corner: (f"in the {corner} corner",) for corner in PLACES if " " in corner},
-}
+    "middle": ("in the middle", "in the center"), "left": ("on the left", "at the left"),
+    "right": ("on the right", "at the right"), "top": ("at the top",), "bottom": ("at the bottom",),
+    **{corner: (f"in the {corner} corner",) for corner in world.PLACES if " " in corner},
+}  # fmt: skip
 SIZE_NAMES = {"big": ("big", "large"), "small": ("small", "little")}
 RELATED: dict[str | None, tuple[str, ...]] = {"left": ("to the left of", "left of"), "above": ("above", "over")}
 REVERSED: dict[str | None, tuple[str, ...]] = {"left": ("to the right of", "right of"), "above": ("below", "under")}
 # Which is where is left open.
 TOGETHER: dict[str | None, tuple[str, ...]] = {"left": ("and", "next to", "beside"), "above": ("and",)}
-NAMES = {kind: (kind,) for kind in SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(DIGITS)}
-NAMES |= {kind: (kind, kind[-1]) for kind in LETTERS if kind != "letter a"}  # "a" alone is the article
+NAMES = {kind: (kind,) for kind in world.SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(world.DIGITS)}
+NAMES |= {kind: (kind, kind[-1]) for kind in world.LETTERS if kind != "letter a"}  # "a" alone is the article
 # For a caption that names no kind.
-FAMILY = {kind: family for family, kinds in (("digit", DIGITS), ("letter", LETTERS), ("shape", SHAPES))
-           for kind in kinds}  # fmt: skip
+FAMILY = dict.fromkeys(world.DIGITS, "digit") | dict.fromkeys(world.LETTERS, "letter")
+FAMILY |= dict.fromkeys(world.SHAPES, "shape")
 
 
 def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], background: str, place: str | None,
@@ -110,7 +94,7 @@ def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], backg
 
 def with_terse_caption(scene: Scene, seed: int = 0) -> Scene:
     """The scene with a caption that says little of it, often no more than "a seven"."""
-    return with_caption(scene, np.random.default_rng([len(SPLITS) + 1, seed]), TERSE)
+    return with_caption(scene, np.random.default_rng([len(world.SPLITS) + 1, seed]), TERSE)
 
 
 def with_caption(scene: Scene, rng: np.random.Generator, left_open: Mapping[str, float]) -> Scene:
@@ -149,10 +133,10 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     Hard negatives for CLIP. Only what the caption says can be made wrong. Of a training scene no combination of another
     split comes out: CLIP would learn that it is never true.
     """
-    rng = np.random.default_rng([len(SPLITS), seed])
+    rng = np.random.default_rng([len(world.SPLITS), seed])
     caption = f" {scene.caption} "
     held = {value for subject in scene.subjects for value in (subject.kind, subject.colour)}
-    split = split_of_scene(scene.subjects, scene.background)
+    background, split = scene.background, split_of_scene(scene.subjects, scene.background)
     wrong: list[list[str]] = []  # of every fact that is said, the captions that have it wrong
 
     def allowed(kind: str, colour: str, background: str) -> bool:
@@ -175,18 +159,18 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         return [" ".join(out) + on] if out != said else []
 
     for subject in scene.subjects:
-        kinds = [name for name in SUBJECTS if name not in held and allowed(name, subject.colour, scene.background)]
-        colours = [name for name in COLOURS if name not in held and allowed(subject.kind, name, scene.background)]
+        kinds = [kind for kind in world.SUBJECTS if kind not in held and allowed(kind, subject.colour, background)]
+        colours = [name for name in world.COLOURS if name not in held and allowed(subject.kind, name, background)]
         # As likely as four other facts: what the subject is, is the hardest to see.
         wrong += [in_place_of(NAMES[subject.kind], [name for other in kinds for name in NAMES[other]])] * 4
         # With its subject, for "black" may be said of the background too.
         for name in (*NAMES[subject.kind], FAMILY[subject.kind]):
             wrong.append(in_place_of([f"{subject.colour} {name}"], [f"{colour} {name}" for colour in colours]))
-        wrong.append(in_place_of(SIZE_NAMES[subject.size], [name for size in SIZES if size != subject.size
+        wrong.append(in_place_of(SIZE_NAMES[subject.size], [name for size in world.SIZES if size != subject.size
                                                              for name in SIZE_NAMES[size]]))  # fmt: skip
-    backgrounds = [name for name in BACKGROUNDS
+    backgrounds = [name for name in world.BACKGROUNDS
                    if all(allowed(subject.kind, subject.colour, name) for subject in scene.subjects)]  # fmt: skip
-    for table, true, possible in ((ON_BACKGROUND, scene.background, backgrounds), (AT_PLACE, scene.place, PLACES)):
+    for table, true, possible in ((ON_BACKGROUND, background, backgrounds), (AT_PLACE, scene.place, world.PLACES)):
         wrong.append(in_place_of(table.get(true, ()), [other for name in possible if name != true
                                                        for other in table[name]]))  # fmt: skip
     if scene.relation:
@@ -221,5 +205,5 @@ def words() -> frozenset[str]:
     tables = (ON_BACKGROUND, AT_PLACE, SIZE_NAMES, RELATED, REVERSED, TOGETHER)
     phrases = [phrase for table in tables for row in table.values() for phrase in row]
     phrases += [name for names in NAMES.values() for name in names]
-    phrases += [*COLOURS, *FAMILY.values(), "a an of picture drawing photo"]
+    phrases += [*world.COLOURS, *FAMILY.values(), "a an of picture drawing photo"]
     return frozenset(" ".join(phrases).split())

@@ -76,10 +76,8 @@ def write_folder(folder: str | Path, count: int, split: str = "train", resolutio
         scene = make_scene(index, split)
         stem = folder / f"{index:06d}"
         if not stem.with_suffix(".png").exists():
-            facts = {
-                "subjects": [vars(subject) for subject in scene.subjects],
-                "background": scene.background, "place": scene.place, "relation": scene.relation,
-            }  # fmt: skip
+            facts = {"subjects": [vars(subject) for subject in scene.subjects], "background": scene.background,
+                     "place": scene.place, "relation": scene.relation}  # fmt: skip
             write_text(stem.with_suffix(".txt"), scene.caption + "\n")
             write_text(stem.with_suffix(".json"), json.dumps(facts) + "\n")
             save_image(stem.with_suffix(".png"), Image.fromarray(draw(scene, resolution)))

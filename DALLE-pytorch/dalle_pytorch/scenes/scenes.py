@@ -5,28 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.scenes import world
 from dalle_pytorch.scenes.captions import COMPLETE, LEFT_OPEN, write_caption
-from dalle_pytorch.scenes.world import (
-    BACKGROUNDS,
-    BIG_SHARE,
-    COLOURS,
-    GRID,
-    PLACES,
-    RELATIONS,
-    SIZES,
-    SPLITS,
-    SUBJECTS,
-    VARIANTS,
-    Scene,
-    Subject,
-    split_of_scene,
-)
+from dalle_pytorch.scenes.world import Scene, Subject, split_of_scene
 
 # Where two subjects stand: the upper left corners of the left or upper one and of the other.
 CORNERS: dict[str | None, tuple[tuple[int, int], tuple[int, int]]] = {
-    "left": ((1, 5), (9, 5)),
-    "above": ((5, 1), (5, 9)),
-}
+    "left": ((1, 5), (9, 5)), "above": ((5, 1), (5, 9))}  # fmt: skip
 
 
 def make_scene(index: int, split: str = "train", num_subjects: int | None = None) -> Scene:
@@ -35,9 +20,9 @@ def make_scene(index: int, split: str = "train", num_subjects: int | None = None
     Captions of training leave a colour, a kind or the background open now and then; those of the other splits never do,
     and so always name a combination that training did not show.
     """
-    if split not in SPLITS:
-        raise UsageError(f"expected a split of {', '.join(SPLITS)}, got {split!r}")
-    rng = np.random.default_rng([SPLITS.index(split), num_subjects or 0, index])
+    if split not in world.SPLITS:
+        raise UsageError(f"expected a split of {', '.join(world.SPLITS)}, got {split!r}")
+    rng = np.random.default_rng([world.SPLITS.index(split), num_subjects or 0, index])
     while True:
         scene = _draw_lots(rng, num_subjects or int(rng.integers(1, 3)), LEFT_OPEN if split == "train" else COMPLETE)
         if split_of_scene(scene.subjects, scene.background) == split:
@@ -45,28 +30,27 @@ def make_scene(index: int, split: str = "train", num_subjects: int | None = None
 
 
 def _draw_lots(rng: np.random.Generator, num_subjects: int, left_open: Mapping[str, float]) -> Scene:
-    background = str(rng.choice(BACKGROUNDS))
-    kinds = rng.choice(SUBJECTS, num_subjects, replace=False)
-    colours = rng.choice(list(COLOURS), num_subjects, replace=False)
+    background = str(rng.choice(world.BACKGROUNDS))
+    kinds = rng.choice(world.SUBJECTS, num_subjects, replace=False)
+    colours = rng.choice(list(world.COLOURS), num_subjects, replace=False)
     place = relation = None
     if num_subjects == 1:
         # A big subject fills the middle; a small one stands where one of two might stand, or in the middle.
-        size = "big" if rng.random() < BIG_SHARE else "small"
-        place = "middle" if size == "big" else str(rng.choice(PLACES))
-        sizes, corners = [size], (_corner(place, SIZES[size]),)
+        size = "big" if rng.random() < world.BIG_SHARE else "small"
+        place = "middle" if size == "big" else str(rng.choice(world.PLACES))
+        sizes, corners = [size], (_corner(place, world.SIZES[size]),)
     else:
-        relation = str(rng.choice(RELATIONS))
+        relation = str(rng.choice(world.RELATIONS))
         sizes, corners = ["small", "small"], CORNERS[relation]
-    subjects = tuple(
-        Subject(str(kind), str(colour), size, *corner)
-        for kind, colour, size, corner in zip(kinds, colours, sizes, corners, strict=True)
-    )
+    parts = zip(kinds, colours, sizes, corners, strict=True)
+    subjects = tuple(Subject(str(kind), str(colour), size, *corner) for kind, colour, size, corner in parts)
     caption = write_caption(rng, subjects, background, place, relation, left_open)
-    return Scene(subjects, background, int(rng.integers(VARIANTS)), int(rng.integers(2**31)), caption, place, relation)
+    variant, grain_seed = int(rng.integers(world.VARIANTS)), int(rng.integers(2**31))
+    return Scene(subjects, background, variant, grain_seed, caption, place, relation)
 
 
 def _corner(place: str, cells: int) -> tuple[int, int]:
-    middle, end = (GRID - cells) // 2, GRID - cells - 1
+    middle, end = (world.GRID - cells) // 2, world.GRID - cells - 1
     words = place.split()
     column = 1 if "left" in words else end if "right" in words else middle
     row = 1 if {"top", "upper"} & {*words} else end if {"bottom", "lower"} & {*words} else middle

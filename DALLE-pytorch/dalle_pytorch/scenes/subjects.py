@@ -11,9 +11,8 @@ from dalle_pytorch.scenes.backgrounds import SUPERSAMPLE, shrink
 RIM = 0.8  # width in grid cells of the white rim around a subject, inside a margin of one cell around its box
 
 
-def _arc(
-    cx: float, cy: float, rx: float, ry: float, start: float, end: float, points: int = 24
-) -> list[tuple[float, float]]:
+def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float,
+         points: int = 24) -> list[tuple[float, float]]:  # fmt: skip
     """Points of an ellipse from `start` to `end` degrees; 0 is right, 90 is down."""
     angles = np.radians(np.linspace(start, end, points))
     return [(cx + rx * np.cos(a), cy + ry * np.sin(a)) for a in angles]

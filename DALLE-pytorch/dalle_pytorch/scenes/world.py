@@ -7,19 +7,10 @@ from functools import cache
 GRID = 16  # subjects and textures are laid out on this many cells a side: one cell is one image token
 
 COLOURS = {
-    "red": (222, 38, 38),
-    "orange": (245, 132, 22),
-    "yellow": (250, 208, 36),
-    "green": (38, 160, 62),
-    "cyan": (40, 196, 212),
-    "blue": (38, 78, 222),
-    "purple": (130, 48, 182),
-    "pink": (246, 122, 184),
-    "brown": (128, 78, 42),
-    "lime": (164, 220, 40),
-    "gray": (142, 146, 152),
-    "black": (44, 44, 50),
-}
+    "red": (222, 38, 38), "orange": (245, 132, 22), "yellow": (250, 208, 36), "green": (38, 160, 62),
+    "cyan": (40, 196, 212), "blue": (38, 78, 222), "purple": (130, 48, 182), "pink": (246, 122, 184),
+    "brown": (128, 78, 42), "lime": (164, 220, 40), "gray": (142, 146, 152), "black": (44, 44, 50),
+}  # fmt: skip
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = tuple(f"letter {name}" for name in "acefhkmptuxy")  # none that could be taken for a digit or for another
 SHAPES = ("star", "heart", "circle", "square", "triangle", "diamond", "cross", "moon", "arrow", "house", "cloud",

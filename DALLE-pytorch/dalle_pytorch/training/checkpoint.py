@@ -46,10 +46,8 @@ class Checkpoints:
         def clear() -> None:
             steps = self._steps()
             if steps and not overwrite:
-                raise UsageError(
-                    f"{self.folder} holds checkpoints up to step {max(steps)}: "
-                    "leave out --no-resume to resume from there, or add --overwrite to delete them"
-                )
+                raise UsageError(f"{self.folder} holds checkpoints up to step {max(steps)}: leave out --no-resume to "
+                                 "resume from there, or add --overwrite to delete them")  # fmt: skip
             shutil.rmtree(self.folder, ignore_errors=True)
 
         self._decide(clear)
@@ -98,10 +96,9 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(f"{damaged[0]}, and there is no older one; move {self.folder} away to start anew")
         if (self.output_dir / EARLIER_NAME).exists():
-            raise CheckpointError(
-                f"{self.output_dir / EARLIER_NAME} is a checkpoint of an earlier version, which cannot be resumed from;"
-                " move it away to start anew, or choose another --output_dir"
-            )
+            raise CheckpointError(f"{self.output_dir / EARLIER_NAME} is a checkpoint of an earlier version, which "
+                                  "cannot be resumed from; move it away to start anew, or choose another "
+                                  "--output_dir")  # fmt: skip
         return None
 
     def _decide(self, decide: Callable[[], Path | None]) -> Path | None:

@@ -75,10 +75,6 @@ def make_accelerator(settings: TrainingSettings, task: TrainingTask) -> Accelera
     return Accelerator(kwargs_handlers=[ddp], **arguments)
 
 
-# --------------------------------------------------------------------------------------------------
-# What was asked for
-
-
 def _backend(settings: TrainingSettings) -> str:
     """What the settings name, or else what `accelerate launch` was configured for."""
     name = (settings.distributed_backend or "").lower()
@@ -120,15 +116,11 @@ def _refuse(settings: TrainingSettings, task: TrainingTask, backend: str, sharde
     if sharded and task.replicated:
         raise UsageError("this network is needed whole in every process; use DDP or ZeRO 1 or 2, not FSDP or ZeRO-3")
     if reversible and sharded:
-        raise UsageError(
-            "reversible layers need whole parameters, which FSDP and ZeRO-3 shard; use ZeRO 1 or 2, or "
-            "--activation_checkpointing instead of --reversible"
-        )
+        raise UsageError("reversible layers need whole parameters, which FSDP and ZeRO-3 shard; use ZeRO 1 or 2, or "
+                         "--activation_checkpointing instead of --reversible")  # fmt: skip
     if reversible and shared and processes > 1:
-        raise UsageError(
-            "reversible layers that share weights (--shared_attn_ids, --shared_ff_ids) train in one process only; "
-            "leave out --reversible or the sharing"
-        )
+        raise UsageError("reversible layers that share weights (--shared_attn_ids, --shared_ff_ids) train in one "
+                         "process only; leave out --reversible or the sharing")  # fmt: skip
     if reversible and settings.activation_checkpointing:
         raise UsageError("reversible layers keep no activations already; leave out --activation_checkpointing")
     scalar = next((name for name, parameter in task.named_parameters() if parameter.ndim == 0), None)
@@ -162,10 +154,6 @@ def _checkpoint_activations(task: TrainingTask) -> None:
         module.activation_checkpointing = True
 
 
-# --------------------------------------------------------------------------------------------------
-# FSDP
-
-
 def _fsdp_accelerator(task: TrainingTask, precision: str, arguments: dict[str, Any]) -> Accelerator:
     """FSDP2: each transformer layer is gathered when it is needed, the rest at once; frozen networks stay whole."""
     has_layers = any(isinstance(module, Layer) for module in task.modules())
@@ -177,14 +165,10 @@ def _fsdp_accelerator(task: TrainingTask, precision: str, arguments: dict[str, A
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         task.forward = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype)(task.forward)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        reshard_after_forward=True,
+        fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False, mixed_precision_policy=policy,
         auto_wrap_policy="transformer_based_wrap" if has_layers else "no_wrap",
-        transformer_cls_names_to_wrap=[Layer.__name__] if has_layers else None,
-        cpu_ram_efficient_loading=False,
-        mixed_precision_policy=policy,
-        ignored_modules=frozen,
-    )
+        transformer_cls_names_to_wrap=[Layer.__name__] if has_layers else None, ignored_modules=frozen,
+    )  # fmt: skip
     accelerator = Accelerator(fsdp_plugin=plugin, **arguments)
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UsageError("FSDP needs GPUs: accelerate does not run it on CPUs")
@@ -196,10 +180,6 @@ def _fsdp_accelerator(task: TrainingTask, precision: str, arguments: dict[str, A
 def _is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-
-
-# --------------------------------------------------------------------------------------------------
-# DeepSpeed
 
 
 def _deepspeed_settings(settings: TrainingSettings, processes: int) -> dict[str, Any]:
@@ -256,10 +236,6 @@ def _deepspeed_plugin(settings: dict[str, Any], precision: str) -> Any:
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Parameters and state, wherever they are
-
-
 def is_apart(accelerator: Accelerator) -> bool:
     """Whether FSDP or DeepSpeed keeps weights and optimizers, and writes and reads them."""
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
@@ -313,13 +289,8 @@ def load_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any]
             model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         return
     state = torch.load(Path(folder) / SHARDED_NAME, map_location="cpu", weights_only=True, mmap=True)
-    set_state_dict(
-        model,
-        [optimizer.optimizer for optimizer in optimizers],
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizers"],
-        options=StateDictOptions(full_state_dict=True),
-    )
+    set_state_dict(model, [optimizer.optimizer for optimizer in optimizers], model_state_dict=state["model"],
+                   optim_state_dict=state["optimizers"], options=StateDictOptions(full_state_dict=True))  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -106,16 +106,9 @@ class _Run:
         if self.steps is not None:
             last = first + max(0, self.steps - self.progress.step) * settings.ga_steps
         return BatchLoader(
-            dataset,
-            batch_size,
-            first_step=first,
-            last_step=last,
-            seed=settings.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=settings.num_workers,
-            positions=self.state.positions,
-        )
+            dataset, batch_size, first_step=first, last_step=last, seed=settings.seed, rank=accelerator.process_index,
+            world_size=accelerator.num_processes, num_workers=settings.num_workers, positions=self.state.positions,
+        )  # fmt: skip
 
     @property
     def progress(self) -> Progress:

@@ -15,9 +15,6 @@ from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.training.codebook import sum_over_processes
 
-# --------------------------------------------------------------------------------------------------
-# The adversary
-
 
 class EqualizedConv2d(nn.Module):
     """A 4 × 4 convolution whose weights are scaled when used, so that all layers learn alike (Karras et al. 2018).
@@ -71,9 +68,8 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.weight = discriminator, weight
 
-    def forward(
-        self, images: Tensor, output: Tensor, reconstruction: Tensor, strength: float = 1.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, output: Tensor, reconstruction: Tensor,
+                strength: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss to add, and metrics, for images and outputs (b, c, h, w) in [0, 1].
 
         `reconstruction` is the loss so far, a function of `output`; `strength` in [0, 1] scales the weight.
@@ -98,10 +94,6 @@ def _gradient_length(loss: Tensor, output: Tensor) -> Tensor:
     scale = torch.full_like(loss, output.numel())
     (gradient,) = torch.autograd.grad(loss, output, scale, retain_graph=True)
     return sum_over_processes(gradient.detach().float().square().sum()).sqrt()
-
-
-# --------------------------------------------------------------------------------------------------
-# Perception
 
 
 class PerceptualLoss:

@@ -26,9 +26,8 @@ class LRSchedule:
         self.loss_sum, self.loss_count = 0.0, 0
         # torch's own, on a dummy optimizer whose learning rate is the factor.
         self.factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.factor, factor=0.5, patience=10, cooldown=10, min_lr=1e-6 / settings.learning_rate
-        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.factor, factor=0.5, patience=10, cooldown=10,
+                                                                  min_lr=1e-6 / settings.learning_rate)  # fmt: skip
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -53,12 +52,8 @@ class LRSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a plateau; the other schedules have none."""
-        return {
-            "factor": self.factor.param_groups[0]["lr"],
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
-            "plateau": self.plateau.state_dict(),
-        }
+        return {"factor": self.factor.param_groups[0]["lr"], "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+                "plateau": self.plateau.state_dict()}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a `state_dict`."""

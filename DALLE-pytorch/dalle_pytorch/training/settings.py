@@ -18,25 +18,22 @@ from dalle_pytorch.settings import Settings, option
 class OptimizationSettings(Settings):
     title = "training"
 
-    output_dir: Path = option(help="where checkpoints, metrics.jsonl and the trained model go; the same command again "
-                                   "resumes from the last checkpoint")  # fmt: skip
+    output_dir: Path = option(help="where checkpoints, metrics and model go; the same command again resumes")
     steps: int | None = option(None, "steps of the optimizer", low=1, flags=["--lr_anneal_steps"])
     epochs: int | None = option(None, "passes over the data, instead of --steps", low=1, instead_of="steps")
     batch_size: int = option(8, "images per process and forward pass", low=1)
     ga_steps: int = option(1, "gradient accumulation: batches of every process that make one step", low=1)
     learning_rate: float = option(3e-4, low=0, above=True, flags=["--lr"])
     warmup_steps: int = option(100, "steps of linear warm-up", low=0, flags=["--lr_warmup_steps"])
-    lr_decay: str = option("cosine", "learning rate after the warm-up; without a value plateau: halved when the loss "
-                                     "no longer falls", nargs="?", const="plateau",
+    lr_decay: str = option("cosine", "after the warm-up; plateau, or no value: halved when the loss no longer falls",
+                           nargs="?", const="plateau",
                            choices=["cosine", "constant", "plateau", "exponential"])  # fmt: skip
     lr_decay_rate: float = option(0.98, "factor of --lr_decay exponential, every 100 steps", low=0, high=1, above=True)
     weight_decay: float = option(0.01, "of matrices; vectors have none", low=0)
     clip_grad_norm: float = option(1.0, "largest norm of the gradient", low=0, above=True)
-    ema_decay: float = option(0.0, "decay of the exponential moving average of the weights; 0 keeps none", low=0,
-                              high=1, flags=["--ema_rate"])  # fmt: skip
+    ema_decay: float = option(0.0, "decay of the weights' moving average; 0: none", low=0, high=1, flags=["--ema_rate"])
     muon: bool = option(False, "Muon for the matrices of transformers, AdamW for the rest")
-    max_bad_steps: int = option(10, "stop after this many steps in a row with a loss or gradient that is not finite",
-                                low=1)  # fmt: skip
+    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient is not finite", low=1)
     num_workers: int = option(1, "processes that load data", low=0)
     seed: int = option(0)
 
@@ -48,8 +45,7 @@ class PrecisionSettings(Settings):
     mixed_precision: str = option("no", "precision of the forward pass; --fp16 (or --amp) and --bf16 are short forms",
                                   choices=["no", "fp16", "bf16"],
                                   flags=["--fp16=fp16", "--amp=fp16", "--bf16=bf16"])  # fmt: skip
-    activation_checkpointing: bool = option(False, "keep only the input of each transformer layer and recompute the "
-                                                   "rest in the backward pass", flags=["--use_checkpoint"])  # fmt: skip
+    activation_checkpointing: bool = option(False, "recompute layers in the backward pass", flags=["--use_checkpoint"])
 
 
 @dataclass
@@ -72,13 +68,11 @@ class ReportSettings(Settings):
 
     save_every: int = option(500, "steps between checkpoints", low=1, flags=["--save_every_n_steps", "--save_interval"])
     keep_n_checkpoints: int = option(2, "how many of the newest to keep", low=1)
-    resume: bool = option(True, "resume from the newest checkpoint in --output_dir; --no-resume starts anew",
-                          flags=["--no-resume=False"])  # fmt: skip
+    resume: bool = option(True, "from the newest checkpoint; --no-resume starts anew", flags=["--no-resume=False"])
     overwrite: bool = option(False, "with --no-resume, delete the checkpoints that are there")
     log_every: int = option(20, "steps between entries in metrics.jsonl", low=1, flags=["--log_interval"])
     sample_every: int = option(0, "steps between previews; 0 makes none", low=0)
-    report_to: str | None = option(None, "tracker (default: wandb if it is given a name, else none)",
-                                   choices=["none", "tensorboard", "wandb"])  # fmt: skip
+    report_to: str | None = option(None, "tracker (default: wandb if named)", choices=["none", "tensorboard", "wandb"])
     wandb_name: str | None = option(None, "Weights & Biases project")
     wandb_entity: str | None = option(None, "team or user that owns the project")
 
@@ -105,8 +99,7 @@ class DataSettings(Settings):
         help="folder of images, each with its captions in a .txt of the same name; with --wds, WebDataset shards "
              "(data-{000..099}.tar, a URL, pipe:COMMAND); or a registered data set, NAME or NAME?option=value&...",
         flags=["--image_folder", "--data_dir"])  # fmt: skip
-    wds: str = option("", "read shards whose images and captions have these suffixes, such as jpg,txt",
-                      metavar="IMAGE,TEXT")  # fmt: skip
+    wds: str = option("", "read shards whose images and captions have these suffixes (jpg,txt)", metavar="IMAGE,TEXT")
     caption_key: str = option("caption", "field of the caption, with --wds jpg,json")
 
 
@@ -129,12 +122,10 @@ class ImageSettings(DataSettings):
 class CaptionSettings(Settings):
     title = "captions"
 
-    bpe_path: str | None = option(None, "tokenizer: a tokenizer.json (of train_tokenizer.py) or a .model of "
-                                        "YouTokenToMe (default: CLIP's)")  # fmt: skip
+    bpe_path: str | None = option(None, "a tokenizer.json, or a .model of YouTokenToMe (default: CLIP's tokenizer)")
     hug: bool = option(False, "--bpe_path is a tokenizer.json, whatever its name")
     chinese: bool = option(False, "the BERT Chinese tokenizer")
-    truncate_captions: bool = option(False, "truncate captions of more than --text_seq_len tokens instead of skipping "
-                                            "them")  # fmt: skip
+    truncate_captions: bool = option(False, "truncate captions of over --text_seq_len tokens instead of skipping them")
 
 
 def total_steps(settings: TrainingSettings, dataset: object) -> int | None:

@@ -91,9 +91,8 @@ class RunState:
             # torch begins with a heading, and tells what does not fit below it.
             lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
             reason = next(filter(None, lines), type(error).__name__)
-            raise CheckpointError(
-                f"{folder} does not continue this training ({reason}); move it away to start anew"
-            ) from error
+            message = f"{folder} does not continue this training ({reason}); move it away to start anew"
+            raise CheckpointError(message) from error
 
     def _load(self, folder: Path) -> None:
         accelerator = self.accelerator

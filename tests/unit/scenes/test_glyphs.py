@@ -12,9 +12,9 @@ from dalle_pytorch.scenes.dataset import GlyphsDataset
 from dalle_pytorch.scenes.twins import ONE, TWO, change_scene
 
 # Every name of every kind of subject.
-NAMES = {name: name for name in glyphs.SUBJECTS}
-NAMES |= {str(i): name for i, name in enumerate(glyphs.DIGITS)}
-NAMES |= {name[-1]: name for name in glyphs.LETTERS if name != "letter a"}
+NAMES = {name: name for name in glyphs.world.SUBJECTS}
+NAMES |= {str(i): name for i, name in enumerate(glyphs.world.DIGITS)}
+NAMES |= {name[-1]: name for name in glyphs.world.LETTERS if name != "letter a"}
 
 
 def test_scene_is_deterministic_by_index():
@@ -24,8 +24,8 @@ def test_scene_is_deterministic_by_index():
 
 
 def test_splits_share_no_combination():
-    seen = {split: set() for split in glyphs.SPLITS}
-    for split in glyphs.SPLITS:
+    seen = {split: set() for split in glyphs.world.SPLITS}
+    for split in glyphs.world.SPLITS:
         for index in range(400):
             scene = glyphs.make_scene(index, split)
             combinations = {(s.kind, s.colour, scene.background) for s in scene.subjects}
@@ -58,7 +58,8 @@ def test_captions_of_training_leave_something_open_now_and_then():
         left_open["background"] += not any(
             phrase in scene.caption for phrase in glyphs.captions.ON_BACKGROUND[scene.background]
         )
-        assert ("shape" not in words or subject.kind in glyphs.SHAPES) and (subject.colour in words or len(words) > 1)
+        assert "shape" not in words or subject.kind in glyphs.world.SHAPES
+        assert subject.colour in words or len(words) > 1
     pairs = [glyphs.make_scene(index, num_subjects=2) for index in range(1000)]
     left_open["relation"] = sum(not glyphs.states_place(scene) for scene in pairs)
     expected = glyphs.captions.LEFT_OPEN
@@ -74,7 +75,7 @@ def test_terse_captions_say_less():
         assert set(words) <= glyphs.words() and glyphs.change_caption(terse, index) != terse.caption
         background = next((p for p in glyphs.captions.ON_BACKGROUND[scene.background] if terse.caption.endswith(p)), "")
         of_subjects = terse.caption.removesuffix(background).split()
-        assert {word for word in of_subjects if word in glyphs.COLOURS} <= {s.colour for s in scene.subjects}
+        assert {word for word in of_subjects if word in glyphs.world.COLOURS} <= {s.colour for s in scene.subjects}
         lengths.append((len(words), len(scene.caption.split())))
     short, long = np.mean(lengths, axis=0)
     assert short < 0.7 * long
@@ -130,7 +131,7 @@ def test_changed_captions_of_training_name_no_combination_of_other_splits():
         background = next((name for phrase, name in told.items() if changed.endswith(phrase)), None)
         for colour, kind in itertools.pairwise(changed.replace("letter ", "letter_").split()):
             kind = kind.replace("_", " ")
-            if background and colour in glyphs.COLOURS and kind in NAMES:
+            if background and colour in glyphs.world.COLOURS and kind in NAMES:
                 named += 1
                 assert glyphs.split_of(NAMES[kind], colour, background) == "train", changed
     assert named > 1000
@@ -151,7 +152,7 @@ def test_exchanged_colours_are_made_wrong_but_not_what_stays_true():
     assert not changed(scene) & {"a black digit and an orange digit", scene.caption}
 
 
-@pytest.mark.parametrize("background", glyphs.BACKGROUNDS)
+@pytest.mark.parametrize("background", glyphs.world.BACKGROUNDS)
 def test_grain_is_only_in_the_large_picture(background):
     """The picture at 128 pixels is that at 256 with the grain averaged away: it is the same for any grain."""
     scenes = [glyphs.Scene((), background, 1, seed, "") for seed in (1, 2)]

@@ -28,10 +28,8 @@ class ClipArchitecture(Settings):
     visual_image_size: int = option(128, "side of an image in pixels", low=1)
     visual_patch_size: int = option(16, "side of a patch in pixels", low=1)
     visual_patch_dropout: float = option(0.0, "share of the patches dropped in training", low=0, high=1)
-    visual_conv_stem: bool = option(False, "embed patches by convolutions, which learn shapes sooner than one linear "
-                                           "map")  # fmt: skip
-    visual_attention_pool: bool = option(False, "pool patches by attention, which finds small things sooner than their "
-                                                "mean")  # fmt: skip
+    visual_conv_stem: bool = option(False, "embed patches by convolutions, which learn shapes sooner")
+    visual_attention_pool: bool = option(False, "pool patches by attention, which finds small things sooner")
 
 
 @dataclass
@@ -71,10 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip.text_transformer.set_layer_scale(settings.layer_scale)
         clip.visual_transformer.set_layer_scale(settings.layer_scale)
     clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
-    dataset = open_dataset(
-        settings.image_text_folder,
-        settings.visual_image_size,
-        **settings.dataset_options(),
-        caption_problem=None if settings.truncate_captions else LongCaption(tokenizer, settings.text_seq_len),
-    )
+    caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, settings.text_seq_len)
+    dataset = open_dataset(settings.image_text_folder, settings.visual_image_size, caption_problem=caption_problem,
+                           **settings.dataset_options())  # fmt: skip
     run_training("CLIP", ClipTask(clip), dataset, settings)

@@ -17,8 +17,7 @@ class ImageTokenSettings(Settings):
     taming: bool = option(False, "the published VQGAN, if no other VAE is named (default: OpenAI's dVAE)")
     vqgan_model_path: str | None = option(None, "checkpoint of a VQGAN")
     vqgan_config_path: str | None = option(None, "its model.yaml")
-    cache_tokens: str | None = option(None, "encode every image once and keep its tokens in this folder; no random "
-                                            "crops", metavar="DIR")  # fmt: skip
+    cache_tokens: str | None = option(None, "keep the images' tokens in this folder; no random crops", metavar="DIR")
 
 
 @dataclass
@@ -40,8 +39,7 @@ class DalleArchitecture(Settings):
     shift_tokens: bool = option(True, "mix part of the channels of neighbouring tokens; --no-shift_tokens does not",
                                 flags=["--no-shift_tokens=False"])  # fmt: skip
     rotary_emb: bool = option(True, "rotary positions; --no-rotary_emb: learned ones", flags=["--no-rotary_emb=False"])
-    shared_attn_ids: list[int] | None = option(None, "layers of the same number share their attention (default: none "
-                                                     "do)", metavar="ID,ID…")  # fmt: skip
+    shared_attn_ids: list[int] | None = option(None, "layers of the same number share attention", metavar="ID,ID…")
     shared_ff_ids: list[int] | None = option(None, "the same for the feed-forward part", metavar="ID,ID…")
     share_input_output_emb: bool = option(False, "tie the output layer to the embeddings")
     loss_img_weight: float = option(7, "weight of the image loss; that of the caption is 1", low=0)
@@ -65,15 +63,13 @@ class TrainDalleSettings(CaptionSettings, DalleArchitecture, ImageTokenSettings,
 
     dalle_path: str | None = option(None, "prior to continue from, native folder or dalle.pt, with its VAE and "
                                           "tokenizer; its architecture counts, not that of the options")  # fmt: skip
-    dalle_output_file_name: str = option("dalle", "folder in --output_dir that the prior is written to",
-                                         metavar="NAME")  # fmt: skip
+    dalle_output_file_name: str = option("dalle", "the prior's folder in --output_dir", metavar="NAME")
     stable_softmax: bool = option(False, "CogView's measures against overflow in fp16")
     layer_scale: float | None = option(None, "initial scale of every residual branch (default: 0.1 in the first 18 "
                                              "layers; 1 learns faster with few layers)", low=0, above=True)  # fmt: skip
     null_cond_prob: float = option(0.1, "share of captions dropped, for --cond_scale when drawing", low=0, high=1)
     subject_weight: float = option(1.0, "loss weight of tokens under the subject, where the data has a mask", low=0)
-    image_noise: float = option(0.0, "replace up to this share of the input tokens by wrong ones, against overfitting",
-                                low=0, high=1)  # fmt: skip
+    image_noise: float = option(0.0, "make up to this share of input tokens wrong, against overfitting", low=0, high=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,13 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             dalle.transformer.set_layer_scale(settings.layer_scale)
     task = DalleTask(dalle, tokenizer, settings.null_cond_prob, settings.subject_weight, settings.image_noise,
                      settings.dalle_output_file_name)  # fmt: skip
-    dataset = open_dataset(
-        settings.image_text_folder,
-        dalle.image_fmap_size * 2**dalle.vae.num_layers,
-        **settings.dataset_options(),
-        transparent=dalle.vae.channels == 4,
-        caption_problem=None if settings.truncate_captions else LongCaption(tokenizer, dalle.text_seq_len),
-    )
+    caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, dalle.text_seq_len)
+    dataset = open_dataset(settings.image_text_folder, dalle.image_fmap_size * 2**dalle.vae.num_layers,
+                           transparent=dalle.vae.channels == 4, caption_problem=caption_problem,
+                           **settings.dataset_options())  # fmt: skip
     if settings.cache_tokens:
         dataset = token_cache(settings.cache_tokens, dataset, dalle.vae, settings)
     run_training("DALLE", task, dataset, settings)

@@ -21,8 +21,7 @@ class TrainTokenizerSettings(DataSettings):
     title = "tokenizer"
     takes_config = True
 
-    count: int | None = option(None, "use at most this many captions (default: all; of a registered data set 20000)",
-                               low=1)  # fmt: skip
+    count: int | None = option(None, "most captions to use (default: all; of a registered data set 20000)", low=1)
     vocab_size: int = option(4096, "the most tokens there may be", low=3)
     output: str = option("tokenizer.json", "file to write")
 

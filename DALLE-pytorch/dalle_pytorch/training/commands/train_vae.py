@@ -56,30 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(settings.seed)
     alpha = (0.0,) if settings.transparent else ()  # opacity is left as it is, between 0 and 1
     vae = DiscreteVAE(
-        image_size=settings.image_size,
-        num_tokens=settings.num_tokens,
-        codebook_dim=settings.emb_dim,
-        num_layers=settings.num_layers,
-        num_resnet_blocks=settings.num_resnet_blocks,
-        hidden_dim=settings.hidden_dim,
-        channels=3 + len(alpha),
-        smooth_l1_loss=settings.smooth_l1_loss,
-        straight_through=settings.straight_through,
+        image_size=settings.image_size, num_tokens=settings.num_tokens, codebook_dim=settings.emb_dim,
+        num_layers=settings.num_layers, num_resnet_blocks=settings.num_resnet_blocks, hidden_dim=settings.hidden_dim,
+        channels=3 + len(alpha), smooth_l1_loss=settings.smooth_l1_loss, straight_through=settings.straight_through,
         kl_div_loss_weight=settings.kl_loss_weight,
         normalization=((0.5, 0.5, 0.5, *alpha), (0.5, 0.5, 0.5, *(1.0 for _ in alpha))),
-    )
-    task = DiscreteVAETask(
-        vae,
-        starting_temp=settings.starting_temp,
-        temp_min=settings.temp_min,
-        anneal_rate=settings.anneal_rate,
-        num_images_save=settings.num_images_save,
-    )
-    dataset = open_dataset(
-        settings.image_text_folder,
-        settings.image_size,
-        **settings.dataset_options(),
-        captions=False,
-        transparent=settings.transparent,
-    )
+    )  # fmt: skip
+    task = DiscreteVAETask(vae, starting_temp=settings.starting_temp, temp_min=settings.temp_min,
+                           anneal_rate=settings.anneal_rate, num_images_save=settings.num_images_save)  # fmt: skip
+    dataset = open_dataset(settings.image_text_folder, settings.image_size, captions=False,
+                           transparent=settings.transparent, **settings.dataset_options())  # fmt: skip
     run_training("VAE", task, dataset, settings)

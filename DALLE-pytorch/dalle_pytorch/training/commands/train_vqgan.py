@@ -19,8 +19,7 @@ class VQGanArchitecture(Settings):
     num_tokens: int = option(512, "size of the codebook", low=2)
     embed_dim: int = option(16, "width of a codebook row", low=1)
     ch: int = option(64, "width of the convolutions at the finest level", low=1)
-    ch_mult: list[int] = option([1, 2], "widths of the levels, in units of --ch; each but the first halves the side",
-                                nargs="+", low=1)  # fmt: skip
+    ch_mult: list[int] = option([1, 2], "widths in --ch; each but the first halves the side", nargs="+", low=1)
     num_res_blocks: int = option(1, "residual blocks per level", low=1)
     attn_resolutions: list[int] = option([], "sides of feature maps with attention", nargs="*", low=1)
     mid_attention: bool = option(False, "attention in the middle")
@@ -51,14 +50,12 @@ class TrainVQGanSettings(VQGanArchitecture, ImageSettings, TrainingSettings):
 
     crop_size: int = option(64, "train mostly on crops of this many pixels", low=1)
     starting_temp: float = option(0.5, "initial temperature at which codes are drawn; 0 for the last third", low=0)
-    disc_weight: float = option(0.2, "length of the adversarial loss's gradient relative to the others'; 0: no "
-                                     "discriminator", low=0)  # fmt: skip
+    disc_weight: float = option(0.2, "length of the adversarial gradient relative to the others'; 0: none", low=0)
     disc_start: int | None = option(None, "step at which the discriminator starts (default: half way)", low=0)
     disc_num_layers: int = option(3, "2, 3, 4 layers judge patches of 34, 70, 142 pixels a side", low=1)
     disc_ch: int = option(64, "width of the discriminator's first layer", low=1)
     perceptual_weight: float = option(1.0, "weight of the perceptual loss", low=0)
-    perceptual_clip: str | None = option(None, "CLIP whose features the perceptual loss compares, any that generate.py "
-                                               "takes (default: no perceptual loss)", metavar="PATH")  # fmt: skip
+    perceptual_clip: str | None = option(None, "CLIP of the perceptual loss (default: no such loss)", metavar="PATH")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,22 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         adversary = Adversary(discriminator, settings.disc_weight)
     if settings.perceptual_clip and settings.perceptual_weight > 0:
         perceptual = PerceptualLoss(load_clip(settings.perceptual_clip))
-    dataset = open_dataset(
-        settings.image_text_folder, settings.image_size, **settings.dataset_options(), captions=False
-    )
+    dataset = open_dataset(settings.image_text_folder, settings.image_size, captions=False,
+                           **settings.dataset_options())  # fmt: skip
     steps, start = total_steps(settings, dataset), settings.disc_start
     if steps is None:
         raise UsageError("the temperature falls over the whole run, whose length shards do not tell: give --steps")
     task = VQGanTask(
-        vae,
-        steps=steps * settings.ga_steps,
-        crop_size=settings.crop_size,
-        starting_temp=settings.starting_temp,
-        adversary=adversary,
-        adversary_start=None if start is None else start * settings.ga_steps,
-        perceptual=perceptual,
-        perceptual_weight=settings.perceptual_weight,
-    )
+        vae, steps=steps * settings.ga_steps, crop_size=settings.crop_size, starting_temp=settings.starting_temp,
+        adversary=adversary, adversary_start=None if start is None else start * settings.ga_steps,
+        perceptual=perceptual, perceptual_weight=settings.perceptual_weight,
+    )  # fmt: skip
     if is_main_process():
         features = f"features of {settings.perceptual_clip}" if perceptual else "none"
         print(f"adversarial loss: {'patches' if adversary else 'none'}; perceptual loss: {features}")

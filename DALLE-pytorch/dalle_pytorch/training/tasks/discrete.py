@@ -25,15 +25,8 @@ class DiscreteVAETask(TrainingTask):
     step: Tensor
     counts: Tensor
 
-    def __init__(
-        self,
-        vae: DiscreteVAE,
-        *,
-        starting_temp: float = 1.0,
-        temp_min: float = 0.5,
-        anneal_rate: float = 1e-6,
-        num_images_save: int = 4,
-    ):
+    def __init__(self, vae: DiscreteVAE, *, starting_temp: float = 1.0, temp_min: float = 0.5,
+                 anneal_rate: float = 1e-6, num_images_save: int = 4):  # fmt: skip
         super().__init__()
         self.vae = vae
         self.starting_temp, self.temp_min, self.anneal_rate = starting_temp, temp_min, anneal_rate

@@ -26,22 +26,13 @@ class DalleTask(TrainingTask):
     prior is the part `name`. Raises `UsageError` for a tokenizer with more tokens than the prior knows.
     """
 
-    def __init__(
-        self,
-        dalle: DALLE,
-        tokenizer: Tokenizer,
-        null_cond_prob: float = 0.1,
-        subject_weight: float = 1.0,
-        image_noise: float = 0.0,
-        name: str = "dalle",
-    ):
+    def __init__(self, dalle: DALLE, tokenizer: Tokenizer, null_cond_prob: float = 0.1, subject_weight: float = 1.0,
+                 image_noise: float = 0.0, name: str = "dalle"):  # fmt: skip
         super().__init__()
         known = dalle.num_text_tokens - dalle.text_seq_len
         if tokenizer.vocab_size > known:
-            raise UsageError(
-                f"expected a tokenizer of at most {known} tokens, got {tokenizer.vocab_size}; this prior needs the one "
-                "that it was trained with (--bpe_path)"
-            )
+            raise UsageError(f"expected a tokenizer of at most {known} tokens, got {tokenizer.vocab_size}; this prior "
+                             "needs the one that it was trained with (--bpe_path)")  # fmt: skip
         self.dalle, self.tokenizer = dalle, tokenizer
         self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
         self.image_noise = image_noise
@@ -52,14 +43,9 @@ class DalleTask(TrainingTask):
         if self.subject_weight != 1 and "mask" in batch:
             covered = F.adaptive_max_pool2d(batch["mask"][:, None], self.dalle.image_fmap_size).flatten(1) > 0
             weights = 1 + (self.subject_weight - 1) * covered.float()
-        loss = self.dalle(
-            self._text(batch["caption"], image.device),
-            image,
-            return_loss=True,
-            null_cond_prob=self.null_cond_prob,
-            image_weights=weights,
-            image_noise=self.image_noise,
-        )
+        text = self._text(batch["caption"], image.device)
+        loss = self.dalle(text, image, return_loss=True, null_cond_prob=self.null_cond_prob, image_weights=weights,
+                          image_noise=self.image_noise)  # fmt: skip
         return loss, {}
 
     def _text(self, captions: list[str], device: torch.device) -> Tensor:

@@ -13,13 +13,7 @@ from torch import Tensor
 
 from dalle_pytorch.data.loading import random_crops
 from dalle_pytorch.pretrained import PretrainedModel
-from dalle_pytorch.training.codebook import (
-    codebook_use,
-    count_codes,
-    from_first_process,
-    sum_over_processes,
-    unused_codes,
-)
+from dalle_pytorch.training import codebook
 from dalle_pytorch.training.losses import Adversary, PerceptualLoss
 from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from dalle_pytorch.vae.vqgan import GumbelQuantizer, VQGanVAE
@@ -45,23 +39,11 @@ class VQGanTask(TrainingTask):
     sums: Tensor  # (num_tokens, dim), that of the sums of its encodings
     replicated = True  # the codebook is not learned by gradient, and every process writes all of it
 
-    def __init__(
-        self,
-        vae: VQGanVAE,
-        *,
-        steps: int,
-        crop_size: int | None = None,
-        full_share: float = 0.25,
-        warmup_steps: int | None = None,
-        starting_temp: float = 0.5,
-        commitment_weight: float = 0.25,
-        gradient_weight: float = 1.0,
-        codebook_decay: float = 0.99,
-        adversary: Adversary | None = None,
-        adversary_start: int | None = None,
-        perceptual: PerceptualLoss | None = None,
-        perceptual_weight: float = 1.0,
-    ):
+    def __init__(self, vae: VQGanVAE, *, steps: int, crop_size: int | None = None, full_share: float = 0.25,
+                 warmup_steps: int | None = None, starting_temp: float = 0.5, commitment_weight: float = 0.25,
+                 gradient_weight: float = 1.0, codebook_decay: float = 0.99, adversary: Adversary | None = None,
+                 adversary_start: int | None = None, perceptual: PerceptualLoss | None = None,
+                 perceptual_weight: float = 1.0):  # fmt: skip
         super().__init__()
         self.vae, self.adversary, self.perceptual = vae, adversary, perceptual
         self.steps, self.crop_size, self.full_share = steps, crop_size, full_share
@@ -69,8 +51,7 @@ class VQGanTask(TrainingTask):
         self.starting_temp = starting_temp
         self.adversary_start = steps // 2 if adversary_start is None else adversary_start
         self.commitment_weight, self.gradient_weight = commitment_weight, gradient_weight
-        self.perceptual_weight = perceptual_weight
-        self.codebook_decay = codebook_decay
+        self.perceptual_weight, self.codebook_decay = perceptual_weight, codebook_decay
         for parameter in vae.quantize.parameters():
             parameter.requires_grad_(False)
         num_tokens, dim = vae.codebook_weight.shape
@@ -121,9 +102,6 @@ class VQGanTask(TrainingTask):
             output = self.vae.decode_embeddings(self.vae.encode(images)).clamp(0, 1)
         return {"reconstructions": torch.cat((images, output), dim=2)}
 
-    # ----------------------------------------------------------------------------------------------
-    # Codes
-
     def _quantize(self, z: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
         """The codes drawn for encodings (b, dim, h, w), with the encodings' gradient; a loss; metrics."""
         flat = rearrange(z.detach(), "b c h w -> (b h w) c")
@@ -134,7 +112,7 @@ class VQGanTask(TrainingTask):
         codes = rearrange(self.vae.codebook_weight[tokens], "(b h w) c -> b c h w", b=z.shape[0], h=z.shape[2])
         commitment = F.mse_loss(z, codes)
         self._follow(flat, tokens, step)
-        metrics = {"commitment": commitment.detach(), "temperature": temperature, **codebook_use(self.counts)}
+        metrics = {"commitment": commitment.detach(), "temperature": temperature, **codebook.codebook_use(self.counts)}
         return z + (codes - z).detach(), self.commitment_weight * commitment, metrics
 
     def _temperature(self, step: int) -> float:
@@ -157,7 +135,7 @@ class VQGanTask(TrainingTask):
         centres = _pick(flat, len(self.counts))
         for _ in range(rounds):
             nearest = (2 * flat @ centres.T - centres.square().sum(1)).argmax(1)
-            counts = count_codes(nearest, len(centres))
+            counts = codebook.count_codes(nearest, len(centres))
             sums = _sums(flat, nearest, len(centres))
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], _pick(flat, len(centres)))
         if centres.isfinite().all():
@@ -167,12 +145,12 @@ class VQGanTask(TrainingTask):
 
     @torch.no_grad()
     def _follow(self, flat: Tensor, tokens: Tensor, step: int) -> None:
-        counts, sums = count_codes(tokens, len(self.counts)), _sums(flat, tokens, len(self.counts))
+        counts, sums = codebook.count_codes(tokens, len(self.counts)), _sums(flat, tokens, len(self.counts))
         if not sums.isfinite().all():
             return  # the loop will throw this step away; the codebook would remember it
         self.counts.lerp_(counts, 1 - self.codebook_decay)
         self.sums.lerp_(sums, 1 - self.codebook_decay)
-        dead = unused_codes(self.counts)
+        dead = codebook.unused_codes(self.counts)
         if dead.any() and step % 20 == 0 and step < 0.8 * self.steps:
             self.sums[dead] = _pick(flat, int(dead.sum())) * self.counts.mean()
             self.counts[dead] = self.counts.mean()
@@ -185,12 +163,12 @@ class VQGanTask(TrainingTask):
 
 def _pick(flat: Tensor, count: int) -> Tensor:
     """(count, dim) encodings at random: the same in all processes."""
-    return from_first_process(flat[torch.randint(len(flat), (count,), device=flat.device)])
+    return codebook.from_first_process(flat[torch.randint(len(flat), (count,), device=flat.device)])
 
 
 def _sums(flat: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
     """The sums (num_tokens, dim) of the encodings of each code, over all processes."""
-    return sum_over_processes(flat.new_zeros(num_tokens, flat.shape[1]).index_add_(0, tokens, flat))
+    return codebook.sum_over_processes(flat.new_zeros(num_tokens, flat.shape[1]).index_add_(0, tokens, flat))
 
 
 def _gradient_error(error: Tensor) -> Tensor:
