@@ -108,11 +108,9 @@ class Models:
         """What the judge says of one picture (1, 3, h, w)."""
         features = self.judge.features(picture)
         logits = self.judge.logits(features)
-        return {
-            "right": judge_by_attribute(scene, likeliest(logits)[0]),
-            "log_likelihood": round(float(log_likelihood(scene, logits)), 4),
-            "features": [round(x, 4) for x in features[0].tolist()],
-        }
+        return {"right": judge_by_attribute(scene, likeliest(logits)[0]),
+                "log_likelihood": round(float(log_likelihood(scene, logits)), 4),
+                "features": [round(x, 4) for x in features[0].tolist()]}  # fmt: skip
 
 
 def clip_choice(found: Sequence[ResultImage]) -> ResultImage:
@@ -191,12 +189,9 @@ def shares(records: list[Record], num_images: int) -> Record:
     one = [np.mean([all(right.values()) for right in r["right"][:num_images]]) for r in records]
     best = [float(all(r["right"][r["best"]].values())) for r in records]
     diffused = [float(all(r["diffused"]["right"].values())) for r in records]
-    return {
-        "one candidate": with_interval(one),
-        f"best of {num_images}": with_interval(best),
-        "after diffusion": with_interval(diffused),
-        "diffusion minus before": with_interval(np.subtract(diffused, best)),
-    }
+    return {"one candidate": with_interval(one), f"best of {num_images}": with_interval(best),
+            "after diffusion": with_interval(diffused),
+            "diffusion minus before": with_interval(np.subtract(diffused, best))}  # fmt: skip
 
 
 def by_attribute(records: list[Record], num_images: int) -> Record:

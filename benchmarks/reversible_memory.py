@@ -65,11 +65,8 @@ def measure(settings: MemorySettings, depth: int, reversible: bool) -> dict[str,
     step(slice(None))
     used = peak(device) - before
     weights = 2 * sum(parameter.numel() * parameter.element_size() for parameter in dalle.transformer.parameters())
-    return {
-        "activations_mib": round(used / MIB, 1),
-        "weights_and_gradients_mib": round(weights / MIB, 1),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    return {"activations_mib": round(used / MIB, 1), "weights_and_gradients_mib": round(weights / MIB, 1),
+            "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
 
 
 def peak(device: torch.device, reset: bool = False) -> int:

@@ -18,23 +18,15 @@ TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 
 
 # The tables are indexed with a Scene's background, place and relation, which may be None.
 ON_BACKGROUND: dict[str | None, tuple[str, ...]] = {
-    "white": ("on white", "on a white background"),
-    "black": ("on black", "on a black background"),
-    "brick": ("on brick", "on a brick wall"),
-    "wood": ("on wood", "on a wooden floor"),
-    "water": ("on water", "on the water"),
-    "lego": ("on lego", "on a lego board"),
-    "checks": ("on checks", "on a checkered background"),
-    "stripes": ("on stripes", "on a striped background"),
-    "dots": ("on dots", "on polka dots"),
-    "tiles": ("on tiles", "on a tiled wall"),
-    "grass": ("on grass", "on the lawn"),
-    "sand": ("on sand", "on the beach"),
-    "marble": ("on marble", "on a marble floor"),
-    "plaid": ("on plaid", "on a plaid blanket"),
-    "zigzags": ("on zigzags", "on a zigzag pattern"),
-    "night": ("on a night sky", "on a starry sky"),
-}
+    "white": ("on white", "on a white background"), "black": ("on black", "on a black background"),
+    "brick": ("on brick", "on a brick wall"), "wood": ("on wood", "on a wooden floor"),
+    "water": ("on water", "on the water"), "lego": ("on lego", "on a lego board"),
+    "checks": ("on checks", "on a checkered background"), "stripes": ("on stripes", "on a striped background"),
+    "dots": ("on dots", "on polka dots"), "tiles": ("on tiles", "on a tiled wall"),
+    "grass": ("on grass", "on the lawn"), "sand": ("on sand", "on the beach"),
+    "marble": ("on marble", "on a marble floor"), "plaid": ("on plaid", "on a plaid blanket"),
+    "zigzags": ("on zigzags", "on a zigzag pattern"), "night": ("on a night sky", "on a starry sky"),
+}  # fmt: skip
 AT_PLACE: dict[str | None, tuple[str, ...]] = {
     "middle": ("in the middle", "in the center"), "left": ("on the left", "at the left"),
     "right": ("on the right", "at the right"), "top": ("at the top",), "bottom": ("at the bottom",),

@@ -108,7 +108,8 @@ def _precision(settings: TrainingSettings, deepspeed: dict[str, Any] | None) -> 
 def _refuse(settings: TrainingSettings, task: TrainingTask, backend: str, sharded: bool, processes: int) -> None:
     transformers = [module for module in task.modules() if isinstance(module, Transformer)]
     reversible = any(transformer.reversible for transformer in transformers)
-    shared = any(_shares_layers(transformer) for transformer in transformers)
+    branches = [[branch.fn for layer in each.layers for branch in (layer.attn, layer.ff)] for each in transformers]
+    shared = any(len({id(fn) for fn in fns}) < len(fns) for fns in branches)
     if backend == FSDP and processes == 1:
         raise UsageError("--fsdp shards the model over processes, and there is one: start the command with torchrun")
     if settings.tracker and LoggerType(settings.tracker) not in get_available_trackers():
@@ -132,11 +133,6 @@ def _refuse(settings: TrainingSettings, task: TrainingTask, backend: str, sharde
         raise UsageError("Muon needs whole matrices, which FSDP and DeepSpeed shard; leave out --muon")
     if settings.sample_every and sharded:
         raise UsageError("previews need whole parameters, which FSDP and ZeRO-3 shard: --sample_every 0")
-
-
-def _shares_layers(transformer: Transformer) -> bool:
-    branches = [branch.fn for layer in transformer.layers for branch in (layer.attn, layer.ff)]
-    return len({id(fn) for fn in branches}) < len(branches)
 
 
 def _check_precision(precision: str) -> None:
@@ -198,11 +194,9 @@ def _deepspeed_settings(settings: TrainingSettings, processes: int) -> dict[str,
         # A parameter that is kept whole beside its shard would not see the average come and go.
         zero["stage3_param_persistence_threshold"] = 0
     deepspeed.update(
-        train_batch_size=settings.batch_size * settings.ga_steps * processes,
-        train_micro_batch_size_per_gpu=settings.batch_size,
-        gradient_accumulation_steps=settings.ga_steps,
-        gradient_clipping=settings.clip_grad_norm,
-    )
+        train_batch_size=settings.batch_size * settings.ga_steps * processes, gradient_clipping=settings.clip_grad_norm,
+        train_micro_batch_size_per_gpu=settings.batch_size, gradient_accumulation_steps=settings.ga_steps,
+    )  # fmt: skip
     return deepspeed
 
 

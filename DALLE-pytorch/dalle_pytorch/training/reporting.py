@@ -19,9 +19,6 @@ from dalle_pytorch.files.images import contact_sheet, save_image
 from dalle_pytorch.training.settings import TrainingSettings
 from dalle_pytorch.training.tasks.base import Preview
 
-CONFIG_NAME = "config.yaml"
-METRICS_NAME = "metrics.jsonl"
-SAMPLES_NAME = "samples"
 WANDB_ID_NAME = "wandb-id"  # by which a resumed training continues the same run
 
 
@@ -31,9 +28,9 @@ class Reporter:
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, first_step: int = 0):
         self.folder, self.accelerator = Path(settings.output_dir), accelerator
-        self.metrics_path = self.folder / METRICS_NAME
+        self.metrics_path = self.folder / "metrics.jsonl"
         config = yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True)
-        write_text(self.folder / CONFIG_NAME, config)
+        write_text(self.folder / "config.yaml", config)
         kept = [row for row in _rows(self.metrics_path) if row["step"] <= first_step]
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         if settings.tracker == "tensorboard":  # event files in output_dir/tensorboard
@@ -57,7 +54,7 @@ class Reporter:
     def log_previews(self, step: int, previews: Preview) -> None:
         """Writes images (n, 3, h, w) in [0, 1] as one sheet each, and texts, to `samples/NAME-STEP`."""
         for name, preview in previews.items():
-            path = self.folder / SAMPLES_NAME / f"{name}-{step:08}"
+            path = self.folder / "samples" / f"{name}-{step:08}"
             if isinstance(preview, str):
                 write_text(path.with_suffix(".txt"), preview + "\n")
                 self.accelerator.log({name: preview}, step)

@@ -62,13 +62,9 @@ class RunState:
         if apart:
             save_sharded(accelerator, self.model, self.optimizers, folder)
         if accelerator.is_main_process:
-            state = {
-                "progress": asdict(self.progress),
-                "processes": accelerator.num_processes,
-                "schedule": self.lr_schedule.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "averaged": ema is not None,
-            }
+            state = {"progress": asdict(self.progress), "processes": accelerator.num_processes,
+                     "schedule": self.lr_schedule.state_dict(), "averaged": ema is not None,
+                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}  # fmt: skip
             if not apart:
                 state["model"] = self.task.state_dict()
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -141,12 +137,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
     numpy_state = np.random.get_state()
     assert isinstance(numpy_state, tuple)
     name, keys, *rest = numpy_state
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
+    return {"torch": torch.get_rng_state(), "python": random.getstate(),
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}  # fmt: skip
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:

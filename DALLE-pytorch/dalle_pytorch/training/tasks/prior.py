@@ -33,9 +33,8 @@ class DalleTask(TrainingTask):
         if tokenizer.vocab_size > known:
             raise UsageError(f"expected a tokenizer of at most {known} tokens, got {tokenizer.vocab_size}; this prior "
                              "needs the one that it was trained with (--bpe_path)")  # fmt: skip
-        self.dalle, self.tokenizer = dalle, tokenizer
-        self.null_cond_prob, self.subject_weight, self.name = null_cond_prob, subject_weight, name
-        self.image_noise = image_noise
+        self.dalle, self.tokenizer, self.name = dalle, tokenizer, name
+        self.null_cond_prob, self.subject_weight, self.image_noise = null_cond_prob, subject_weight, image_noise
 
     def forward(self, batch: Batch) -> Loss:
         image = batch["tokens"] if "tokens" in batch else batch["image"].float() / 255
