@@ -19,12 +19,9 @@ DAY = 86_400
 # Bytes for each parameter, of which the first stay whole and the second are divided by the number of processes.
 # Weights and gradients are float32, and so are AdamW's two moments; DeepSpeed keeps a float32 copy of its own share.
 STATES = {
-    "DDP": (4 + 4 + 8, 0),
-    "ZeRO-1": (4 + 4, 4 + 8),
-    "ZeRO-2": (4, 4 + 4 + 8),
-    "ZeRO-3": (0, 4 + 4 + 4 + 8),
+    "DDP": (4 + 4 + 8, 0), "ZeRO-1": (4 + 4, 4 + 8), "ZeRO-2": (4, 4 + 4 + 8), "ZeRO-3": (0, 4 + 4 + 4 + 8),
     "FSDP": (0, 4 + 4 + 8),
-}
+}  # fmt: skip
 BUCKETS = {"ZeRO-1": 4e9, "ZeRO-2": 4e9, "ZeRO-3": 2e9}  # DeepSpeed's, at its default sizes
 RECOMPUTE = ("nothing", "checkpointing", "reversible")
 

@@ -143,13 +143,10 @@ class Denoiser:
         noise = 1 / alpha_bar - 1  # variance of the noise on the residual
         total = (noise + std**2).sqrt()  # standard deviation of the noisy residual
         return Residual(
-            noisy * at(1 / total, step, x),
-            low_res,
-            noisy * at((std / total) ** 2, step, x),
+            noisy * at(1 / total, step, x), low_res, noisy * at((std / total) ** 2, step, x),
             at((noise * std**2 / (noise + std**2)).sqrt(), step, x),
-        )
+        )  # fmt: skip
 
-    # ----------------------------------------------------------------------------------------------
     # Conversions
 
     def x_0_from_eps(self, x: Tensor, step: int | Tensor, eps: Tensor) -> Tensor:
@@ -172,7 +169,6 @@ class Denoiser:
         alpha_bar = self.schedule.alphas_cumprod
         return at(alpha_bar.sqrt(), step, x_0) * x_0 + at((1 - alpha_bar).sqrt(), step, x_0) * noise
 
-    # ----------------------------------------------------------------------------------------------
     # Training
 
     def loss(self, x_0: Tensor, step: Tensor, noise: Tensor, use_kl: bool = False) -> Tensor:

@@ -34,11 +34,8 @@ IGNORED_FLAGS = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas
 
 # The flags of the DALL-3 fork's published models, by image size.
 _DALL3_FLAGS = {
-    "attention_resolutions": "32,16,8",
-    "rescale_timesteps": True,
-    "learn_sigma": True,
-    "emb_condition": True,
-}
+    "attention_resolutions": "32,16,8", "rescale_timesteps": True, "learn_sigma": True, "emb_condition": True,
+}  # fmt: skip
 MODEL_SIZES: dict[int, dict[str, Any]] = {
     64: {**_DALL3_FLAGS, "image_size": 64, "num_head_channels": 64, "use_new_attention_order": True,
          "noise_schedule": "cosine"},
@@ -120,7 +117,6 @@ def load_super_resolution(path: str | os.PathLike, class_label: int | None = Non
         raise CheckpointError(f"{path}: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------
 # Architecture from weights and flags
 
 
@@ -141,16 +137,14 @@ def _read_architecture(path: str | os.PathLike, state: Mapping[str, Tensor]) -> 
         widths = [state[f"{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
         time_outputs = state[f"{firsts[0]}.0.emb_layers.1.weight"].shape[0]
         known = {
-            "num_channels": num_channels,
-            "num_res_blocks": count // levels - 1,
+            "num_channels": num_channels, "num_res_blocks": count // levels - 1,
             "channel_mult": tuple(width / num_channels for width in widths),
             "attention_levels": tuple(i for i, first in enumerate(firsts) if f"{first}.1.qkv.weight" in state),
-            "learn_sigma": state["out.2.weight"].shape[0] == 6,
-            "class_cond": "label_emb.weight" in state,
+            "learn_sigma": state["out.2.weight"].shape[0] == 6, "class_cond": "label_emb.weight" in state,
             "use_scale_shift_norm": time_outputs == 2 * widths[0],
             "low_res_condition": state["input_blocks.0.0.weight"].shape[1] == 6,
             "emb_condition": "external_block.op.weight" in state,
-        }
+        }  # fmt: skip
         if levels > 1:
             known["resblock_updown"] = "conv" not in doublings
         if known["emb_condition"]:

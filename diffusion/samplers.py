@@ -21,7 +21,6 @@ Steps = Iterator[tuple[int, Tensor, Tensor]]
 
 PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule starts at 4e-5 and is guided from its first step
 
-# --------------------------------------------------------------------------------------------------
 # Noise
 
 
@@ -45,7 +44,6 @@ class Noise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
-# --------------------------------------------------------------------------------------------------
 # Samplers
 
 

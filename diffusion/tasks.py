@@ -31,7 +31,6 @@ PREVIEWS = 3  # images of a batch in a preview, and with what it shows of each a
 PREVIEW_STEPS = 10
 
 
-# --------------------------------------------------------------------------------------------------
 # Which steps
 
 
@@ -90,7 +89,6 @@ class QuadraticSteps(UniformSteps):
 STEP_SAMPLERS = {"uniform": UniformSteps, "quadratic": QuadraticSteps, "loss-second-moment": LossSecondMomentSteps}
 
 
-# --------------------------------------------------------------------------------------------------
 # Tasks
 
 
@@ -215,7 +213,6 @@ def _side_by_side(*columns: Tensor) -> Tensor:
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
 # From settings
 
 

@@ -26,7 +26,6 @@ from diffusion.config import NORM_GROUPS, UNetConfig
 NUM_CLASSES = 1000  # of the class-conditional ImageNet models
 
 
-# --------------------------------------------------------------------------------------------------
 # Blocks
 
 
@@ -82,11 +81,9 @@ class ResBlock(nn.Module):
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, time_outputs))
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
-            nn.SiLU(),
-            nn.Dropout(config.dropout),
+            group_norm(out_channels), nn.SiLU(), nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
+        )  # fmt: skip
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -151,7 +148,6 @@ class Stage(Checkpointed, nn.Sequential):
         return x
 
 
-# --------------------------------------------------------------------------------------------------
 # The network
 
 

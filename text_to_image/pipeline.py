@@ -78,7 +78,6 @@ class TextToImage:
             return result
         return self.upscale(result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance)
 
-    # ----------------------------------------------------------------------------------------------
     # Stage 1
 
     def generate(
@@ -145,7 +144,6 @@ class TextToImage:
         prior = self.model.prior
         return encode_image(prior.vae, image, prior.image_fmap_size)[: prior.num_init_tokens(count)]
 
-    # ----------------------------------------------------------------------------------------------
     # Stage 2
 
     def upscale(self, inputs: Any, num_images: int = 1, **options: Any) -> Result:

@@ -11,20 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _HOME = {
-    "DALLE": "priors.dalle",
-    "CLIP": "clip.trainable",
-    "PublishedCLIP": "clip.published",
-    "DiscreteVAE": "published.vaes",
-    "VQGanVAE": "published.vaes",
-    "OpenAIDiscreteVAE": "published.vaes",
-    "load_dalle": "published.dalle",
-    "load_prior": "published.load",
-    "load_clip": "published.clip",
-    "SimpleTokenizer": "tokenizers.simple",
-    "YttmTokenizer": "tokenizers.yttm",
-    "HugTokenizer": "tokenizers.hug",
+    "DALLE": "priors.dalle", "CLIP": "clip.trainable", "PublishedCLIP": "clip.published",
+    "DiscreteVAE": "published.vaes", "VQGanVAE": "published.vaes", "OpenAIDiscreteVAE": "published.vaes",
+    "load_dalle": "published.dalle", "load_prior": "published.load", "load_clip": "published.clip",
+    "SimpleTokenizer": "tokenizers.simple", "YttmTokenizer": "tokenizers.yttm", "HugTokenizer": "tokenizers.hug",
     "ChineseTokenizer": "tokenizers.chinese",
-}
+}  # fmt: skip
 __all__ = ["CLIP", "DALLE", "ChineseTokenizer", "DiscreteVAE", "HugTokenizer", "OpenAIDiscreteVAE", "PublishedCLIP",
            "SimpleTokenizer", "VQGanVAE", "YttmTokenizer", "load_clip", "load_dalle", "load_prior"]  # fmt: skip
 

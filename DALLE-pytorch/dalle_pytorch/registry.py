@@ -2,10 +2,7 @@
 
 # Class name to module. Packages above this one add their own in their `__init__`.
 MODEL_MODULES = {
-    "CLIP": "dalle_pytorch.clip.trainable",
-    "DALLE": "dalle_pytorch.priors.dalle",
-    "DiscreteVAE": "dalle_pytorch.vae.discrete",
-    "OpenAIDiscreteVAE": "dalle_pytorch.vae.openai",
-    "PublishedCLIP": "dalle_pytorch.clip.published",
-    "VQGanVAE": "dalle_pytorch.vae.vqgan",
-}
+    "CLIP": "dalle_pytorch.clip.trainable", "DALLE": "dalle_pytorch.priors.dalle",
+    "DiscreteVAE": "dalle_pytorch.vae.discrete", "OpenAIDiscreteVAE": "dalle_pytorch.vae.openai",
+    "PublishedCLIP": "dalle_pytorch.clip.published", "VQGanVAE": "dalle_pytorch.vae.vqgan",
+}  # fmt: skip

@@ -32,18 +32,10 @@ USER_ERROR = 2
 
 
 def option(
-    default: Any = MISSING,
-    help: str = "",
-    *,
-    flags: Iterable[str] = (),
-    low: float = float("-inf"),
-    high: float = float("inf"),
-    above: bool = False,
-    kind: Callable[[Any], Any] | None = None,
-    positional: bool = False,
-    instead_of: str | None = None,
-    **argparse_options: Any,
-) -> Any:
+    default: Any = MISSING, help: str = "", *, flags: Iterable[str] = (), low: float = float("-inf"),
+    high: float = float("inf"), above: bool = False, kind: Callable[[Any], Any] | None = None, positional: bool = False,
+    instead_of: str | None = None, **argparse_options: Any,
+) -> Any:  # fmt: skip
     """A field of a `Settings` dataclass.
 
     Args:

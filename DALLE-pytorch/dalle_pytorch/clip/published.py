@@ -34,14 +34,9 @@ class PublishedCLIP(CLIPModel):
 
     @records_config
     def __init__(
-        self,
-        *,
-        text: Mapping[str, Any],
-        vision: Mapping[str, Any],
-        projection_dim: int = 512,
-        image_mean: Sequence[float] = IMAGE_MEAN,
-        image_std: Sequence[float] = IMAGE_STD,
-    ):
+        self, *, text: Mapping[str, Any], vision: Mapping[str, Any], projection_dim: int = 512,
+        image_mean: Sequence[float] = IMAGE_MEAN, image_std: Sequence[float] = IMAGE_STD,
+    ):  # fmt: skip
         from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig  # takes seconds to import
 
         super().__init__()

@@ -23,10 +23,8 @@ OPENAI_VOCABULARY = 49408  # text tokens of `SimpleTokenizer`
 
 # DALLE-pytorch's parameter names.
 UPSTREAM_NAMES = (
-    *TRANSFORMER_NAMES,
-    (r"^to_visual_embedding\.", "patch_emb."),
-    (r"^visual_pos_emb\.", "patch_pos_emb."),
-)
+    *TRANSFORMER_NAMES, (r"^to_visual_embedding\.", "patch_emb."), (r"^visual_pos_emb\.", "patch_pos_emb."),
+)  # fmt: skip
 
 
 def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
@@ -71,27 +69,12 @@ class CLIP(CLIPModel):
 
     @records_config
     def __init__(
-        self,
-        *,
-        dim_text: int = 512,
-        dim_image: int = 512,
-        dim_latent: int = 512,
-        num_text_tokens: int = 10000,
-        text_enc_depth: int = 6,
-        text_seq_len: int = 256,
-        text_heads: int = 8,
-        num_visual_tokens: int = 512,
-        visual_enc_depth: int = 6,
-        visual_heads: int = 8,
-        visual_image_size: int = 256,
-        visual_patch_size: int = 32,
-        visual_patch_dropout: float = 0.0,
-        visual_conv_stem: bool = False,
-        visual_attention_pool: bool = False,
-        channels: int = 3,
-        text_dim_head: int = 64,
-        visual_dim_head: int = 64,
-    ):
+        self, *, dim_text: int = 512, dim_image: int = 512, dim_latent: int = 512, num_text_tokens: int = 10000,
+        text_enc_depth: int = 6, text_seq_len: int = 256, text_heads: int = 8, num_visual_tokens: int = 512,
+        visual_enc_depth: int = 6, visual_heads: int = 8, visual_image_size: int = 256, visual_patch_size: int = 32,
+        visual_patch_dropout: float = 0.0, visual_conv_stem: bool = False, visual_attention_pool: bool = False,
+        channels: int = 3, text_dim_head: int = 64, visual_dim_head: int = 64,
+    ):  # fmt: skip
         super().__init__()
         if visual_image_size % visual_patch_size:
             raise UsageError(
@@ -132,7 +115,6 @@ class CLIP(CLIPModel):
     def opened(self, folder: Path) -> None:
         self.tokenizer = companion_tokenizer(folder)
 
-    # ----------------------------------------------------------------------------------------------
     # Features
 
     def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -171,7 +153,6 @@ class CLIP(CLIPModel):
         patches = patches.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
         return self.patch_emb(patches)
 
-    # ----------------------------------------------------------------------------------------------
     # Training
 
     def forward(

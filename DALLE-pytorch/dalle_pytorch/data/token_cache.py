@@ -132,7 +132,6 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-# --------------------------------------------------------------------------------------------------
 # Parts: units are archives, or ranges of a folder's images; each has one part for every PART_SIZE samples
 
 
@@ -221,12 +220,10 @@ def _make_parts(folder: Path, dataset: ImageTextFolder | ShardStream, vae: Image
 def _write_part(path: Path, tokens: list[np.ndarray], lines: list[str], skipped: Skipped) -> None:
     buffer = io.BytesIO()
     np.savez(
-        buffer,
-        tokens=np.concatenate(tokens) if tokens else np.zeros((0, 0), np.uint16),
+        buffer, tokens=np.concatenate(tokens) if tokens else np.zeros((0, 0), np.uint16),
         lines=np.frombuffer("".join(lines).encode(), np.uint8),
-        skipped=np.frombuffer(json.dumps([skipped.reasons, skipped.examples]).encode(), np.uint8),
-        read=skipped.read,
-    )
+        skipped=np.frombuffer(json.dumps([skipped.reasons, skipped.examples]).encode(), np.uint8), read=skipped.read,
+    )  # fmt: skip
     write_bytes(path, buffer.getvalue())
 
 

@@ -19,15 +19,9 @@ class Attention(nn.Module):
     """Multi-head attention; `qk_norm` adds an RMS norm on queries and keys (arXiv:2302.05442), before the rotation."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        causal: bool = True,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        pattern: nn.Module | None = None,
-    ):
+        self, dim: int, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0,
+        qk_norm: bool = False, pattern: nn.Module | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.heads = heads
         self.causal = causal

@@ -98,26 +98,12 @@ class Transformer(nn.Module):
     rotary: Tensor | None
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        causal: bool = True,
-        text_len: int = 0,
-        image_fmap_size: int = 0,
-        reversible: bool = False,
-        attn_dropout: float = 0.0,
-        ff_dropout: float = 0.0,
-        attn_types: Sequence[str] = ("full",),
-        sandwich_norm: bool = False,
-        shift_tokens: bool = False,
-        rotary_emb: bool = False,
-        shared_attn_ids: Sequence[int] | None = None,
-        shared_ff_ids: Sequence[int] | None = None,
-        qk_norm: bool = False,
-    ):
+        self, *, dim: int, depth: int, heads: int = 8, dim_head: int = 64, causal: bool = True, text_len: int = 0,
+        image_fmap_size: int = 0, reversible: bool = False, attn_dropout: float = 0.0, ff_dropout: float = 0.0,
+        attn_types: Sequence[str] = ("full",), sandwich_norm: bool = False, shift_tokens: bool = False,
+        rotary_emb: bool = False, shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None, qk_norm: bool = False,
+    ):  # fmt: skip
         super().__init__()
         if not image_fmap_size and (shift_tokens or rotary_emb or set(attn_types) != {"full"}):
             raise UsageError("shift_tokens, rotary_emb and attn_types other than full need image_fmap_size")

@@ -28,12 +28,10 @@ from dalle_pytorch.vae.base import ImageTokenizer
 
 # DALLE-pytorch's parameter names, of releases 0.11 to 1.6 and of the DALL-3 fork.
 UPSTREAM_NAMES = (
-    *TRANSFORMER_NAMES,
-    (r"^to_logits\.0\.", "norm."),
-    (r"^to_logits\.1\.", "to_logits."),
+    *TRANSFORMER_NAMES, (r"^to_logits\.0\.", "norm."), (r"^to_logits\.1\.", "to_logits."),
     (r"^image_pos_emb\.weights[._]0$", "image_pos_emb.rows"),
     (r"^image_pos_emb\.weights[._]1$", "image_pos_emb.columns"),
-)
+)  # fmt: skip
 # Tables that are computed, and second names of the output layer under share_input_output_emb.
 UPSTREAM_DROPPED = re.compile(r"logits_mask$|transformer\.pos_emb$|(text|image)_emb\.linear\.|.*\.static_mask$")
 
@@ -79,32 +77,15 @@ class DALLE(Prior[TransformerCache]):
 
     @records_config
     def __init__(
-        self,
-        *,
-        dim: int,
-        vae: ImageTokenizer,
-        num_text_tokens: int = 10000,
-        text_seq_len: int = 256,
-        depth: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        reversible: bool = False,
-        attn_dropout: float = 0.0,
-        ff_dropout: float = 0.0,
-        sparse_attn: bool | Sequence[bool] = False,
-        attn_types: str | Sequence[str] | None = None,
-        loss_img_weight: float = 7,
-        stable: bool = False,
-        sandwich_norm: bool = False,
-        shift_tokens: bool = True,
-        rotary_emb: bool = True,
-        shared_attn_ids: Sequence[int] | None = None,
-        shared_ff_ids: Sequence[int] | None = None,
-        share_input_output_emb: bool = False,
-        image_fmap_size: int | None = None,
-        num_image_tokens: int | None = None,
+        self, *, dim: int, vae: ImageTokenizer, num_text_tokens: int = 10000, text_seq_len: int = 256, depth: int,
+        heads: int = 8, dim_head: int = 64, reversible: bool = False, attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0, sparse_attn: bool | Sequence[bool] = False,
+        attn_types: str | Sequence[str] | None = None, loss_img_weight: float = 7, stable: bool = False,
+        sandwich_norm: bool = False, shift_tokens: bool = True, rotary_emb: bool = True,
+        shared_attn_ids: Sequence[int] | None = None, shared_ff_ids: Sequence[int] | None = None,
+        share_input_output_emb: bool = False, image_fmap_size: int | None = None, num_image_tokens: int | None = None,
         qk_norm: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if num_image_tokens not in (None, vae.num_tokens):
             raise UsageError(f"expected a VAE of {num_image_tokens} image tokens, got {vae.num_tokens}")
@@ -123,23 +104,12 @@ class DALLE(Prior[TransformerCache]):
         self.tokenizer = None
 
         self.transformer = Transformer(
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            dim_head=dim_head,
-            text_len=text_seq_len + 1,
-            image_fmap_size=self.image_fmap_size,
-            reversible=reversible,
-            attn_dropout=attn_dropout,
-            ff_dropout=ff_dropout,
-            attn_types=_layer_types(attn_types, sparse_attn, depth),
-            sandwich_norm=sandwich_norm,
-            shift_tokens=shift_tokens,
-            rotary_emb=rotary_emb,
-            shared_attn_ids=shared_attn_ids,
-            shared_ff_ids=shared_ff_ids,
-            qk_norm=qk_norm,
-        )
+            dim=dim, depth=depth, heads=heads, dim_head=dim_head, text_len=text_seq_len + 1,
+            image_fmap_size=self.image_fmap_size, reversible=reversible, attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout, attn_types=_layer_types(attn_types, sparse_attn, depth), sandwich_norm=sandwich_norm,
+            shift_tokens=shift_tokens, rotary_emb=rotary_emb, shared_attn_ids=shared_attn_ids,
+            shared_ff_ids=shared_ff_ids, qk_norm=qk_norm,
+        )  # fmt: skip
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, self.total_tokens)
         self.text_emb = None if share_input_output_emb else nn.Embedding(self.num_text_tokens, dim)
@@ -147,7 +117,6 @@ class DALLE(Prior[TransformerCache]):
         self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
         self.image_pos_emb = None if rotary_emb else AxialPositions(dim, self.image_fmap_size)
 
-    # ----------------------------------------------------------------------------------------------
     # Checkpoints
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
@@ -209,7 +178,6 @@ class DALLE(Prior[TransformerCache]):
         self.vae.eval()
         return self
 
-    # ----------------------------------------------------------------------------------------------
     # Embeddings
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -243,7 +211,6 @@ class DALLE(Prior[TransformerCache]):
         emb = F.embedding(tokens, shared if self.image_emb is None else self.image_emb.weight)
         return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
 
-    # ----------------------------------------------------------------------------------------------
     # Forward
 
     def hidden(self, emb: Tensor, cache: TransformerCache | None = None) -> Tensor:
@@ -326,7 +293,6 @@ class DALLE(Prior[TransformerCache]):
             loss_image = (losses * image_weights.flatten()).sum() / image_weights.sum()
         return (loss_text + self.loss_img_weight * loss_image) / (1 + self.loss_img_weight)
 
-    # ----------------------------------------------------------------------------------------------
     # For sampling
 
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
@@ -345,29 +311,15 @@ class DALLE(Prior[TransformerCache]):
     def unconditional_text(self, text: Tensor) -> Tensor:
         return torch.zeros_like(text)
 
-    # ----------------------------------------------------------------------------------------------
     # DALLE-pytorch's calls
 
     def generate_images(
-        self,
-        text: Tensor,
-        *,
-        clip: nn.Module | None = None,
-        mask: Tensor | None = None,
-        filter_thres: float = 0.5,
-        top_k: float | None = None,
-        top_p: float | None = None,
-        top_k_thresh: float | None = None,
-        top_p_thresh: float | None = None,
-        temperature: float = 1.0,
-        cond_scale: float = 1.0,
-        img: Tensor | None = None,
-        num_init_img_tokens: int | None = None,
-        use_cache: bool = True,
-        return_tokens: bool = False,
-        seed: int | None = None,
-        on_token: Callable[[], object] | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
+        self, text: Tensor, *, clip: nn.Module | None = None, mask: Tensor | None = None, filter_thres: float = 0.5,
+        top_k: float | None = None, top_p: float | None = None, top_k_thresh: float | None = None,
+        top_p_thresh: float | None = None, temperature: float = 1.0, cond_scale: float = 1.0, img: Tensor | None = None,
+        num_init_img_tokens: int | None = None, use_cache: bool = True, return_tokens: bool = False,
+        seed: int | None = None, on_token: Callable[[], object] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         """Samples one image for each text.
 
         Args:
@@ -417,16 +369,9 @@ class DALLE(Prior[TransformerCache]):
         return images if len(results) == 1 else results
 
     def generate_texts(
-        self,
-        tokenizer: Tokenizer,
-        text: str | None = None,
-        *,
-        filter_thres: float = 0.5,
-        top_k: float | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> tuple[Tensor, list[str]]:
+        self, tokenizer: Tokenizer, text: str | None = None, *, filter_thres: float = 0.5, top_k: float | None = None,
+        top_p: float | None = None, temperature: float = 1.0, seed: int | None = None,
+    ) -> tuple[Tensor, list[str]]:  # fmt: skip
         """Continues `text`, or samples one: tokens (1, text_seq_len), and the text in a list. `filter_thres` as in
         `generate_images`."""
         top_k = filter_thres if top_k is None and top_p is None else top_k

@@ -78,12 +78,9 @@ def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
 
     def tower(prefix: str, width: int) -> dict[str, Any]:
         return {
-            "hidden_size": width,
-            "intermediate_size": len(state[f"{prefix}0.mlp.c_fc.bias"]),
-            "num_hidden_layers": layers(prefix),
-            "num_attention_heads": max(width // 64, 1),
-            "hidden_act": "quick_gelu",
-        }
+            "hidden_size": width, "intermediate_size": len(state[f"{prefix}0.mlp.c_fc.bias"]),
+            "num_hidden_layers": layers(prefix), "num_attention_heads": max(width // 64, 1), "hidden_act": "quick_gelu",
+        }  # fmt: skip
 
     if "visual.layer1.0.conv1.weight" in state:
         raise CheckpointError(f"{path} is a CLIP with a ResNet; only those with a vision transformer are supported")

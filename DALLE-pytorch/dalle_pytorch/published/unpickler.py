@@ -79,7 +79,6 @@ class ForeignObject:
     extend = add = append
 
 
-# --------------------------------------------------------------------------------------------------
 # Public functions
 
 
@@ -153,7 +152,6 @@ def tensor_dict(value: Any, source: object) -> dict[str, Tensor]:
     return value
 
 
-# --------------------------------------------------------------------------------------------------
 # Unpickling
 
 
@@ -217,16 +215,13 @@ def _rebuild_tensor_v3(storage, offset, size, stride, _requires_grad, _hooks, dt
 
 
 _FUNCTIONS = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_tensor": _rebuild_tensor, "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3, "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda rebuild, _type, args, _state: rebuild(*args),
-    "_codecs.encode": lambda text, *_: text,
-    "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
+    "_codecs.encode": lambda text, *_: text, "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
-}
+}  # fmt: skip
 _TYPES = {
     "collections.OrderedDict": _Dict,
     "collections.defaultdict": _Dict,
@@ -288,7 +283,6 @@ def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     return unpickler.load(), unpickler.storages
 
 
-# --------------------------------------------------------------------------------------------------
 # Files
 
 

@@ -88,15 +88,12 @@ def build_vqgan(path: str | os.PathLike, state: State, config_path: str | os.Pat
         image_size = config.get("resolution", 256)
         sides = [image_size // 2**i for i in levels]
         inferred = {
-            "ch": ch,
-            "ch_mult": [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) // ch for i in levels],
-            "num_res_blocks": len(blocks),
-            "z_channels": z_channels,
-            "in_channels": in_channels,
+            "ch": ch, "ch_mult": [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) // ch for i in levels],
+            "num_res_blocks": len(blocks), "z_channels": z_channels, "in_channels": in_channels,
             "out_ch": len(state["decoder.conv_out.bias"]),
             "double_z": len(state["encoder.conv_out.bias"]) == 2 * z_channels,
             "attn_resolutions": [sides[i] for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in state],
-        }
+        }  # fmt: skip
         if "attn_resolutions" in config:  # sides that do not occur have no effect
             config["attn_resolutions"] = [side for side in sides if side in config["attn_resolutions"]]
     quantizer = {"quantizer": "GumbelVQ" if gumbel else "VQModel", "n_embed": num_tokens, "embed_dim": embed_dim}
@@ -134,14 +131,10 @@ def build_openai_dvae(source: object, encoder: State, decoder: State) -> OpenAID
         if (encoded := len(encoder["blocks.output.conv.b"])) != num_tokens:
             raise ValueError(f"the encoder has {encoded} codes, the decoder {num_tokens}")
         settings = {
-            "num_tokens": num_tokens,
-            "codebook_dim": codebook_dim,
-            "encoder_dim": encoder_dim,
-            "decoder_dim": decoder["blocks.output.conv.w"].shape[1],
-            "encoder_blocks": blocks(encoder),
-            "decoder_blocks": blocks(decoder),
-            "channels": channels,
-        }
+            "num_tokens": num_tokens, "codebook_dim": codebook_dim, "encoder_dim": encoder_dim,
+            "decoder_dim": decoder["blocks.output.conv.w"].shape[1], "encoder_blocks": blocks(encoder),
+            "decoder_blocks": blocks(decoder), "channels": channels,
+        }  # fmt: skip
     return build(source, OpenAIDiscreteVAE, settings, rename_halves(encoder, decoder))
 
 

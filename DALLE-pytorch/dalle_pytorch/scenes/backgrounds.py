@@ -139,23 +139,12 @@ def _night(x: np.ndarray, y: np.ndarray, variant: int) -> np.ndarray:
 Texture = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 # Each with the strength of its grain in grey levels, and how far that is smeared along x and y, in lattice cells.
 TEXTURES: dict[str, tuple[Texture, int, int, int]] = {
-    "white": (partial(_plain, (244, 243, 240)), 7, 1, 1),
-    "black": (partial(_plain, (30, 30, 34)), 10, 1, 1),
-    "brick": (_brick, 26, 1, 1),
-    "wood": (_wood, 34, 24, 1),
-    "water": (_water, 24, 8, 1),
-    "lego": (_lego, 7, 1, 1),
-    "checks": (_checks, 18, 1, 8),
-    "stripes": (_stripes, 18, 8, 1),
-    "dots": (_dots, 14, 1, 1),
-    "tiles": (_tiles, 10, 1, 1),
-    "grass": (_grass, 26, 1, 6),
-    "sand": (_sand, 28, 1, 1),
-    "marble": (_marble, 14, 6, 1),
-    "plaid": (_plaid, 24, 4, 1),
-    "zigzags": (_zigzags, 16, 1, 4),
-    "night": (_night, 12, 1, 1),
-}
+    "white": (partial(_plain, (244, 243, 240)), 7, 1, 1), "black": (partial(_plain, (30, 30, 34)), 10, 1, 1),
+    "brick": (_brick, 26, 1, 1), "wood": (_wood, 34, 24, 1), "water": (_water, 24, 8, 1), "lego": (_lego, 7, 1, 1),
+    "checks": (_checks, 18, 1, 8), "stripes": (_stripes, 18, 8, 1), "dots": (_dots, 14, 1, 1),
+    "tiles": (_tiles, 10, 1, 1), "grass": (_grass, 26, 1, 6), "sand": (_sand, 28, 1, 1), "marble": (_marble, 14, 6, 1),
+    "plaid": (_plaid, 24, 4, 1), "zigzags": (_zigzags, 16, 1, 4), "night": (_night, 12, 1, 1),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=128)

@@ -214,7 +214,7 @@ def _read_settings(path: str) -> dict[str, Any]:
 
 def _deepspeed_plugin(settings: dict[str, Any], precision: str) -> Any:
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError("--deepspeed needs the package deepspeed: pip install deepspeed") from None
     if "RANK" not in os.environ:
@@ -290,9 +290,9 @@ def load_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any]
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
     """Within it, DeepSpeed reads tensors and its own few settings from a file, and nothing that could run."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # pyright: ignore[reportMissingImports]
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils.tensor_fragment import fragment_address  # pyright: ignore[reportMissingImports]
 
     with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
         before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")

@@ -18,12 +18,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
-        )
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(), nn.Conv2d(channels, channels, 1),
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) + x
@@ -50,22 +47,12 @@ class DiscreteVAE(ImageTokenizer):
 
     @records_config
     def __init__(
-        self,
-        *,
-        image_size: int = 256,
-        num_tokens: int = 512,
-        codebook_dim: int = 512,
-        num_layers: int = 3,
-        num_resnet_blocks: int = 0,
-        hidden_dim: int = 64,
-        channels: int = 3,
-        smooth_l1_loss: bool = False,
-        temperature: float = 0.9,
-        straight_through: bool = False,
-        reinmax: bool = False,
+        self, *, image_size: int = 256, num_tokens: int = 512, codebook_dim: int = 512, num_layers: int = 3,
+        num_resnet_blocks: int = 0, hidden_dim: int = 64, channels: int = 3, smooth_l1_loss: bool = False,
+        temperature: float = 0.9, straight_through: bool = False, reinmax: bool = False,
         kl_div_loss_weight: float = 0.0,
         normalization: Sequence[Sequence[float]] | None = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ):
+    ):  # fmt: skip
         super().__init__()
         if num_layers < 1 or image_size % 2**num_layers:
             raise UsageError(f"image_size must be a multiple of 2^num_layers = {2**num_layers}, got {image_size}")

@@ -21,14 +21,10 @@ PIXEL_MARGIN = 0.1
 
 # The published names, in which groups, blocks and convolutions are counted from 1.
 _UPSTREAM_NAMES = (
-    (r"\.w$", ".weight"),
-    (r"\.b$", ".bias"),
-    (r"^blocks\.input\.", "conv_in."),
-    (r"^blocks\.output\.conv\.", "conv_out."),
-    (r"\.id_path\.", ".skip."),
-    (r"^blocks\.group_(\d+)\.block_(\d+)\.", r"groups.\1.\2."),
-    (r"\.res_path\.conv_(\d+)\.", r".convs.\1."),
-)
+    (r"\.w$", ".weight"), (r"\.b$", ".bias"), (r"^blocks\.input\.", "conv_in."),
+    (r"^blocks\.output\.conv\.", "conv_out."), (r"\.id_path\.", ".skip."),
+    (r"^blocks\.group_(\d+)\.block_(\d+)\.", r"groups.\1.\2."), (r"\.res_path\.conv_(\d+)\.", r".convs.\1."),
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -91,17 +87,9 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
     @records_config
     def __init__(
-        self,
-        *,
-        image_size: int = 256,
-        num_tokens: int = 8192,
-        codebook_dim: int = 128,
-        encoder_dim: int = 256,
-        decoder_dim: int = 256,
-        encoder_blocks: int = 2,
-        decoder_blocks: int = 2,
-        channels: int = 3,
-    ):
+        self, *, image_size: int = 256, num_tokens: int = 8192, codebook_dim: int = 128, encoder_dim: int = 256,
+        decoder_dim: int = 256, encoder_blocks: int = 2, decoder_blocks: int = 2, channels: int = 3,
+    ):  # fmt: skip
         super().__init__()
         if image_size % 8:
             raise UsageError(f"image_size must be a multiple of 8, got {image_size}")
@@ -112,18 +100,14 @@ class OpenAIDiscreteVAE(ImageTokenizer):
         down = [encoder_dim * times for times in (1, 1, 2, 4, 8)]
         up = [codebook_dim, *(decoder_dim * times for times in (8, 4, 2, 1))]
         self.encoder = Stack(
-            nn.Conv2d(channels, encoder_dim, 7, padding=3),
-            _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
-            nn.Conv2d(down[-1], num_tokens, 1),
-            nn.MaxPool2d(2),
-        )
+            nn.Conv2d(channels, encoder_dim, 7, padding=3), _groups(down, encoder_blocks, kernels=(3, 3, 3, 1)),
+            nn.Conv2d(down[-1], num_tokens, 1), nn.MaxPool2d(2),
+        )  # fmt: skip
         # The second half of the output channels are the scales of the Laplace distributions, for training only.
         self.decoder = Stack(
-            nn.Conv2d(num_tokens, codebook_dim, 1),
-            _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
-            nn.Conv2d(up[-1], 2 * channels, 1),
-            nn.Upsample(scale_factor=2.0),
-        )
+            nn.Conv2d(num_tokens, codebook_dim, 1), _groups(up, decoder_blocks, kernels=(1, 3, 3, 3)),
+            nn.Conv2d(up[-1], 2 * channels, 1), nn.Upsample(scale_factor=2.0),
+        )  # fmt: skip
 
     @property
     def codebook_weight(self) -> Tensor:

@@ -23,7 +23,6 @@ from dalle_pytorch.nn.upstream import strip_prefix
 from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.vae.base import ImageTokenizer
 
-# --------------------------------------------------------------------------------------------------
 # Blocks
 
 
@@ -79,13 +78,9 @@ class Level(nn.Module):
     """The blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        dropout: float,
-        attention: bool,
-        downsample: nn.Module | None = None,
+        self, widths: Sequence[int], dropout: float, attention: bool, downsample: nn.Module | None = None,
         upsample: nn.Module | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(width) if attention else nn.Identity() for width in widths[1:])
@@ -104,7 +99,6 @@ def _middle(channels: int, dropout: float, attention: bool) -> nn.Module:
     return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=ResnetBlock(channels, channels, dropout)))
 
 
-# --------------------------------------------------------------------------------------------------
 # Encoder and decoder
 
 
@@ -188,7 +182,6 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
-# --------------------------------------------------------------------------------------------------
 # Quantizers: logits over the codes, of which the largest is the token, and the codebook
 
 
@@ -235,7 +228,6 @@ class GumbelQuantizer(nn.Module):
         bias.copy_(-codes.square().sum(1))
 
 
-# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -253,41 +245,22 @@ class VQGanVAE(ImageTokenizer):
 
     @records_config
     def __init__(
-        self,
-        *,
-        image_size: int = 256,
-        num_tokens: int = 1024,
-        embed_dim: int = 256,
-        z_channels: int = 256,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 4),
-        num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (),
-        in_channels: int = 3,
-        out_ch: int = 3,
-        double_z: bool = False,
-        dropout: float = 0.0,
-        gumbel: bool = True,
-        patch_size: int = 1,
-        mid_attention: bool = True,
+        self, *, image_size: int = 256, num_tokens: int = 1024, embed_dim: int = 256, z_channels: int = 256,
+        ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 4), num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (), in_channels: int = 3, out_ch: int = 3, double_z: bool = False,
+        dropout: float = 0.0, gumbel: bool = True, patch_size: int = 1, mid_attention: bool = True,
         local_encoder: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if gumbel and embed_dim != z_channels:
             raise UsageError(f"a Gumbel quantizer needs embed_dim = z_channels, got {embed_dim} and {z_channels}")
         if odd := [width for width in (ch * mult for mult in (1, *ch_mult)) if width > 32 and width % 32]:
             raise UsageError(f"ch · ch_mult above 32 must be multiples of 32, got {odd[0]}")
         shared = {
-            "z_channels": z_channels,
-            "ch": ch,
-            "ch_mult": ch_mult,
-            "num_res_blocks": num_res_blocks,
-            "resolution": image_size,
-            "attn_resolutions": attn_resolutions,
-            "patch_size": patch_size,
-            "mid_attention": mid_attention,
-            "dropout": dropout,
-        }
+            "z_channels": z_channels, "ch": ch, "ch_mult": ch_mult, "num_res_blocks": num_res_blocks,
+            "resolution": image_size, "attn_resolutions": attn_resolutions, "patch_size": patch_size,
+            "mid_attention": mid_attention, "dropout": dropout,
+        }  # fmt: skip
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         if image_size % self.downsampling:
             raise UsageError(f"image_size must be a multiple of {self.downsampling}, got {image_size}")
