@@ -208,9 +208,11 @@ def test_bar_shows_the_loss_in_the_main_process_alone(tmp_path, monkeypatch, cap
     assert "loss=0.125" in shown.err
     assert "100/100" in shown.err
     assert "3 of 9 images were skipped" in shown.out + shown.err
+    level = logging.getLogger("dalle_pytorch").level
     monkeypatch.setenv("RANK", "1")
     run_training("tiny", None, None, settings)
     assert "loss" not in capsys.readouterr().err
+    assert logging.getLogger("dalle_pytorch").level == level
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

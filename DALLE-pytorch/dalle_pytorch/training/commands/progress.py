@@ -50,6 +50,7 @@ def run_training(name: str, task: TrainingTask, dataset: Data, settings: Trainin
         bar.update(step - bar.n)
 
     logger = logging.getLogger("dalle_pytorch")
+    level = logger.level
     logger.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
     with bar, logging_redirect_tqdm([logger]):
         try:
@@ -59,6 +60,8 @@ def run_training(name: str, task: TrainingTask, dataset: Data, settings: Trainin
             if is_main_process():
                 print(interruption, file=sys.stderr)
             sys.exit(interruption.exit_code)
+        finally:
+            logger.setLevel(level)
 
 
 def token_cache(folder: str, dataset: Data, vae: ImageTokenizer, settings: TrainingSettings) -> TokenCache:
