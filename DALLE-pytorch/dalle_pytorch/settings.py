@@ -125,8 +125,14 @@ class ArgumentParser(JsonArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = re.sub(r"(?:Parser key|argument) [\"']?(?:--)?([\w-]+)(?:/[\w/-]+)?[\"']?:", r"--\1:", message)
+        if message.startswith("the following arguments are required: "):
+            message = re.sub(r"(?<= )(\w+)(?=,|$)", self._spelling, message)
         print(f"{self.prog}: {' '.join(message.split())[:300]} (--help lists the options)", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+    def _spelling(self, match: re.Match[str]) -> str:
+        """An argument as it is typed."""
+        return f"--{match[1]}" if f"--{match[1]}" in self._option_string_actions else match[1]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

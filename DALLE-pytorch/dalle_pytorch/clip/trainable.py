@@ -156,13 +156,9 @@ class CLIP(CLIPModel):
     # Training
 
     def forward(
-        self,
-        text: Tensor,
-        image: Tensor,
-        text_mask: Tensor | None = None,
-        return_loss: bool = False,
+        self, text: Tensor, image: Tensor, text_mask: Tensor | None = None, return_loss: bool = False,
         negatives: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Scores (b,) of the pairs, cosine times the learned scale; with `return_loss`, the symmetric contrastive loss:
         the mean cross-entropy of each image over the batch's texts and of each text over its images.
 
@@ -176,13 +172,9 @@ class CLIP(CLIPModel):
         return (text_latents * image_latents).sum(dim=-1) * self.temperature.exp()
 
     def contrast(
-        self,
-        text: Tensor,
-        image: Tensor,
-        text_mask: Tensor | None = None,
-        negatives: Tensor | None = None,
+        self, text: Tensor, image: Tensor, text_mask: Tensor | None = None, negatives: Tensor | None = None,
         all_processes: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The logits of the contrastive loss: of each text over the images (b, B), of each image over the texts
         (b, B + k), and the labels (b,).
 

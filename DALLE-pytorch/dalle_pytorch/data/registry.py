@@ -30,11 +30,21 @@ def open_registered(name: str, resolution: int) -> RegisteredDataset | None:
     """The data set registered as `name`, None if there is none. Raises `UsageError` for options it does not have."""
     name, _, query = name.partition("?")
     for entry in entry_points(group=GROUP, name=name):
-        opener, options = entry.load(), {key: yaml.safe_load(value) for key, value in parse_qsl(query)}
-        parameters = inspect.signature(opener, eval_str=True).parameters
-        for key, value in options.items():
-            if key not in parameters or not isinstance(value, parameters[key].annotation):
-                known = ", ".join(f"{name}: {parameter.annotation}" for name, parameter in parameters.items())
-                raise UsageError(f"data set {name}: no option {key}={value}; there are {known}")
+        opener, options = entry.load(), {}
+        _, *parameters = inspect.signature(opener, eval_str=True).parameters.values()
+        kinds = {parameter.name: parameter.annotation for parameter in parameters}
+        for key, text in parse_qsl(query):
+            options[key] = text if kinds.get(key) is str else _parse(text)
+            if not isinstance(options[key], kinds.get(key, ())):
+                known = ", ".join(f"{option}: {inspect.formatannotation(kind)}" for option, kind in kinds.items())
+                raise UsageError(f"data set {name}: no option {key}={text}; there are {known}")
         return opener(resolution, **options)
     return None
+
+
+def _parse(text: str) -> object:
+    """A number, true or false; any other text as it is."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -33,12 +33,8 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, x: Tensor, rotary: Tensor | None = None, key_mask: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """`x` is (b, n, dim): a sequence from its start, or one token that continues `cache`.
 
         `rotary` holds the n positions' rows of `rotary_table`; `key_mask` (b, n) is false at keys to ignore.

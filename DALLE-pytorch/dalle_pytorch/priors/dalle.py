@@ -233,15 +233,9 @@ class DALLE(Prior[TransformerCache]):
         return F.linear(hidden, self.to_logits.weight[first:], self.to_logits.bias[first:])
 
     def forward(
-        self,
-        text: Tensor,
-        image: Tensor | None = None,
-        return_loss: bool = False,
-        null_cond_prob: float = 0.0,
-        mask: Tensor | None = None,
-        image_weights: Tensor | None = None,
-        image_noise: float = 0.0,
-    ) -> Tensor:
+        self, text: Tensor, image: Tensor | None = None, return_loss: bool = False, null_cond_prob: float = 0.0,
+        mask: Tensor | None = None, image_weights: Tensor | None = None, image_noise: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         """The training loss, or the logits of each next token.
 
         Args:

@@ -7,6 +7,7 @@ import torch
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.drawing import check_resolution
 
 
@@ -22,6 +23,8 @@ class GlyphsDataset(RegisteredDataset):
     def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", terse_every: int | None = None,
                  wrong_captions: int = 0, twins: bool = False):  # fmt: skip
         check_resolution(resolution)
+        if count < 1:
+            raise UsageError(f"count must be at least 1, not {count}")
         glyphs.make_scene(0, split)  # raises for a split that there is not
         self.resolution, self.count, self.split = resolution, count, split
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins

@@ -1,5 +1,6 @@
 """Folders of pictures, and the order in which any map-style data is read."""
 
+import re
 import warnings
 from itertools import chain, islice
 
@@ -313,10 +314,12 @@ def test_what_cannot_be_opened_is_said(tmp_path):
         open_dataset(tmp_path, 16, wds="jpg")
     with pytest.raises(FileError, match="takes no --wds"):
         open_dataset("glyphs", 16, wds="jpg,txt")
-    for query in ("sky=2", "twins=2", "terse_every=often"):
-        with pytest.raises(UsageError, match=f"data set glyphs: no option {query}; there are .*terse_every: int"):
+    for query in ("sky=2", "twins=2", "terse_every=often", "resolution=64", "twins=["):
+        known = "there are count: int, split: str, terse_every: int"
+        with pytest.raises(UsageError, match=re.escape(f"data set glyphs: no option {query}; {known}")):
             open_dataset(f"glyphs?{query}", 16)
-    for name, resolution, message in (("glyphs", 20, "multiples of 16"), ("glyphs?split=moon", 16, "got 'moon'")):
+    for name, resolution, message in (("glyphs", 20, "multiples of 16"), ("glyphs?split=moon", 16, "got 'moon'"),
+                                      ("glyphs?count=0", 16, "count must be at least 1")):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             open_dataset(name, resolution)
 
