@@ -16,6 +16,8 @@ from diffusion.denoiser import Denoiser, Prediction
 from diffusion.samplers import Guide, generator
 from diffusion.schedule import at
 
+LARGEST_WEIGHT = 1e12  # of a prompt, as of the options of a command line
+
 
 def parse_prompts(text: str) -> list[tuple[str, float]]:
     """`a seven:2|brick` → [("a seven", 2.0), ("brick", 1.0)]; a colon without a number belongs to the prompt."""
@@ -73,7 +75,7 @@ class ClipGuidance:
         cutn: cutouts per image.
         cut_pow: see `make_cutouts`.
 
-    Raises `UsageError` without a prompt and when the weights cancel out.
+    Raises `UsageError` without a prompt, for a weight that is not finite or too large, and when the weights cancel out.
     """
 
     def __init__(self, clip: CLIPModel, prompts: Sequence[tuple[str, float]] = (),
@@ -84,6 +86,8 @@ class ClipGuidance:
         self.cutn, self.cut_pow = cutn, cut_pow
         if not prompts and not image_prompts:
             raise UsageError("CLIP guidance needs a prompt: a text or an image")
+        if wrong := [weight for _, weight in (*prompts, *image_prompts) if not abs(weight) <= LARGEST_WEIGHT]:
+            raise UsageError(f"expected weights of prompts of at most {LARGEST_WEIGHT:g}, got {wrong[0]:g}")
         targets, weights, device = [], [], clip.device
         with torch.no_grad():
             for prompt, weight in prompts:

@@ -8,11 +8,12 @@ noisiest, `num_steps - 1`, down to 0: the next sample and the predicted x_0. The
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import SamplingDiverged, UsageError
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.schedule import at
 
@@ -120,7 +121,17 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
 
 
 def find_sampler(name: str) -> Callable[..., Steps]:
-    """The sampler of that name. Raises `UsageError` if there is none."""
+    """The sampler of that name, which raises `SamplingDiverged` at a step that is not finite. Raises `UsageError` if
+    there is none."""
     if name not in SAMPLERS:
         raise UsageError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+    return partial(_finite_steps, SAMPLERS[name])
+
+
+def _finite_steps(sampler: Callable[..., Steps], *arguments: Any) -> Steps:
+    """The steps of a sampler. Raises `SamplingDiverged` at the first one that is not finite."""
+    for step, x, x_0 in sampler(*arguments):
+        if not bool(x.isfinite().all() & x_0.isfinite().all()):
+            raise SamplingDiverged(f"diffusion step {step} is not finite: a guidance scale is too large, or the "
+                                   "model's weights are damaged")  # fmt: skip
+        yield step, x, x_0

@@ -331,6 +331,12 @@ BREAKAGES = [
     Breakage("a decoder of one's own is guided by the default CLIP", "text_to_image/model.py",
              "if given.prior is None and given.decoder is None else None", "if given.prior is None else None",
              "test_model::test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model"),
+    Breakage("names in a folder are addresses", "dalle_pytorch/data/shards.py", "os.path.abspath(path) for",
+             "str(path) for",
+             "test_shards::test_names_in_a_folder_are_paths"),
+    Breakage("steps that are not finite go on", "diffusion/samplers.py", "if not bool(x.isfinite()",
+             "if False and bool(x.isfinite()",
+             "test_upscale::test_steps_that_are_not_finite_write_nothing"),
 ]  # fmt: skip
 
 

@@ -20,5 +20,9 @@ class TrainingDiverged(UserError):
     """The loss or gradient of a training was not finite in too many steps in a row."""
 
 
+class SamplingDiverged(UserError):
+    """Sampling reached logits or pixels that are not finite; nothing of that batch is returned."""
+
+
 class FileError(UserError):
     """An image, token or data file that cannot be used."""

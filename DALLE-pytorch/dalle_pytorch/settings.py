@@ -29,6 +29,9 @@ from jsonargparse import ArgumentParser as JsonArgumentParser
 from dalle_pytorch.errors import UsageError
 
 USER_ERROR = 2
+# No option needs a larger number, and larger ones overflow in float32 or in memory.
+LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e12}
+SMALLEST = 1e-12  # unless 0: what divides by a smaller one overflows
 
 
 def option(
@@ -42,7 +45,8 @@ def option(
         default: MISSING makes the option required.
         help: a phrase for `--help`, to which the default is added.
         flags: other spellings: `--lr`, or `--bf16=bf16`, a flag without a value that stands for that value.
-        low, high, above: the range of a number; `above` excludes `low` itself.
+        low, high, above: the range of a number; `above` excludes `low` itself. A number without them has one too, see
+            `number`.
         kind: turns text, or a YAML value, into the setting; by the annotation unless given.
         positional: given without a flag.
         instead_of: the option that becomes None where this one is given, and the other way round.
@@ -63,7 +67,11 @@ def again(settings: type[Settings], name: str, default: Any) -> Any:
 
 
 def number(kind: type, low: float, high: float, above: bool) -> Callable[[Any], Any]:
-    """An `int` or finite `float` from `low` (or only `above` it) to `high`."""
+    """An `int` or finite `float` from `low` (or only `above` it) to `high`.
+
+    Without bounds it is at most `LARGEST` in size; a `float` is 0 or at least `SMALLEST`.
+    """
+    least, most = max(low, -LARGEST[kind]), LARGEST[kind] if high == float("inf") else high
 
     def parse(text: Any) -> Any:
         try:
@@ -71,11 +79,13 @@ def number(kind: type, low: float, high: float, above: bool) -> Callable[[Any], 
         except ValueError:
             value = float("nan")
         # NaN compares false, and so fails too.
-        if not ((low < value if above else low <= value) and value <= high and abs(value) != float("inf")):
+        in_range = (least < value if above else least <= value) and value <= most
+        if not in_range or 0 < abs(value) < SMALLEST:
             noun = "a whole number" if kind is int else "a number"
             lowest = "" if low == float("-inf") else f", above {low:g}" if above else f", {low:g} or more"
-            highest = "" if high == float("inf") else f", at most {high:g}"
-            raise argparse.ArgumentTypeError(f"expected {noun}{lowest}{highest}, got {str(text)!r}")
+            highest = f", at most {most:.10g}" if most == high or value > most else ""
+            size = f", 0 or at least {SMALLEST:g} in size" if in_range else ""
+            raise argparse.ArgumentTypeError(f"expected {noun}{lowest}{highest}{size}, got {str(text)[:80]!r}")
         return value
 
     return parse
@@ -152,6 +162,7 @@ class Settings:
 
     title: ClassVar[str] = "options"
     takes_config: ClassVar[bool] = False
+    from_file = frozenset[str]()  # the options that `--config` set
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None, prog: str | None = None) -> Self:
@@ -159,6 +170,7 @@ class Settings:
         parser, fields = cls.parser(prog), dataclasses.fields(cls)
         argv = _spell_out(fields, sys.argv[1:] if argv is None else argv)
         given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+        in_file: dict[str, Any] = {}
         if cls.takes_config:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.error = parser.error
@@ -166,7 +178,8 @@ class Settings:
             if path := finder.parse_known_args(argv)[0].config:
                 in_file = _read_yaml(path, fields, parser)
                 parser.set_defaults(in_file)
-                given = [*in_file, *given]
+        from_file = in_file.keys() - set(given)
+        given = [*in_file, *given]
         namespace = parser.parse_args(argv)
         values = {field.name: namespace[field.name] for field in fields}
         for field in fields:
@@ -177,7 +190,9 @@ class Settings:
                 found = [name for name in given if name in (field.name, other)]
                 if found:  # the one given last counts
                     values[other if found[-1] == field.name else field.name] = None
-        return cls(**values)
+        settings = cls(**values)
+        settings.from_file = frozenset(from_file)
+        return settings
 
     @classmethod
     def parser(cls, prog: str | None = None) -> ArgumentParser:

@@ -12,8 +12,10 @@ from PIL import Image
 import text_to_image.model
 import upscale
 from dalle_pytorch.cli import run
+from dalle_pytorch.errors import SamplingDiverged
 from dalle_pytorch.files.images import image_to_tensor, read_image
 from dalle_pytorch.files.tokens import save_tokens
+from diffusion.decoder import DiffusionDecoder
 from diffusion.super_resolution import SuperResolution
 from text_to_image.commands.upscale import SAMPLERS
 from text_to_image.inputs import find_inputs
@@ -271,6 +273,17 @@ def test_options_that_cannot_be_meant(model, folder, capsys, options, said):
     captured = capsys.readouterr()
     assert exit.value.code == 2 and said in captured.err and len(captured.err.strip().splitlines()) == 1
     assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_that_are_not_finite_write_nothing(model, folder, monkeypatch, sampler):
+    decode = DiffusionDecoder.conditioning
+    monkeypatch.setattr(DiffusionDecoder, "conditioning",
+                        lambda *args: {name: x * float("nan") for name, x in decode(*args).items()})  # fmt: skip
+    before = sorted(folder.iterdir())
+    with pytest.raises(SamplingDiverged, match="diffusion step 1 is not finite"):
+        call("--input", folder / "0.npy", "--sampler", sampler, "--save_every", 1)
+    assert sorted(folder.iterdir()) == before
 
 
 def test_guidance_without_a_prompt(model, folder, capsys):

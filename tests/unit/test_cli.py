@@ -79,11 +79,14 @@ def test_done_is_done():
 class Amounts(Settings):
     count: int = option(1, low=1)
     share: float = option(0.5, low=0, high=1, above=True)
+    weight: float = option(1.0)
 
 
 def test_numbers_and_their_bounds(capsys):
     assert Amounts.parse(["--count", "3", "--share", "1"]) == Amounts(3, 1.0)
-    for options in ("--count 0", "--count 1.5", "--count x", "--share 0", "--share 1.01", "--share nan", "--share inf"):
+    assert Amounts.parse(["--weight=-1e12"]).weight == -1e12 and Amounts.parse(["--weight", "0"]).weight == 0
+    for options in ("--count 0", "--count 1.5", "--count x", "--share 0", "--share 1.01", "--share nan", "--share inf",
+                    "--count 99999999999", "--weight 1e30", "--weight inf", "--weight 1e-30"):  # fmt: skip
         with pytest.raises(SystemExit) as exit:
             Amounts.parse(options.split())
         err = capsys.readouterr().err

@@ -29,7 +29,7 @@ class _Sampling(Settings):
     top_p: float | None = option(None, "sample from the most likely tokens of this share", low=0, high=1, above=True)
     temperature: float | None = option(None, "0 takes the most likely token", low=0)
     cond_scale: float | None = option(None, "guidance by the prompt; 1 is none", low=0)
-    seed: int = option(0, "candidate i is the same under a seed, however many are sampled")
+    seed: int = option(0, "candidate i is the same under a seed, however many are sampled", high=2**64)
     gentxt: bool = option(False, "let the model complete the prompt first")
     image: Path | None = option(None, "complete this image, of which the top rows are kept", metavar="FILE")
     num_init_img_tokens: int | None = option(None, "tokens kept of --image (default: 7 rows of 16)", low=0)

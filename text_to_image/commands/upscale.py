@@ -37,7 +37,7 @@ class _Sampling(Settings):
     steps: str = option("quad25", "diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as "
                                   "guided-diffusion's, 10,10,5 of three equal parts")  # fmt: skip
     sampler: str = option("ddim", "one of " + ", ".join(SAMPLERS), choices=SAMPLERS)
-    seed: int = option(0, "an image is the same under a seed, whatever else is drawn")
+    seed: int = option(0, "an image is the same under a seed, whatever else is drawn", high=2**64)
     stop_at: int | None = option(None, "end after N steps: early images are smooth", low=1, metavar="N")
     output_size: int | None = option(None, "final side in pixels (default: the model's, and four times that with "
                                            "--super_res_path)", low=16, high=8192)  # fmt: skip

@@ -15,7 +15,13 @@ REGISTERED_CAPTIONS = 20_000  # of a registered data set, which may be endless, 
 
 
 def all_captions(
-    source: str, skipped: Skipped, *, wds: str = "", caption_key: str = "caption", count: int | None = None
+    source: str,
+    skipped: Skipped,
+    *,
+    wds: str = "",
+    caption_key: str = "caption",
+    count: int | None = None,
+    commands: bool = True,
 ) -> Iterator[str]:
     """The captions, or the first `count`, of a text file, one a line; of the `.txt` files in a folder; with `wds` of
     shards, whose images and captions have these suffixes; or of a registered data set.
@@ -26,7 +32,7 @@ def all_captions(
     if (registered := open_registered(source, 256)) is not None:
         yield from islice(registered.captions(), count or REGISTERED_CAPTIONS)
         return
-    samples = _shards(source, wds, caption_key) if wds else _text_files(Path(source))
+    samples = _shards(source, wds, caption_key, commands) if wds else _text_files(Path(source))
     yield from islice(_usable(samples, skipped), count)
 
 
@@ -56,8 +62,8 @@ def _text_files(path: Path) -> Iterator[list[str] | BrokenSample]:
             yield broken
 
 
-def _shards(source: str, wds: str, caption_key: str) -> Iterator[list[str] | BrokenSample]:
-    stream = open_dataset(source, 1, wds=wds, caption_key=caption_key)
+def _shards(source: str, wds: str, caption_key: str, commands: bool) -> Iterator[list[str] | BrokenSample]:
+    stream = open_dataset(source, 1, wds=wds, caption_key=caption_key, commands=commands)
     assert isinstance(stream, ShardStream)
     for url in stream.urls:
         for raw in stream.read_shard(url):

@@ -12,7 +12,7 @@ from dalle_pytorch.errors import FileError
 
 def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = None, caption_key: str = "caption",
                  captions: bool = True, crop_ratio: float = 1.0, transparent: bool = False,
-                 caption_problem: CaptionProblem | None = None) -> Data:  # fmt: skip
+                 caption_problem: CaptionProblem | None = None, commands: bool = True) -> Data:  # fmt: skip
     """Opens the data that a training names: a registered data set, WebDataset shards, or a folder of images.
 
     Args:
@@ -22,6 +22,7 @@ def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = 
         caption_key: the field of JSON captions.
         captions: False if images alone will do.
         crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; registered data sets do without.
+        commands: whether `name` may be a command, `pipe:COMMAND`.
 
     Raises `FileError` for what is not there, or is not what `wds` says.
     """
@@ -36,7 +37,7 @@ def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = 
             raise FileError(f"--wds names the suffixes of pictures and captions, as in jpg,txt, and not {wds!r}")
         caption = rest[0] if captions else None
         return ShardStream(name, resolution, image_suffix=image, caption_suffix=caption, caption_key=caption_key,
-                           **settings)  # fmt: skip
+                           commands=commands, **settings)  # fmt: skip
     if not os.path.isdir(name):
         shards = str(name).endswith(ARCHIVE_SUFFIXES) or local_path(str(name)) is None
         hint = f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"

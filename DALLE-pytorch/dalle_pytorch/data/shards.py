@@ -34,7 +34,7 @@ class ShardStream(SampleStream):
     (processes × workers). Each has its own shards, or with fewer shards than readers its own samples of all.
 
     Args:
-        urls: archives, or a folder of them, as `list_shards` takes them.
+        urls, commands: archives, or a folder of them, as `list_shards` takes them.
         resolution, crop_ratio, transparent, caption_problem: as in `ImageTextFolder`.
         image_suffix: suffix of the images in the archives, or several (`jpg;png`).
         caption_suffix: suffix of the captions, one a line, or of JSON files (`json`); None reads images alone.
@@ -45,8 +45,8 @@ class ShardStream(SampleStream):
     def __init__(self, urls: str | os.PathLike, resolution: int, *, image_suffix: str = "jpg",
                  caption_suffix: str | None = "txt", caption_key: str = "caption", crop_ratio: float = 1.0,
                  transparent: bool = False, caption_problem: CaptionProblem | None = None,
-                 shuffle_buffer: int = 1000):  # fmt: skip
-        self.urls, self.resolution, self.caption_key = list_shards(urls), resolution, caption_key
+                 shuffle_buffer: int = 1000, commands: bool = True):  # fmt: skip
+        self.urls, self.resolution, self.caption_key = list_shards(urls, commands), resolution, caption_key
         self.image_suffixes = image_suffix.split(";")
         self.caption_suffixes = caption_suffix.split(";") if caption_suffix else []
         self.crop_ratio, self.transparent, self.caption_problem = crop_ratio, transparent, caption_problem
@@ -110,29 +110,36 @@ class ShardStream(SampleStream):
                 yield url
 
 
-def list_shards(urls: str | os.PathLike) -> list[str]:
+def list_shards(urls: str | os.PathLike, commands: bool = True) -> list[str]:
     """The archives named by `data-{000000..000554}.tar`, by several such names with `::` between them, or by a folder.
 
-    A name is a path, an address (http, https, or another that webdataset opens) or `pipe:COMMAND`, whose output is an
-    archive. Raises `FileError` if there is no such folder or none of the files.
+    A name is a path, an address (http, https, or another that webdataset opens) or, with `commands`, `pipe:COMMAND`,
+    whose output is an archive. What is found in a folder or on the disk is a path, whatever its name looks like.
+    Raises `FileError` if there is no such folder or none of the files, and for a command without `commands`.
     """
     if os.path.isdir(urls):
         folder = Path(urls)
-        found = sorted(str(path) for path in folder.rglob("*") if path.name.endswith(ARCHIVE_SUFFIXES))
+        found = sorted(os.path.abspath(path) for path in folder.rglob("*") if path.name.endswith(ARCHIVE_SUFFIXES))
         if not found:
             raise FileError(f"{folder} holds no archives ({', '.join(ARCHIVE_SUFFIXES)}); without --wds it is read as "
                             "a folder of images")  # fmt: skip
         return found
     if os.path.exists(urls):
-        return [str(urls)]
+        return [os.path.abspath(urls)]
     try:
         names = expand_urls(str(urls))
+        paths = [path for path in map(local_path, names) if path is not None]
     except (ValueError, AssertionError) as error:
         raise FileError(f"{urls} does not name archives: {error}") from None
-    paths = [path for path in map(local_path, names) if path is not None]
+    if not commands and (command := next(filter(_is_command, names), None)):
+        raise FileError(f"{command!r} runs a command: it is taken from the command line alone, not from a file")
     if len(paths) == len(names) and not any(os.path.exists(path) for path in paths):
         raise FileError(f"there is no archive {paths[0]}" + (f", nor any of {len(paths)}" if len(paths) > 1 else ""))
     return names
+
+
+def _is_command(url: str) -> bool:
+    return urlparse(url).scheme == "pipe"
 
 
 def local_path(url: str) -> str | None:

@@ -19,7 +19,7 @@ from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
 from dalle_pytorch.pretrained import companion_path, records_config
 from dalle_pytorch.priors.base import Prior
-from dalle_pytorch.sampling.filters import filter_logits, sample
+from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
@@ -379,6 +379,7 @@ class DALLE(Prior[TransformerCache]):
             # Without a cache: texts are short.
             for position in range(tokens.shape[1], self.text_seq_len):
                 logits = self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1])
+                require_finite(finite_rows(logits), "logits of the prior")
                 logits = filter_logits(logits, settings.top_k, settings.top_p, self.num_filtered_tokens)
                 token = sample(logits, uniforms[:, position], settings.temperature)
                 tokens = torch.cat((tokens, token[:, None]), dim=1)

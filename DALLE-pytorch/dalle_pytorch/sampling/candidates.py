@@ -1,6 +1,7 @@
 """The candidates of one prompt: sample, decode, score, keep the best, one batch at a time."""
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -12,6 +13,7 @@ from torch import Tensor
 from dalle_pytorch.clip.base import Scorer
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.filters import require_finite
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
@@ -48,7 +50,7 @@ def candidate_batches(
         init_image_tokens: (k,) image tokens that every candidate begins with.
         progress: called with the number of finished candidates and of tokens sampled for each of the current batch.
 
-    Raises `UsageError` for settings out of range, or a tokenizer that is not the prior's.
+    Raises `UsageError` for settings out of range, or a tokenizer that is not the prior's, and `SamplingDiverged`.
     """
     settings = prior.sampling if settings is None else settings
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -75,7 +77,9 @@ def candidate_batches(
             uniforms = candidate_uniforms(seed, text[0], indices, prior.image_seq_len)
             tokens = sample_image_tokens(prior, prefix, rows, uniforms, settings, on_token)
             images = prior.vae.decode_image(tokens)
+            require_finite(images.isfinite().all(), "pixels of the image tokenizer")
             scores = [None] * len(indices) if scorer is None else scorer.score(prompt, images).tolist()
+            require_finite(all(score is None or math.isfinite(score) for score in scores), "scores")
         batch = zip(indices, tokens.cpu(), images.float().cpu(), scores, strict=True)
         # Cloned: a view would keep the whole batch in memory.
         yield [Candidate(index, tokens.clone(), image.clone(), score) for index, tokens, image, score in batch]

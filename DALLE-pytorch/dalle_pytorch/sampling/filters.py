@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dalle_pytorch.errors import SamplingDiverged
 from dalle_pytorch.sampling.settings import SamplingSettings
 
 
@@ -46,4 +47,16 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = (logits.to(dtype) / temperature).softmax(dim=-1).cumsum(dim=-1)
     targets = uniforms.to(dtype)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # Clamped for rows of NaN, which are told at the end: to look at each step would wait for the device.
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Whether the logits (b, n) have a largest one in each row: a scalar tensor on their device."""
+    return logits.amax(dim=-1).isfinite().all()
+
+
+def require_finite(finite: bool | Tensor, what: str) -> None:
+    """Raises `SamplingDiverged` unless `finite`."""
+    if not finite:
+        raise SamplingDiverged(f"{what} are not finite: the model's weights are damaged, or a setting is too large")

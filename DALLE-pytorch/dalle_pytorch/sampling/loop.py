@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior, PriorCache
-from dalle_pytorch.sampling.filters import filter_logits, sample
+from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
 from dalle_pytorch.sampling.settings import SamplingSettings
 
 OnToken = Callable[[], object]
@@ -130,10 +130,13 @@ def _sample(
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
     tokens = init_image_tokens.new_zeros(len(init_image_tokens), prior.image_seq_len)
     tokens[:, :first] = init_image_tokens
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for position in range(first, prior.image_seq_len):
         logits = next_logits(tokens[:, :position])
+        finite &= finite_rows(logits)
         logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
         tokens[:, position] = sample(logits, uniforms[:, position], settings.temperature)
         if on_token is not None:
             on_token()
+    require_finite(finite, "logits of the prior")
     return tokens

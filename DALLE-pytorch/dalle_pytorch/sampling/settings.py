@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from dalle_pytorch.errors import UsageError
 
+SMALLEST_TEMPERATURE = 1e-12  # logits divided by less overflow
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -28,7 +30,8 @@ class SamplingSettings:
             raise UsageError(f"top_k must be in [0, 1) or a whole number of tokens, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}")
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise UsageError(f"temperature must be 0 (the most likely token) or above, got {temperature}")
+        if temperature != 0 and not SMALLEST_TEMPERATURE <= temperature < math.inf:
+            raise UsageError(f"temperature must be 0 (the most likely token) or {SMALLEST_TEMPERATURE:g} and above, "
+                             f"got {temperature}")  # fmt: skip
         if not math.isfinite(self.cond_scale):
             raise UsageError(f"cond_scale must be finite, got {self.cond_scale}")

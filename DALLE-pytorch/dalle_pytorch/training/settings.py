@@ -35,7 +35,7 @@ class OptimizationSettings(Settings):
     muon: bool = option(False, "Muon for the matrices of transformers, AdamW for the rest")
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient is not finite", low=1)
     num_workers: int = option(1, "processes that load data", low=0)
-    seed: int = option(0)
+    seed: int = option(0, low=0)
 
 
 @dataclass
@@ -102,6 +102,11 @@ class DataSettings(Settings):
     wds: str = option("", "read shards whose images and captions have these suffixes (jpg,txt)", metavar="IMAGE,TEXT")
     caption_key: str = option("caption", "field of the caption, with --wds jpg,json")
 
+    @property
+    def commands(self) -> bool:
+        """Whether the data may be the output of a command: only as typed, not as a file says."""
+        return "image_text_folder" not in self.from_file
+
 
 @dataclass
 class ImageSettings(DataSettings):
@@ -115,7 +120,7 @@ class ImageSettings(DataSettings):
     def dataset_options(self) -> dict[str, Any]:
         """Keyword arguments of `open_dataset`."""
         crop_ratio = self.random_resize_crop_lower_ratio
-        return {"wds": self.wds, "caption_key": self.caption_key, "crop_ratio": crop_ratio}
+        return {"wds": self.wds, "caption_key": self.caption_key, "crop_ratio": crop_ratio, "commands": self.commands}
 
 
 @dataclass

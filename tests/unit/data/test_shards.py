@@ -18,6 +18,7 @@ from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.loading import BatchLoader
 from dalle_pytorch.data.shards import ShardStream, list_shards
 from dalle_pytorch.errors import FileError
+from dalle_pytorch.training.commands import train_tokenizer, train_vae
 
 
 def picture(seed=0):
@@ -187,6 +188,30 @@ def test_names_of_archives(tmp_path, shards):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match="holds no archives"):
         list_shards(tmp_path / "empty")
+
+
+def test_names_in_a_folder_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe:touch harmed; echo .tar", "http:a.tar"):
+        write_tar(tmp_path / name, samples(0, 2))
+    for urls in (".", "pipe:touch harmed; echo .tar", "http:a.tar"):  # a file that is there is that file
+        found = epoch_of(stream(urls), 0, 1)[0]
+        assert Counter(found) == Counter({f"caption {i}": 2 if urls == "." else 1 for i in range(2)})
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("name", ["pipe:touch harmed", "a.tar::pipe:touch harmed", "{p,q}ipe:touch harmed"])
+def test_commands_are_typed_and_not_read_from_a_file(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(json.dumps({"image_text_folder": name, "wds": "jpg,txt", "steps": 1}))
+    for command in (train_vae, train_tokenizer):
+        arguments = ["--config", "run.yaml"] if command is train_vae else ["--config", "tokenizer.yaml"]
+        (tmp_path / "tokenizer.yaml").write_text(json.dumps({"image_text_folder": name, "wds": "jpg,txt"}))
+        with pytest.raises(FileError, match="command line alone"):
+            command.main(arguments)
+    assert not (tmp_path / "harmed").exists()
+    settings = train_vae.TrainVaeSettings.parse(["--config", "run.yaml", "--image_text_folder", name])
+    assert settings.dataset_options()["commands"]
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz.gz"])

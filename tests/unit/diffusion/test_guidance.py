@@ -6,6 +6,7 @@ import pytest
 import torch
 from factories import gaussian_denoiser, small_unet
 
+from dalle_pytorch.errors import UsageError
 from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClipGuidance, make_cutouts, parse_prompts, range_loss, spherical_distance, tv_loss
 from diffusion.samplers import SAMPLERS, Noise, generator
@@ -56,6 +57,9 @@ def test_weights_are_normalised_and_not_sent_to_clip():
         ClipGuidance(clip, parse_prompts("red:1|blue:-1"))
     with pytest.raises(ValueError, match="needs a prompt"):
         ClipGuidance(clip)
+    for weight in ("nan", "inf", "-inf", "1e30"):
+        with pytest.raises(UsageError, match="weights of prompts of at most 1e"):
+            ClipGuidance(clip, parse_prompts(f"red:{weight}"))
 
 
 def test_cutouts_are_averaged_squares_of_the_picture():

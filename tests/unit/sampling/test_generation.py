@@ -1,9 +1,13 @@
 """The candidates of a prompt: reproducible, ranked, and no more of them in memory than are kept."""
 
+import copy
+import math
+
 import pytest
 import torch
 from factories import Letters
 
+from dalle_pytorch.errors import SamplingDiverged
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.candidates import candidate_batches, generate_candidates
 from dalle_pytorch.sampling.settings import SamplingSettings
@@ -102,6 +106,16 @@ def test_generate_images_draws_the_same_candidate(dalle):
 def test_settings_out_of_range(dalle, settings):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         generate(dalle, **settings)
+
+
+@pytest.mark.parametrize("part, what", [("to_logits", "logits of the prior"), ("vae", "pixels")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_is_not_finite_stops(dalle, part, what, temperature):
+    dalle = copy.deepcopy(dalle)
+    for parameter in getattr(dalle, part).parameters():
+        parameter.data.fill_(math.nan)
+    with pytest.raises(SamplingDiverged, match=what):
+        generate(dalle, num_images=3, temperature=temperature)
 
 
 def test_batches_come_one_at_a_time(dalle):

@@ -103,6 +103,7 @@ def test_uniforms_belong_to_seed_prompt_candidate_and_place():
     ({"top_p": 0}, "top_p must be above 0"), ({"top_p": 1.5}, "1.5"), ({"top_p": math.nan}, "nan"),
     ({"top_k": -1}, "top_k"), ({"top_k": 1.5}, "1.5"), ({"top_k": math.inf}, "inf"),
     ({"temperature": -0.1}, "temperature must be 0"), ({"temperature": math.nan}, "nan"),
+    ({"temperature": 1e-307}, "1e-12 and above"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def captions() -> Iterator[str]:
         nonlocal used
         for caption in all_captions(settings.image_text_folder, skipped, wds=settings.wds,
-                                    caption_key=settings.caption_key, count=settings.count):  # fmt: skip
+                                    caption_key=settings.caption_key, count=settings.count,
+                                    commands=settings.commands):  # fmt: skip
             used += 1
             yield caption
 
