@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.text import decode_text, one_line, read_text
 
 CAPTION_NAME = "caption.txt"
 
 
 def clean_prompt(prompt: str) -> str:
     """A prompt in lower case, as in the earlier systems, with single spaces. Raises `UsageError` for an empty one."""
-    prompt = " ".join(prompt.replace("\0", " ").split()).lower()
+    prompt = one_line(prompt.replace("\0", " ")).lower()
     if not prompt:
         raise UsageError("a prompt is empty; say in a few words what to draw")
     return prompt
@@ -20,10 +21,7 @@ def read_prompts(text: str | None, path: Path | None) -> list[str]:
     if path is None:
         prompts = (text or "").split("|")
     else:
-        try:
-            prompts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not a text file in UTF-8") from None
+        prompts = [line for line in map(one_line, read_text(path).splitlines()) if line]
         if not prompts:
             raise UsageError(f"{path} holds no prompt")
     return list(dict.fromkeys(map(clean_prompt, prompts)))
@@ -44,5 +42,4 @@ def find_inputs(path: Path, keep: int | None = None) -> list[Path]:
 def read_caption(path: Path) -> str | None:
     """The caption of the folder that `path` is or is in, lower-cased; None without one."""
     caption = (path if path.is_dir() else path.parent) / CAPTION_NAME
-    text = caption.read_text("utf-8", errors="replace").strip().lower() if caption.is_file() else ""
-    return text or None
+    return one_line(decode_text(caption.read_bytes(), "replace")).lower() or None if caption.is_file() else None

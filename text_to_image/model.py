@@ -18,6 +18,7 @@ from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.published.clip import load_clip
@@ -194,7 +195,7 @@ class Model:
     def words(self) -> frozenset[str] | None:
         """The words of the captions that the prior was trained on, where they are known."""
         path = None if self.parts.prior else self._bundled(WORDS_NAME)
-        return None if path is None else frozenset(json.loads(path.read_text("utf-8")))
+        return None if path is None else frozenset(json.loads(read_text(path)))
 
     @cached_property
     def _recorded(self) -> dict[str, Any]:

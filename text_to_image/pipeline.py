@@ -127,7 +127,7 @@ class TextToImage:
             self.model.tokenizer, clean_prompt(prompt), seed=seed, top_k=settings.top_k, top_p=settings.top_p,
             temperature=settings.temperature,
         )  # fmt: skip
-        return text
+        return clean_prompt(text)
 
     def sampling(self, **given: float | None) -> SamplingSettings:
         """The model's sampling settings with those given (not None) in their place; `top_p` replaces `top_k` too."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, resize, save_image, tensor_to_image
+from dalle_pytorch.files.text import decode_text, one_line
 from dalle_pytorch.files.tokens import save_tokens
 from text_to_image.inputs import CAPTION_NAME
 
@@ -123,22 +124,27 @@ def upscaled_name(stem: str | int, number: int) -> str:
 
 
 def safe_name(prompt: str, longest: int = 80) -> str:
-    """A file name of the prompt's letters, digits and `-`, the rest `_`; never empty, never `..`."""
-    name = re.sub(r"[^\w-]+", "_", prompt).strip("_")
+    """A file name of the prompt's letters, digits and `-`, the rest `_`, at most `longest` bytes.
+
+    Begins with a letter or digit, so that it is no option of a command and not hidden; never empty, and no name that
+    Windows keeps for devices.
+    """
+    name = re.sub(r"[^\w-]+", "_", prompt[: 16 * longest]).strip("_-")
     # File systems count bytes, not characters.
-    return name.encode("utf-8")[:longest].decode("utf-8", "ignore").rstrip("_") or "prompt"
+    name = name.encode("utf-8")[:longest].decode("utf-8", "ignore").rstrip("_-") or "prompt"
+    return f"{name}_" if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", name, re.IGNORECASE) else name
 
 
 def claim_folder(outputs_dir: Path, prompt: str) -> Path:
     """The folder of a prompt: the one that is already its own, or one that no other prompt has."""
-    name = safe_name(prompt)
+    name, prompt = safe_name(prompt), one_line(prompt)
     for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
         folder = outputs_dir / f"{name}{suffix}"
         caption = folder / CAPTION_NAME
         if not folder.exists():
             write_text(caption, prompt + "\n")
             return folder
-        if caption.exists() and caption.read_text("utf-8").strip() == prompt:
+        if caption.is_file() and one_line(decode_text(caption.read_bytes(), errors="replace")) == prompt:
             return folder
     raise UsageError(f"{outputs_dir} has too many folders named {name}")
 

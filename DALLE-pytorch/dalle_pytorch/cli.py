@@ -1,6 +1,7 @@
 """The command line: one-line errors with exit code 2."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
     Those are `UserError`, what the operating system refuses, and memory that is not enough. Anything else is a bug and
     keeps its traceback, `ValueError` too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that is not UTF-8 cannot show all prompts and file names.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
     except KeyboardInterrupt:

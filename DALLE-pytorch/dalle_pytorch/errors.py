@@ -4,6 +4,12 @@ Every other exception is a bug and keeps its traceback, `ValueError` among them.
 """
 
 
+def shorten(text: object, longest: int = 60) -> str:
+    """A text for a message, of at most `longest` characters and "…"."""
+    text = str(text)
+    return text if len(text) <= longest else f"{text[:longest].rstrip()}…"
+
+
 class UserError(ValueError):
     """Something that the user can correct. The message is one line that says what was given and what is expected."""
 

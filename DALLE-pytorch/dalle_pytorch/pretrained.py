@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.atomic import write_bytes, write_text
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.registry import MODEL_MODULES
 
 CONFIG_NAME = "config.json"
@@ -150,7 +151,7 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     """The settings in a model folder's `config.json`, or in another JSON file there."""
     path = folder / name
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a model folder: it has no {name}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -26,7 +26,8 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from jsonargparse import ArgumentParser as JsonArgumentParser
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import FileError, UsageError
+from dalle_pytorch.files.text import read_text
 
 USER_ERROR = 2
 # No option needs a larger number, and larger ones overflow in float32 or in memory.
@@ -282,11 +283,10 @@ def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentP
     import yaml
 
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = yaml.safe_load(file) or {}
+        content = yaml.safe_load(read_text(path)) or {}
     except OSError as error:
         parser.error(f"{path} cannot be read: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, FileError, RecursionError) as error:
         parser.error(f"{path} is not YAML: {error}")
     if not isinstance(content, dict):
         parser.error(f"{path} holds no settings (lines of `option: value`)")

@@ -136,6 +136,11 @@ def test_gentxt_finishes_the_prompt_first(command, capsys):
     assert next(out.glob("*/caption.txt")).read_text().startswith("a red")
 
 
+def test_a_prompt_that_is_too_long_is_told(command, capsys):
+    command("--num_images", 1, text="a red seven on brick " * 3 + "and wood")
+    assert "does not read beyond 12 tokens; left out: " in (said := capsys.readouterr().err) and "and wood\n" in said
+
+
 def test_unknown_words_are_named(command, capsys):
     command("--num_images", 1, text="a жук on brick")
     assert "жук" in capsys.readouterr().err

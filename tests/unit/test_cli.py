@@ -1,6 +1,7 @@
 """What scripts share: mistakes are one line and exit code 2, bugs keep their traceback."""
 
 import errno
+import io
 from dataclasses import dataclass
 
 import pytest
@@ -47,6 +48,15 @@ def test_file_in_the_way_of_a_folder_is_named(tmp_path, capsys):
     with pytest.raises(NotADirectoryError) as raised:
         (tmp_path / "file" / "deep" / "run").mkdir()
     assert f"error: {tmp_path / 'file'} cannot be a folder" in outcome(raised.value, capsys)[1]
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch):
+    for encoding, shown in (("ascii", b"\\u732b"), ("latin-1", b"\\u732b"), ("utf-8", "猫".encode())):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", terminal)
+        run(lambda argv: print("猫"), [])
+        terminal.flush()
+        assert terminal.buffer.getvalue() == shown + b"\n"
 
 
 def test_interrupting_is_no_mistake(capsys):

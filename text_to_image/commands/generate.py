@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import UsageError, shorten
 from dalle_pytorch.settings import Settings, option
 from text_to_image.inputs import read_prompts
 
@@ -98,8 +98,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             prompt = pipe.complete_prompt(prompt, seed=settings.seed, **sampling)
             print(f"the prompt goes on: {prompt}")
         if unknown := pipe.model.unknown_words(prompt):
-            words = ", ".join(word[:40] for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
+            words = ", ".join(shorten(word, 40) for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
             print(f"warning: this model has never seen: {words}", file=sys.stderr)
+        if lost := pipe.model.prior.lost_text(prompt):
+            print(f"warning: this model does not read beyond {pipe.model.prior.text_seq_len} tokens; left out: "
+                  f"{shorten(lost, 200)}", file=sys.stderr)  # fmt: skip
         folder = claim_folder(settings.outputs_dir, prompt)
         started = time.monotonic()
         with ProgressBar(prompt[:40], "token") as bar:

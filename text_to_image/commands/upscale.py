@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import UsageError, shorten
 from dalle_pytorch.settings import Settings, name_value, option
 from text_to_image.inputs import find_inputs, read_caption
 
@@ -111,6 +111,11 @@ def guidance(settings: UpscaleSettings, pipe: TextToImage) -> ClipGuidance | Non
     if settings.text is None and caption is None and not settings.image_prompts:
         raise UsageError(f"--clip_guidance needs --text or --image_prompts: {settings.input} has no caption.txt")
     prompts = parse_prompts((settings.text or "").lower()) if caption is None else caption
+    for prompt in [caption] if caption else [text for text, _ in prompts]:
+        if lost := pipe.model.scorer.lost_text(prompt):
+            print(
+                f"warning: this CLIP does not read all of the prompt; left out: {shorten(lost, 200)}", file=sys.stderr
+            )
     scales = {name: vars(settings)[name] for name in ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")}
     return pipe.guidance(prompts, parse_prompts(settings.image_prompts or ""), **scales)
 

@@ -32,6 +32,10 @@ class CLIPModel(PretrainedModel, ABC):
         """Tokens (b, n) int64 of one text or several, truncated."""
 
     @abstractmethod
+    def lost_text(self, text: str) -> str:
+        """The end of a text that `tokenize` truncates, empty if it all fits."""
+
+    @abstractmethod
     def encode_text(self, text: Tensor) -> Tensor:
         """Features (b, dim), not normalised, of tokens (b, n)."""
 

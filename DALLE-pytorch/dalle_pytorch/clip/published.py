@@ -101,6 +101,9 @@ class PublishedCLIP(CLIPModel):
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
+    def lost_text(self, text: str) -> str:
+        return self.tokenizer.lost_text(text, self.text_seq_len - 2)
+
     def visual_features(self, image: Tensor) -> list[Tensor]:
         pixels = (image - self.mean) / self.std
         layers = self.model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]

@@ -205,16 +205,20 @@ class CLIP(CLIPModel):
         return by_text, by_image, first + torch.arange(len(text), device=text.device)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokens (b, text_seq_len) of one text or several, truncated.
+        """Tokens (b, text_seq_len) of one text or several, truncated. Raises `CheckpointError` without a tokenizer."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self._given_tokenizer().tokenize(texts, self.text_seq_len, truncate_text=True)
 
-        A CLIP of 49,408 text tokens uses OpenAI's vocabulary by default. Raises `CheckpointError` without a tokenizer.
-        """
+    def lost_text(self, text: str) -> str:
+        return self._given_tokenizer().lost_text(text, self.text_seq_len)
+
+    def _given_tokenizer(self) -> Tokenizer:
+        """The tokenizer; OpenAI's by default for a CLIP of 49,408 text tokens."""
         if self.tokenizer is None and self.text_emb.num_embeddings == OPENAI_VOCABULARY:
             self.tokenizer = SimpleTokenizer()
         if self.tokenizer is None:
             raise CheckpointError("this CLIP has no tokenizer.json in its folder or beside it; set its `tokenizer`")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        return self.tokenizer.tokenize(texts, self.text_seq_len, truncate_text=True)
+        return self.tokenizer
 
     def visual_features(self, image: Tensor) -> list[Tensor]:
         features: list[Tensor] = []

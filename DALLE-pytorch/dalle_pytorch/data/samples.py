@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle_pytorch.data.loading import BrokenSample
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.images import decode_image
+from dalle_pytorch.files.text import decode_text, one_line
 
 CaptionProblem = Callable[[str], str | None]  # the reason to skip a caption, or None
 
@@ -44,18 +45,16 @@ def _crop(image: Image.Image, crop_ratio: float, generator: np.random.Generator 
 
 def read_captions(text: bytes, name: object) -> list[str]:
     """The captions in a text, one a line, without blank ones. Raises `BrokenSample` if there is none."""
-    encoding = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        lines = text.decode(encoding).splitlines()
-    except UnicodeDecodeError as error:
+        lines = decode_text(text).splitlines()
+    except FileError as error:
         raise BrokenSample("caption that is not UTF-8", name, error) from None
     return usable_captions(lines, name)
 
 
 def usable_captions(captions: list[str], name: object) -> list[str]:
     """Captions with single spaces, without empty ones. Raises `BrokenSample` if all are empty."""
-    captions = [" ".join(caption.split()) for caption in captions]
-    captions = [caption for caption in captions if caption]
+    captions = [line for caption in captions if (line := one_line(caption))]
     if not captions:
         raise BrokenSample("empty caption", name)
     return captions

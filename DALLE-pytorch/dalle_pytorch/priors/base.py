@@ -88,6 +88,10 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         self.check_text(text)
         return text
 
+    def lost_text(self, prompt: str) -> str:
+        """The end of a prompt that `tokenize` truncates, empty if it all fits."""
+        return "" if self.tokenizer is None else self.tokenizer.lost_text(prompt, self.text_seq_len)
+
     def encode_image(self, image: Tensor) -> Tensor:
         """The image tokens (b, image_seq_len) of square images (b, 3, h, h) in [0, 1], resized as needed; tokens (b, n)
         are returned unchanged."""

@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.pretrained import first_line
 
 MAX_PICKLE_BYTES = 256 * 2**20  # the largest published checkpoints need a few million
@@ -111,7 +112,7 @@ def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The settings in a YAML file."""
     try:
-        settings = yaml.safe_load(Path(path).read_text("utf-8"))
+        settings = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"the settings file {path} is missing") from None
     except OSError as error:

@@ -1,16 +1,22 @@
 """The interface of a tokenizer."""
 
 import os
+import re
 import string
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from itertools import islice
 
 import tokenizers
 import torch
 from torch import Tensor
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import UsageError, shorten
 from dalle_pytorch.files.atomic import write_text
+
+_HAN = "\u2e80-\u9fff\uf900-\ufaff"  # written without spaces between words
+_WORDS = re.compile(f"[{_HAN}]|[^\\s{_HAN}]+")
 
 
 class TextTooLongError(UsageError, RuntimeError):
@@ -47,11 +53,21 @@ class Tokenizer(ABC):
         for row, text in zip(result, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > context_length and not truncate_text:
-                shown = text if len(text) <= 60 else f"{text[:60]}…"
-                raise TextTooLongError(f"the text {shown!r} has {len(ids)} tokens, expected at most {context_length}")
+                raise TextTooLongError(
+                    f"the text {shorten(text)!r} has {len(ids)} tokens, expected at most {context_length}"
+                )
             ids = ids[:context_length]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return result
+
+    def lost_text(self, text: str, context_length: int) -> str:
+        """The end of a text that `tokenize` truncates, from the first word (or Chinese character) that is not whole."""
+        if len(self.encode(text)) <= context_length:
+            return ""
+        # A word has a token or more.
+        ends = [0, *(word.end() for word in islice(_WORDS.finditer(text), context_length + 1))]
+        kept = bisect_right(ends, context_length, key=lambda end: len(self.encode(text[:end]))) - 1
+        return text[ends[kept] :].strip()
 
     def to_hugging_face(self) -> tokenizers.Tokenizer:
         """The encoding as in a tokenizer.json. Raises `UsageError` if that cannot represent it."""

@@ -5,14 +5,15 @@ import html
 import json
 import os
 import re
-import unicodedata
 import zlib
 from pathlib import Path
 
+import ftfy
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.text import decode_text
 from dalle_pytorch.tokenizers.base import Tokenizer
 
 #: OpenAI's file as it is in CLIP's repository, MIT
@@ -62,14 +63,8 @@ def _byte_letters() -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """CLIP's clean-up: mends of `ftfy` where that is installed, NFC where not; HTML entities; white space."""
-    try:
-        import ftfy  # pyright: ignore[reportMissingImports]
-
-        text = ftfy.fix_text(text)
-    except ImportError:
-        text = unicodedata.normalize("NFC", text)
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+    """CLIP's clean-up: wrongly decoded text, ligatures and wide letters mended; HTML entities; white space."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 def _clip_vocabulary(path: str | os.PathLike) -> str:
@@ -79,7 +74,7 @@ def _clip_vocabulary(path: str | os.PathLike) -> str:
     except OSError as error:
         raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        text = decode_text(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         if not text.startswith("{"):
             return text
         merges = json.loads(text)["model"]["merges"]

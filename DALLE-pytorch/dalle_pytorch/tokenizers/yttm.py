@@ -3,12 +3,12 @@
 import os
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.tokenizers.base import Tokenizer
 
 
@@ -23,7 +23,7 @@ class YttmTokenizer(Tokenizer):
 
     def __init__(self, bpe_path: str | os.PathLike):
         try:
-            numbers = list(map(int, Path(bpe_path).read_text("ascii").split()))
+            numbers = list(map(int, read_text(bpe_path).split()))
         except OSError as error:
             raise CheckpointError(f"the vocabulary {bpe_path} cannot be read ({error.strerror})") from None
         except ValueError:

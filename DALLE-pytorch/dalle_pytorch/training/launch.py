@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.nn.checkpointing import Checkpointed
 from dalle_pytorch.nn.transformer import Layer, Transformer
 from dalle_pytorch.training.settings import TrainingSettings
@@ -202,7 +203,7 @@ def _deepspeed_settings(settings: TrainingSettings, processes: int) -> dict[str,
 
 def _read_settings(path: str) -> dict[str, Any]:
     try:
-        settings = json.loads(Path(path).read_text("utf-8"))
+        settings = json.loads(read_text(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ from dalle_pytorch.errors import UsageError, UserError
 from dalle_pytorch.files.images import image_to_tensor
 from text_to_image import TextToImage
 from text_to_image.inputs import clean_prompt
-from text_to_image.results import safe_name
+from text_to_image.results import claim_folder, safe_name
 
 PROMPT = "a red seven on brick"
 
@@ -143,3 +143,21 @@ def test_folder_names_stay_inside(tmp_path, prompt):
     path = tmp_path / name
     path.mkdir()
     assert path.resolve().parent == tmp_path.resolve() and len(name.encode()) <= 80
+
+
+@pytest.mark.parametrize("prompt, name", [
+    ("-rf", "rf"), ("--help", "help"), (".hidden", "hidden"), ("con", "con_"), ("NUL", "NUL_"), ("lpt1", "lpt1_"),
+    ("com¹", "com¹_"), ("com0 .", "com0_"), ("console", "console"), ("con 1", "con_1"), ("a - b", "a_-_b"),
+    (79 * "a" + "é", 79 * "a"), ("-" * 800_000 + "a", "prompt"),
+])  # fmt: skip
+def test_folder_names(prompt, name):
+    assert safe_name(prompt) == name
+
+
+def test_a_prompt_keeps_its_folder(tmp_path):
+    for prompt in ("a red ", "a red", " a  red\n"):
+        assert claim_folder(tmp_path, prompt) == tmp_path / "a_red"
+    (tmp_path / "a_red/caption.txt").write_bytes(b"\xef\xbb\xbfa red\r\n")
+    assert claim_folder(tmp_path, "a red") == tmp_path / "a_red"
+    (tmp_path / "a_red/caption.txt").write_bytes(b"a r\xe9d")
+    assert claim_folder(tmp_path, "a red") == tmp_path / "a_red-2"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import runpy
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,37 @@ def test_training_is_deterministic():
     assert train_bpe(CAPTIONS, 60).get_vocab_size() == 60
 
 
+def test_padding_and_truncation_kept_in_a_file_are_off(tmp_path, hug):
+    hug.tokenizer.enable_padding(length=40)
+    hug.tokenizer.enable_truncation(2)
+    hug.tokenizer.save(str(tmp_path / "padded.json"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "padded.json").read_bytes())
+    for tokenizer in (HugTokenizer(tmp_path / "padded.json"), load_tokenizer(beside=tmp_path / "model")):
+        assert tokenizer.decode(tokenizer.encode("a red seven")) == "a red seven" and len(tokenizer.encode("red")) == 1
+        saved = json.loads(tokenizer.to_hugging_face().to_str())
+        assert saved["padding"] is saved["truncation"] is None
+
+
+def test_more_characters_than_tokens(caplog):
+    letters = [chr(ord("一") + i) for i in range(1503)]
+    captions = [letter * (2 if i < 900 else 1) for i, letter in enumerate(letters)]
+    tokenizer = train_bpe(captions, 1000)
+    assert tokenizer.get_vocab_size() == 1000 and tokenizer.to_str() == train_bpe(captions, 1000).to_str()
+    assert "of 1503 different characters in the captions the 506 rarest become unknown" in caplog.text
+    assert 1 not in tokenizer.encode("".join(letters[:997])).ids and tokenizer.encode(letters[997]).ids[-1] == 1
+    # Rare characters leave room for words.
+    tokenizer = train_bpe(["a red seven on brick"] * 9000 + ["".join(letters[:60])], 50)
+    assert tokenizer.encode("a red 一").tokens == ["▁a", "▁red", "▁", "[UNK]"] and tokenizer.get_vocab_size() <= 50
+
+
+def test_what_truncation_loses(hug, simple):
+    assert hug.lost_text("a red seven on brick", 5) == "" and hug.lost_text("a red seven on brick", 3) == "on brick"
+    assert hug.lost_text("a red  seven\non brick", 0) == "a red  seven\non brick"
+    assert simple.lost_text("a photo of unbelievableness here", 4) == "unbelievableness here"
+    assert simple.lost_text("猫猫犬", len(simple.encode("猫猫"))) == "犬"
+
+
 def test_train_tokenizer(tmp_path, capsys):
     captions = tmp_path / "captions/deeper"
     captions.mkdir(parents=True)
@@ -90,6 +122,8 @@ def test_train_tokenizer(tmp_path, capsys):
     train_tokenizer(["--image_text_folder", str(tmp_path), "--vocab_size", "64", "--output", str(output)])
     tokenizer = HugTokenizer(output)
     assert len(tokenizer.encode("ein haus")) == 2 and "2 captions" in capsys.readouterr().out
+    train_tokenizer(["--image_text_folder", str(tmp_path), "--vocab_size", "9", "--output", str(output)])
+    assert HugTokenizer(output).vocab_size == 9 and "9 tokens from 2 captions" in capsys.readouterr().out
     train_tokenizer(["--image_text_folder", "glyphs", "--count", "50", "--output", str(tmp_path / "glyphs.json")])
     assert HugTokenizer(tmp_path / "glyphs.json").decode([0]) == ""
 
@@ -184,10 +218,15 @@ def test_simple_as_recorded(parity, simple):
     assert simple.decode([49406, *simple.encode("A small  DOG!"), 49407, 0]) == "a small dog !"
     assert simple.encode("<|startoftext|>a<|endoftext|>") == [49406, 320, 49407]
     assert simple.unknown_words("猫 zzzqqq") == []
+    # As CLIP's own clean-up has it, with ftfy 6.3.1.
+    for text, mended in (("eﬃcient ﬁsh", "efficient fish"), ("l’humanitÃ©", "l'humanité"), ("ＬＯＵＤ", "loud"),
+                         ("&amp;lt;3", "<3")):  # fmt: skip
+        assert simple.encode(text) == simple.encode(mended)
 
 
-def test_simple_against_another_implementation(simple):
-    """Ids of 300 strings of odd characters by instant-clip-tokenizer 0.1.1."""
+def test_simple_against_another_implementation(simple, monkeypatch):
+    """Ids of 300 strings of odd characters by instant-clip-tokenizer 0.1.1, which has NFC in place of ftfy."""
+    monkeypatch.setattr("ftfy.fix_text", lambda text: unicodedata.normalize("NFC", text))
     recorded = json.loads(Path(__file__).with_name("clip_ids.json").read_text("utf-8"))
     assert [(text, simple.encode(text)) for text, _ in recorded] == [(text, ids) for text, ids in recorded]
 

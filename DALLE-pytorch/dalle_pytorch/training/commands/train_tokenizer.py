@@ -33,20 +33,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch.files.atomic import write_text
     from dalle_pytorch.tokenizers.hug import train_bpe
 
-    skipped, used = Skipped(), 0
+    class Captions:
+        """All captions, as often as they are asked for; what was skipped and used counts the last time."""
 
-    def captions() -> Iterator[str]:
-        nonlocal used
-        for caption in all_captions(settings.image_text_folder, skipped, wds=settings.wds,
-                                    caption_key=settings.caption_key, count=settings.count,
-                                    commands=settings.commands):  # fmt: skip
-            used += 1
-            yield caption
+        def __iter__(self) -> Iterator[str]:
+            self.skipped, self.used = Skipped(), 0
+            for caption in all_captions(settings.image_text_folder, self.skipped, wds=settings.wds,
+                                        caption_key=settings.caption_key, count=settings.count,
+                                        commands=settings.commands):  # fmt: skip
+                self.used += 1
+                yield caption
 
-    tokenizer = train_bpe(captions(), settings.vocab_size)
-    if not used:
+    captions = Captions()
+    tokenizer = train_bpe(captions, settings.vocab_size)
+    if not captions.used:
         raise FileError(f"{settings.image_text_folder} holds no captions")
     write_text(settings.output, tokenizer.to_str(pretty=True) + "\n")
-    if skipped.reasons:
-        print(f"skipped {describe_skipped(skipped.reasons)}", file=sys.stderr)
-    print(f"{settings.output}: {tokenizer.get_vocab_size()} tokens from {used} captions")
+    if captions.skipped.reasons:
+        print(f"skipped {describe_skipped(captions.skipped.reasons)}", file=sys.stderr)
+    print(f"{settings.output}: {tokenizer.get_vocab_size()} tokens from {captions.used} captions")
