@@ -70,7 +70,8 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
     weight_decay: float = again(TrainingSettings, "weight_decay", 0.0)
     num_workers: int = again(TrainingSettings, "num_workers", 2)
 
-    vae_path: str | None = option(None, "VAE whose tokens are decoded: a native folder, a vae.pt, a VQGAN")
+    vae_path: str | None = option(None, "VAE whose tokens are decoded: a native folder, a vae.pt, a VQGAN",
+                                  part="VAE")  # fmt: skip
     vqgan_config_path: str | None = option(None, "model.yaml of a VQGAN")
     super_res: bool = option(False, "learn to enlarge images instead")
     small_size: int | None = option(None, "with --super_res, side of the small image in pixels (default: a quarter)",

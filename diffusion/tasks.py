@@ -159,6 +159,9 @@ class DecoderTask(DiffusionTask):
     def conditioning(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         return self.decoder.conditioning(self.tokens(images, batch))
 
+    def fixed_parts(self) -> dict[str, str]:
+        return {"VAE": self.decoder.vae.fingerprint()}
+
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"decoder": self.decoder}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -82,9 +83,20 @@ class PretrainedModel(nn.Module):
             if tensor.data_ptr() in seen:
                 state[name] = tensor.clone()
             seen.add(tensor.data_ptr())
-        # Weights first: a folder with a config is complete.
+        # Weights first: a folder with a config is complete. New weights are never under another model's config.
+        path, config = folder / CONFIG_NAME, json.dumps({"class": type(self).__name__, **self.config}, indent=2) + "\n"
+        if path.exists() and path.read_text("utf-8", errors="replace") != config:
+            path.unlink()
         write_bytes(folder / WEIGHTS_NAME, save(state))
-        write_text(folder / CONFIG_NAME, json.dumps({"class": type(self).__name__, **self.config}, indent=2) + "\n")
+        write_text(path, config)
+
+    def fingerprint(self) -> str:
+        """A hash of the class, the configuration and the weights."""
+        digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], default=str).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides: Any) -> Self:

@@ -38,7 +38,7 @@ SMALLEST = 1e-12  # unless 0: what divides by a smaller one overflows
 def option(
     default: Any = MISSING, help: str = "", *, flags: Iterable[str] = (), low: float = float("-inf"),
     high: float = float("inf"), above: bool = False, kind: Callable[[Any], Any] | None = None, positional: bool = False,
-    instead_of: str | None = None, **argparse_options: Any,
+    instead_of: str | None = None, part: str | None = None, **argparse_options: Any,
 ) -> Any:  # fmt: skip
     """A field of a `Settings` dataclass.
 
@@ -51,10 +51,11 @@ def option(
         kind: turns text, or a YAML value, into the setting; by the annotation unless given.
         positional: given without a flag.
         instead_of: the option that becomes None where this one is given, and the other way round.
+        part: what the option names, where several name it together, such as "VAE".
         argparse_options: nargs, const, metavar and choices, argparse's.
     """
     metadata = {"help": help, "flags": tuple(flags), "bounds": (low, high, above), "kind": kind,
-                "positional": positional, "instead_of": instead_of, "required": default is MISSING,
+                "positional": positional, "instead_of": instead_of, "part": part, "required": default is MISSING,
                 "argparse": argparse_options}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -220,6 +221,12 @@ class Settings:
     def values(self, part: type[Settings]) -> dict[str, Any]:
         """The settings that a base class declares, such as the arguments of a network."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(part)}
+
+    def named(self, part: str) -> str:
+        """The options that name a part, as they are typed."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                 if field.metadata["part"] == part and getattr(self, field.name) not in (None, False)}  # fmt: skip
+        return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as YAML can hold them, which `--config` reads again; hidden ones and None are left out."""

@@ -12,13 +12,17 @@ import zlib
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
-from training_helpers import Numbers, Task, checkpoints, few_steps, losses
+from training_helpers import Net, Numbers, Task, checkpoints, few_steps, losses
 
 from dalle_pytorch.data.loading import SampleStream
 from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files import lock
 from dalle_pytorch.training import train
 from dalle_pytorch.training.loop import Interrupted
+from dalle_pytorch.training.native import NativeFolders
+from dalle_pytorch.training.settings import check_part_name
 
 STEPS = 40
 processes = multiprocessing.get_context("forkserver")
@@ -137,7 +141,7 @@ def test_killed_at_any_moment(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["checkpoints/.step-*.tmp", ".net.*.tmp"])
+@pytest.mark.parametrize("pattern", ["checkpoints/.step-*.tmp", "net/.model.safetensors.*.tmp"])
 def test_killed_while_it_writes(tmp_path, unbroken, pattern):
     moments = random.Random(11)
     hits = 0
@@ -259,6 +263,81 @@ def test_starting_anew(tmp_path):
     train(Task(), Numbers(), few_steps(tmp_path, 3, resume=False, overwrite=True))
     assert list(losses(tmp_path)) == [1, 2, 3]
     assert checkpoints(tmp_path) == ["step-00000003"]
+
+
+class Using(Task):
+    """A task with parts that are used and not trained."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.parts = parts
+
+    def fixed_parts(self):
+        return self.parts
+
+
+def test_other_parts_are_refused_on_resuming(tmp_path):
+    train(Using(VAE="a" * 64), Numbers(), few_steps(tmp_path, 4))
+    with pytest.raises(CheckpointError, match="another VAE: aaaaaaaa of the default, not bbbbbbbb of the default"):
+        train(Using(VAE="b" * 64), Numbers(), few_steps(tmp_path, 8))
+    train(Using(VAE="a" * 64), Numbers(), few_steps(tmp_path, 8))
+    assert checkpoints(tmp_path)[-1] == "step-00000008"
+
+
+# Whose a folder is
+
+
+def test_folder_of_another_is_refused(tmp_path):
+    for number, content in enumerate(
+        ({"notes.txt": "mine"}, {"config.json": '{"class": "VAE"}'}, {"config.json": "?"})
+    ):
+        (tmp_path / f"{number}/net").mkdir(parents=True)
+        for name, text in content.items():
+            (tmp_path / f"{number}/net" / name).write_text(text)
+        with pytest.raises(UsageError, match="is no Net that a training wrote"):
+            train(Task(), Numbers(), few_steps(tmp_path / str(number), 4))
+        assert {path.name: path.read_text() for path in (tmp_path / f"{number}/net").iterdir()} == content
+
+
+def test_files_of_others_stay(tmp_path):
+    train(Task(), Numbers(), few_steps(tmp_path, 4))
+    for name in ("net/notes.txt", "net/mine/a.txt", "checkpoints/mine.txt", "checkpoints/.mine.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "net/.model.safetensors.12345678.tmp").write_text("half")  # of a write that was killed
+    train(Task(hidden=9), Numbers(), few_steps(tmp_path, 4, resume=False, overwrite=True))
+    assert Net.from_pretrained(tmp_path / "net").config["hidden"] == 9
+    for name in ("net/notes.txt", "net/mine/a.txt", "checkpoints/mine.txt", "checkpoints/.mine.tmp"):
+        assert (tmp_path / name).read_text() == "mine"
+    assert {path.name for path in (tmp_path / "net").iterdir()} == {
+        "config.json", "model.safetensors", "notes.txt", "mine"}  # fmt: skip
+
+
+def test_folder_that_was_moved_aside_is_put_back(tmp_path):
+    train(Task(), Numbers(), few_steps(tmp_path, 4))
+    (tmp_path / "net").rename(tmp_path / ".net.abcd1234.old")  # as a killed write of an earlier version left it
+    NativeFolders(Task(), tmp_path, Accelerator(cpu=True))
+    assert Net.from_pretrained(tmp_path / "net").config["hidden"] == 8
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "checkpoints", "Samples", "config.yaml", ".x", "x" * 300, "a\0"]
+)
+def test_names_that_a_network_cannot_have(name):
+    with pytest.raises(UsageError, match="is the name of a folder"):
+        check_part_name(name)
+
+
+def test_two_trainings_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENT_WAIT", 0.2)
+
+    def second(step, metrics):
+        with pytest.raises(UsageError, match="another process has a training in it"):
+            train(Task(), Numbers(), few_steps(tmp_path))
+
+    train(Task(), Numbers(), few_steps(tmp_path, 1), second)
+    assert not list(tmp_path.glob(".*"))
+    train(Task(), Numbers(), few_steps(tmp_path, 2))  # the lock is free again
 
 
 class Harm:

@@ -77,11 +77,12 @@ class ImageTextFolder(SampleDataset):
         except OSError as error:
             raise BrokenSample("caption that cannot be read", path, error.strerror) from None
 
-    def identity(self) -> Iterator[str]:
-        """What identifies the data: settings, names and sizes of the files."""
+    def identity(self) -> Iterator[str | Path]:
+        """What identifies the data: settings, names and files."""
         yield f"folder {self.resolution} {self.transparent}"
         for name in [*self.images, *self.texts]:
-            yield f"{name} {os.path.getsize(self.folder / name)}"
+            yield name
+            yield self.folder / name
 
     def _pair(self, images: list[str], texts: list[str]) -> tuple[list[str], list[str]]:
         beside = {os.path.splitext(text)[0]: text for text in texts}

@@ -98,14 +98,15 @@ class ShardStream(SampleStream):
         captions = found if isinstance(found, list) else [found]
         return usable_captions([caption for caption in captions if isinstance(caption, str)], _name(raw))
 
-    def identity(self) -> Iterator[str]:
-        """What identifies the data: settings, names and, of local files, sizes of the archives."""
+    def identity(self) -> Iterator[str | Path]:
+        """What identifies the data: settings, names and, where they are local files, the archives."""
         yield f"shards {self.resolution} {self.transparent} {self.caption_key}"
         yield from (*self.image_suffixes, "", *self.caption_suffixes, "")
         for url in self.urls:
             path = local_path(url)
             if path is not None and os.path.exists(path):
-                yield f"{os.path.basename(path)} {os.path.getsize(path)}"
+                yield os.path.basename(path)
+                yield Path(path)
             else:
                 yield url
 

@@ -1,7 +1,8 @@
 """Image tokens computed once, so that a prior is trained without running its VAE at every step.
 
 A cache is a folder of `tokens.npy` (n, tokens per image), `captions.jsonl` with all captions of each image,
-`starts.npy` with the byte offset of each line of that, `key.json` with fingerprints of the VAE and of the data,
+`starts.npy` with the byte offset of each line of that, `key.json` with fingerprints of the VAE and of the data
+(of contents, and of sizes and times, so that contents are read only where those have changed),
 and `index.json`, which is written last. While it is being made, `parts/` holds what is finished.
 """
 
@@ -10,10 +11,10 @@ import io
 import json
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ from dalle_pytorch.data.loading import BrokenSample, Data, SampleDataset, Skippe
 from dalle_pytorch.data.samples import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
-from dalle_pytorch.files.atomic import atomic_write, write_bytes, write_text
+from dalle_pytorch.files.atomic import atomic_write, clear_leftovers, write_bytes, write_text
+from dalle_pytorch.files.lock import LOCK_NAME, locked
 from dalle_pytorch.vae.base import ImageTokenizer
 
+VERSION = 2  # of key.json
+WAIT = 1800.0  # seconds without progress after which other processes are no longer waited for
 PART_SIZE = 4096  # samples per file in parts/, the most that each worker loses when interrupted
 
 Progress = Callable[[int, int | None], None]
@@ -78,57 +82,90 @@ def cache_tokens(folder: str | os.PathLike, dataset: Data, vae: ImageTokenizer, 
     Several processes share the work, archive by archive, through a folder that all of them can see.
 
     `progress(done, total)` is called with the samples that this process has read and, where known, will read.
-    Raises `FileError` if `folder` holds the tokens of another VAE or of other data, or if over half of the samples
-    cannot be used.
+    Raises `FileError` if `folder` holds the tokens of another VAE or of other data or something else, or if over half
+    of the samples cannot be used, and `UsageError` if another run is making the cache and has not finished in time.
     """
     if not isinstance(dataset, ImageTextFolder | ShardStream):
         raise FileError("--cache_tokens is for folders and archives, not for registered data sets")
-    folder = Path(folder)
-    _claim(folder, {"version": 1, "vae": vae_fingerprint(vae), "data": data_fingerprint(dataset)})
-    if not (folder / "index.json").exists():
-        _make_parts(folder / "parts", dataset, vae, batch_size, num_workers, rank, world_size, progress)
-        if rank == 0:
-            _wait(lambda: len(_finished(folder / "parts")[1]) == _unit_count(dataset))
-            _join_parts(folder, dataset.left_out)
-        _wait((folder / "index.json").exists)
+    folder, parts = Path(folder), Path(folder) / "parts"
+    vae_hash, state = vae.fingerprint(), data_fingerprint(dataset, contents=False)
+
+    def make() -> None:
+        _make_parts(parts, dataset, vae, batch_size, num_workers, rank, world_size, progress)
+
+    if rank == 0:
+        with locked(folder, "a token cache in the making", wait=WAIT):
+            clear_leftovers(folder)
+            clear_leftovers(parts)
+            _claim(folder, vae_hash, state, dataset)
+            if not (folder / "index.json").exists():
+                make()
+                _wait(parts, lambda: len(_finished(parts)[1]) == _unit_count(dataset))
+                _join_parts(folder, dataset.left_out)
+    else:  # the first process compares, and its answer is in the key
+        _wait(parts, lambda: _read_key(folder).items() >= {"vae": vae_hash, "state": state}.items())
+        if not (folder / "index.json").exists():
+            make()
+        _wait(parts, (folder / "index.json").exists)
     return TokenCache(folder, dataset.caption_problem)
 
 
-def vae_fingerprint(vae: ImageTokenizer) -> str:
-    """A hash of the configuration and weights of a VAE."""
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, vae.config], default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def data_fingerprint(dataset: ImageTextFolder | ShardStream) -> str:
-    """A hash of a data set's settings, and of the names and sizes of its files."""
+def data_fingerprint(dataset: ImageTextFolder | ShardStream, contents: bool = True) -> str:
+    """A hash of a data set's settings and of the names and contents of its files; without `contents`, of what tells in
+    no time that they may have changed: sizes and times."""
     digest = hashlib.sha256()
     for part in dataset.identity():
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+        if isinstance(part, str):
+            digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+        elif contents:
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            status = os.stat(part)
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
     return digest.hexdigest()
 
 
-def _claim(folder: Path, key: dict[str, Any]) -> None:
-    """Writes the key, or compares it with that of the cache already there."""
-    path = folder / "key.json"
+def _read_key(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        write_text(path, json.dumps(key, indent=2) + "\n")
-        return
-    except ValueError:
-        found = None
-    if found != key:
-        other = "another VAE" if isinstance(found, dict) and found.get("vae") != key["vae"] else "other data"
-        raise FileError(f"{folder} holds the image tokens of {other}; choose another folder, or delete it")
+        found = json.loads((folder / "key.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _wait(done: Callable[[], bool]) -> None:
-    # Polls for files: a barrier of torch.distributed times out after minutes, and this may take hours.
+def _claim(folder: Path, vae_hash: str, state: str, dataset: ImageTextFolder | ShardStream) -> None:
+    """Writes the key, or compares it with that of the cache already there.
+
+    The data are only read where sizes or times of files are not those in the key.
+    """
+    found = _read_key(folder)
+    if not found and any(path.name != LOCK_NAME for path in folder.iterdir()):
+        raise FileError(f"{folder} is not empty and holds no token cache; choose another folder")
+    if found and found.get("vae") != vae_hash:
+        raise FileError(f"{folder} holds the image tokens of another VAE; choose another folder, or delete it")
+    if found and found.get("version") != VERSION:
+        raise FileError(f"{folder} was made by an earlier version, which did not look at contents; delete it to make "
+                        "it again")  # fmt: skip
+    if found.get("state") != state:
+        data_hash = data_fingerprint(dataset)
+        if found and found.get("data") != data_hash:
+            raise FileError(f"{folder} holds the image tokens of other data; choose another folder, or delete it")
+        key = {"version": VERSION, "vae": vae_hash, "data": data_hash, "state": state}
+        write_text(folder / "key.json", json.dumps(key, indent=2) + "\n")
+
+
+def _wait(parts: Path, done: Callable[[], bool]) -> None:
+    """Polls: a barrier of torch.distributed times out after minutes, and this may take hours. Raises `FileError` when
+    for `WAIT` seconds no process has finished another part."""
+    seen, until = -1, 0.0
     while not done():
+        count = len(list(parts.glob("*.npz")))
+        if count != seen:
+            seen, until = count, time.monotonic() + WAIT
+        if time.monotonic() > until:
+            raise FileError(f"{parts} has had no new image tokens for {WAIT / 60:.0f} minutes: the process that makes "
+                            "them has ended or does not go on")  # fmt: skip
         time.sleep(0.2)
 
 
@@ -229,7 +266,7 @@ def _write_part(path: Path, tokens: list[np.ndarray], lines: list[str], skipped:
 
 def _join_parts(folder: Path, left_out: Counter[str]) -> None:
     """Joins the finished parts to the cache's files, and removes them."""
-    skipped, counts, dtype, seq_len = Skipped(), {}, None, 0
+    skipped, counts, dtype, seq_len = Skipped(), {}, np.dtype(np.uint16), 0
     for path in sorted((folder / "parts").glob("*.npz")):
         with np.load(path, allow_pickle=False) as part:
             skipped.update(Skipped(int(part["read"]), *json.loads(part["skipped"].tobytes())))
@@ -243,17 +280,25 @@ def _join_parts(folder: Path, left_out: Counter[str]) -> None:
         atomic_write(folder / "captions.jsonl") as captions_path,
         atomic_write(folder / "starts.npy") as starts_path,
     ):
-        tokens = np.lib.format.open_memmap(tokens_path, "w+", dtype, (sum(counts.values()), seq_len))
-        first, starts = 0, [np.zeros(1, np.int64)]
-        with open(captions_path, "wb") as captions, open(starts_path, "wb") as starts_file:
-            for path, count in counts.items():
+        total, starts = sum(counts.values()), [np.zeros(1, np.int64)]
+        with (
+            open(tokens_path, "wb") as tokens,
+            open(captions_path, "wb") as captions,
+            open(starts_path, "wb") as starts_file,
+        ):
+            # Not memory-mapped, where a full disk ends the process.
+            layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, seq_len)}
+            np.lib.format.write_array_header_1_0(tokens, layout)
+            for path in counts:
                 with np.load(path, allow_pickle=False) as part:
-                    tokens[first : first + count], lines = part["tokens"], part["lines"]
-                first += count
+                    tokens.write(part["tokens"].tobytes())
+                    lines = part["lines"]
                 starts.append(captions.tell() + 1 + np.flatnonzero(lines == ord("\n")))
                 captions.write(lines.tobytes())
             np.save(starts_file, np.concatenate(starts), allow_pickle=False)
-        tokens.flush()
-    index = {"samples": first, "tokens_per_sample": seq_len, "skipped": skipped.reasons + left_out}
+    index = {"samples": total, "tokens_per_sample": seq_len, "skipped": skipped.reasons + left_out}
     write_text(folder / "index.json", json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(folder / "parts")
+    for path in (folder / "parts").glob("*.npz"):
+        path.unlink()
+    with suppress(OSError):  # something else is in it
+        (folder / "parts").rmdir()

@@ -1,5 +1,7 @@
 """The interface of a tokenizer."""
 
+import hashlib
+import json
 import os
 import re
 import string
@@ -76,6 +78,11 @@ class Tokenizer(ABC):
     def save(self, path: str | os.PathLike) -> None:
         """Writes a tokenizer.json. Raises `UsageError` if that cannot represent the encoding."""
         write_text(path, self.to_hugging_face().to_str(pretty=True) + "\n")
+
+    def fingerprint(self) -> str:
+        """A hash of what every id stands for, and of how texts are split into them."""
+        texts = [self.decode([i]) for i in range(1, self.vocab_size)]
+        return hashlib.sha256(json.dumps([texts, self.encode(" ".join(texts))]).encode()).hexdigest()
 
     def unknown_words(self, text: str) -> list[str]:
         """The distinct words of a text with characters outside the vocabulary."""

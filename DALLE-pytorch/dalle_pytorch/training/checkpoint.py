@@ -4,6 +4,7 @@ A checkpoint is built under a temporary name and gets its own when everything is
 and checksums by which a damaged checkpoint is told from one of something else.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -12,17 +13,20 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.lock import locked
 from dalle_pytorch.training.state import RunState
 
 FOLDER_NAME = "checkpoints"
 MANIFEST_NAME = "manifest.json"
 EARLIER_NAME = "checkpoint.pt"  # what earlier versions wrote
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -48,9 +52,15 @@ class Checkpoints:
             if steps and not overwrite:
                 raise UsageError(f"{self.folder} holds checkpoints up to step {max(steps)}: leave out --no-resume to "
                                  "resume from there, or add --overwrite to delete them")  # fmt: skip
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._clear_leftovers()
+            for step in steps:
+                shutil.rmtree(self.folder / f"step-{step:08}", ignore_errors=True)
 
         self._decide(clear)
+
+    def lock(self, held: contextlib.ExitStack) -> None:
+        """Keeps other trainings out of `output_dir` until `held` is closed. Raises `UsageError` if there is one."""
+        self._decide(lambda: held.enter_context(locked(self.output_dir, "a training")))
 
     def save(self, state: RunState) -> None:
         """Writes `state` as the checkpoint of its step, and then deletes the oldest."""
@@ -60,8 +70,16 @@ class Checkpoints:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        state.save(building)
+        try:
+            state.save(building)
+            self.accelerator.wait_for_everyone()
+            self._finish(building, path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
+
+    def _finish(self, building: Path, path: Path) -> None:
         if self.accelerator.is_main_process:
             files = sorted(file for file in building.rglob("*") if file.is_file())
             manifest = {str(file.relative_to(building)): _measure(file) for file in files}
@@ -75,15 +93,17 @@ class Checkpoints:
                 # One that is half deleted no longer has the name of a checkpoint.
                 name = f"step-{step:08}"
                 shutil.rmtree((self.folder / name).rename(self.folder / f".{name}.tmp"), ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+
+    def _clear_leftovers(self) -> None:
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name))]
 
     def _newest(self) -> Path | None:
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear_leftovers()
         damaged = []
         for step in sorted(self._steps(), reverse=True):
             path = self.folder / f"step-{step:08}"
@@ -101,9 +121,9 @@ class Checkpoints:
                                   "--output_dir")  # fmt: skip
         return None
 
-    def _decide(self, decide: Callable[[], Path | None]) -> Path | None:
+    def _decide(self, decide: Callable[[], T]) -> T:
         """What `decide` returns or raises in the main process, the only one to look, in all of them."""
-        outcome: list[Path | Exception | None] = [None]
+        outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
                 outcome = [decide()]

@@ -273,8 +273,17 @@ def save_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any]
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, [optimizer.optimizer for optimizer in optimizers], options=whole)
     if accelerator.is_main_process:
-        torch.save({"model": weights, "optimizers": moments}, Path(folder) / SHARDED_NAME)
+        save_file({"model": weights, "optimizers": moments}, Path(folder) / SHARDED_NAME)
     accelerator.wait_for_everyone()
+
+
+def save_file(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, which raises what the system does where a disk is full."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, at the end of a file that could not be written
+            raise error.__context__ or error if isinstance(error.__context__, OSError) else error from None
 
 
 def load_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any], folder: Path) -> None:

@@ -50,7 +50,8 @@ def train(task: TrainingTask, dataset: Data, settings: TrainingSettings, report:
     goes into the next one.) Raises `TrainingDiverged` after `max_bad_steps` of them in a row, `Interrupted` after a
     signal, `CheckpointError` or `UsageError` when it cannot begin.
     """
-    return _Run(task, dataset, settings, report).train()
+    with contextlib.ExitStack() as held:
+        return _Run(task, dataset, settings, report, held).train()
 
 
 @dataclass
@@ -74,7 +75,8 @@ class _Step:
 class _Run:
     """A training: set up, resumed and carried out."""
 
-    def __init__(self, task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None):
+    def __init__(self, task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None,
+                 held: contextlib.ExitStack):  # fmt: skip
         self.task, self.settings, self.report = task, settings, report
         self.steps = total_steps(settings, dataset)
         self.lr_schedule = LRSchedule(settings, self.steps)
@@ -83,12 +85,14 @@ class _Run:
             logger.warning("the length of an epoch of shards is unknown: the learning rate stays constant; "
                            "a cosine needs --steps")  # fmt: skip
         set_seed(settings.seed + accelerator.process_index)
+        self.checkpoints = Checkpoints(settings.output_dir, settings.keep_n_checkpoints, accelerator)
+        self.checkpoints.lock(held)
+        parts = {name: (digest, settings.named(name)) for name, digest in task.fixed_parts().items()}
         self.native = NativeFolders(task, settings.output_dir, accelerator)
         self.model, *self.optimizers = accelerator.prepare(task, *make_optimizers(task, settings))
         self.model.train()
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
-        self.state = RunState(accelerator, task, self.model, self.optimizers, self.lr_schedule, self.ema)
-        self.checkpoints = Checkpoints(settings.output_dir, settings.keep_n_checkpoints, accelerator)
+        self.state = RunState(accelerator, task, self.model, self.optimizers, self.lr_schedule, self.ema, parts)
         if not settings.resume:
             self.checkpoints.start_anew(settings.overwrite)
         elif newest := self.checkpoints.newest():

@@ -5,6 +5,7 @@ The commands in `commands/` derive from these dataclasses, and the loop takes th
 
 import argparse
 import os
+import re
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,26 @@ from typing import Any
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.settings import Settings, option
+
+# What a run keeps in `output_dir`, besides the trained networks.
+KEPT_NAMES = (
+    "checkpoints",
+    "checkpoint.pt",
+    "config.yaml",
+    "metrics.jsonl",
+    "samples",
+    "tensorboard",
+    "wandb",
+    "wandb-id",
+)
+
+
+def check_part_name(name: str) -> str:
+    """The name of a trained network's folder in `output_dir`. Raises `UsageError` for one that cannot be that."""
+    if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name) or name.lower() in KEPT_NAMES or len(name.encode()) > 200:
+        raise UsageError(f"--dalle_output_file_name is the name of a folder in --output_dir, without slashes or leading "
+                         f"dots, and none of {', '.join(KEPT_NAMES)}; got {name[:80]!r}")  # fmt: skip
+    return name
 
 
 @dataclass
@@ -127,9 +148,10 @@ class ImageSettings(DataSettings):
 class CaptionSettings(Settings):
     title = "captions"
 
-    bpe_path: str | None = option(None, "a tokenizer.json, or a .model of YouTokenToMe (default: CLIP's tokenizer)")
+    bpe_path: str | None = option(None, "a tokenizer.json, or a .model of YouTokenToMe (default: CLIP's tokenizer)",
+                                  part="tokenizer")  # fmt: skip
     hug: bool = option(False, "--bpe_path is a tokenizer.json, whatever its name")
-    chinese: bool = option(False, "the BERT Chinese tokenizer")
+    chinese: bool = option(False, "the BERT Chinese tokenizer", part="tokenizer")
     truncate_captions: bool = option(False, "truncate captions of over --text_seq_len tokens instead of skipping them")
 
 

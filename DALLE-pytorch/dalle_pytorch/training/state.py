@@ -18,7 +18,7 @@ from torch import nn
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.training.ema import EMA
-from dalle_pytorch.training.launch import is_apart, is_sharded, load_sharded, save_sharded
+from dalle_pytorch.training.launch import is_apart, is_sharded, load_sharded, save_file, save_sharded
 from dalle_pytorch.training.lr_schedule import LRSchedule
 
 STATE_NAME = "state.pt"
@@ -44,7 +44,8 @@ class Progress:
 @dataclass
 class RunState:
     """The parts of a run that have a state. `model` is `task` as accelerate prepared it; `positions` is the place of
-    this process in the data, if they are a stream."""
+    this process in the data, if they are a stream. `parts` are fingerprints of what is used and not trained, each with
+    the options that named it."""
 
     accelerator: Accelerator
     task: nn.Module
@@ -52,6 +53,7 @@ class RunState:
     optimizers: list[Any]
     lr_schedule: LRSchedule
     ema: EMA | None
+    parts: dict[str, tuple[str, str]] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     positions: dict[str, Any] | None = None
 
@@ -63,18 +65,18 @@ class RunState:
             save_sharded(accelerator, self.model, self.optimizers, folder)
         if accelerator.is_main_process:
             state = {"progress": asdict(self.progress), "processes": accelerator.num_processes,
-                     "schedule": self.lr_schedule.state_dict(), "averaged": ema is not None,
+                     "schedule": self.lr_schedule.state_dict(), "averaged": ema is not None, "parts": self.parts,
                      "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}  # fmt: skip
             if not apart:
                 state["model"] = self.task.state_dict()
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             if not is_sharded(accelerator):
                 state["average"] = ema
-            torch.save(state, folder / STATE_NAME)
+            save_file(state, folder / STATE_NAME)
         own = {"random": random_state(accelerator.device), "positions": self.positions}
         if is_sharded(accelerator):
             own["average"] = ema
-        torch.save(own, folder / _process_name(accelerator.process_index))
+        save_file(own, folder / _process_name(accelerator.process_index))
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote; all processes must call it.
@@ -93,6 +95,12 @@ class RunState:
     def _load(self, folder: Path) -> None:
         accelerator = self.accelerator
         state = _read(folder / STATE_NAME)
+        for name, (recorded, options) in state.get("parts", {}).items():  # earlier versions recorded none
+            given, named = self.parts.get(name, (recorded, ""))
+            if given != recorded:
+                options, named = options or "the default", named or "the default"
+                raise CheckpointError(f"it was trained with another {name}: {recorded[:8]} of {options}, not "
+                                      f"{given[:8]} of {named}")  # fmt: skip
         if state["averaged"] != (self.ema is not None):
             raise CheckpointError(f"it was made {'with' if state['averaged'] else 'without'} --ema_decay")
         if (state["scaler"] is not None) != (accelerator.scaler is not None):

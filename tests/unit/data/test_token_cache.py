@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import threading
 
@@ -15,7 +16,8 @@ from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.folder import ImageTextFolder
 from dalle_pytorch.data.loading import BatchLoader
 from dalle_pytorch.data.token_cache import TokenCache, cache_tokens
-from dalle_pytorch.errors import FileError
+from dalle_pytorch.errors import FileError, UsageError
+from dalle_pytorch.files.lock import locked
 
 COUNT = 25
 
@@ -170,7 +172,7 @@ def test_processes_share_the_work(tmp_path, folder, archives, tiny_vae, name):
     assert sum(read.values()) == (COUNT if name == "folder" else 27) and (name == "archives" or min(read.values()) > 5)
 
 
-def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae):
+def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae, monkeypatch):
     data = ImageTextFolder(folder, 64)
     cache_tokens(tmp_path / "cache", data, tiny_vae)
     with torch.no_grad():
@@ -182,8 +184,45 @@ def test_cache_of_something_else_is_refused(tmp_path, folder, tiny_vae):
     (folder / "00.txt").write_text("a caption of another length")
     with pytest.raises(FileError, match="the image tokens of other data"):
         cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
+    (folder / "00.txt").write_text("caption 0\nother 0")
+    times = (folder / "05.txt").stat()
+    cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
+    for name, content in (("05.txt", b"caption 9\nother 5"), ("05.png", (folder / "06.png").read_bytes())):
+        before = (folder / name).read_bytes()
+        size = max(len(before), len(content))
+        (folder / name).write_bytes(content.ljust(size, b"\n"))
+        os.utime(folder / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(FileError, match="the image tokens of other data"):
+            cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
+        (folder / name).write_bytes(before)
+    monkeypatch.setattr(token_cache, "_make_parts", lambda *_: pytest.fail("made again"))
+    cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)  # times differ, contents do not
     with pytest.raises(FileError, match="not for registered data sets"):
         cache_tokens(tmp_path / "cache", open_dataset("glyphs", 64), tiny_vae)
+
+
+def test_folder_of_another_is_no_cache(tmp_path, folder, tiny_vae):
+    with pytest.raises(FileError, match="is not empty and holds no token cache"):
+        cache_tokens(folder, ImageTextFolder(folder, 64), tiny_vae)
+    cache_tokens(tmp_path / "cache", ImageTextFolder(folder, 64), tiny_vae)
+    assert not [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_two_runs_make_one_cache(tmp_path, folder, tiny_vae, monkeypatch):
+    """The second waits for the first, for a time."""
+    data, caches = ImageTextFolder(folder, 64), []
+    threads = [threading.Thread(target=lambda: caches.append(cache_tokens(tmp_path / "cache", data, tiny_vae)))
+               for _ in range(2)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [numbers(cache) for cache in caches] == [GOOD, GOOD]
+    monkeypatch.setattr(token_cache, "WAIT", 0.1)
+    with locked(tmp_path / "other", "a cache"), pytest.raises(UsageError, match="in use"):
+        cache_tokens(tmp_path / "other", data, tiny_vae)
+    with pytest.raises(FileError, match="no new image tokens"):  # the first process of the run has ended
+        cache_tokens(tmp_path / "other", data, tiny_vae, rank=1, world_size=2)
 
 
 def test_over_half_broken_stops(tmp_path, folder, tiny_vae):
@@ -204,4 +243,4 @@ def test_damaged_cache_is_refused(tmp_path, folder, tiny_vae, damage):
     path.unlink()
     with pytest.raises(FileError, match=f"{name} is missing"):
         TokenCache(tmp_path / "cache")
-    assert json.loads((tmp_path / "cache" / "key.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "cache" / "key.json").read_text())["version"] == 2

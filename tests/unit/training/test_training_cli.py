@@ -81,7 +81,7 @@ def test_file_stands_for_arguments_and_the_command_line_counts(tmp_path):
         tmp_path,
         "batch_size: 16\nlearning_rate: 3e-4\nreversible: true\nresume: false\nmuon: false\nch_mult: [1, 1, 2]\n"
         "attn_types: [full, conv_like]\nemb_condition: false\nlr_decay: true\nbf16: true\nsave_every_n_steps: 9\n"
-        "seed: -3\nvae_path:\n",
+        "seed: 3\nvae_path:\n",
     )
     arguments = parse("--batch_size", "2", "--config", path)
     assert arguments.batch_size == 2
@@ -91,7 +91,7 @@ def test_file_stands_for_arguments_and_the_command_line_counts(tmp_path):
     assert arguments.attn_types == ["full", "conv_like"]
     assert arguments.emb_condition is False
     assert (arguments.lr_decay, arguments.mixed_precision, arguments.save_every) == ("plateau", "bf16", 9)
-    assert (arguments.seed, arguments.vae_path) == (-3, None)
+    assert (arguments.seed, arguments.vae_path) == (3, None)
 
 
 @pytest.mark.parametrize(

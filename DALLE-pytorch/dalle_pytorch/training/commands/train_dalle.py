@@ -6,16 +6,17 @@ from pathlib import Path
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.settings import Settings, again, option
-from dalle_pytorch.training.settings import CaptionSettings, ImageSettings, TrainingSettings
+from dalle_pytorch.training.settings import CaptionSettings, ImageSettings, TrainingSettings, check_part_name
 
 
 @dataclass
 class ImageTokenSettings(Settings):
     title = "image tokens"
 
-    vae_path: str | None = option(None, "VAE: a native folder of train_vae.py or train_vqgan.py, or a vae.pt")
-    taming: bool = option(False, "the published VQGAN, if no other VAE is named (default: OpenAI's dVAE)")
-    vqgan_model_path: str | None = option(None, "checkpoint of a VQGAN")
+    vae_path: str | None = option(None, "VAE: a native folder of train_vae.py or train_vqgan.py, or a vae.pt",
+                                  part="VAE")  # fmt: skip
+    taming: bool = option(False, "the published VQGAN, if no other VAE is named (default: OpenAI's dVAE)", part="VAE")
+    vqgan_model_path: str | None = option(None, "checkpoint of a VQGAN", part="VAE")
     vqgan_config_path: str | None = option(None, "its model.yaml")
     cache_tokens: str | None = option(None, "keep the images' tokens in this folder; no random crops", metavar="DIR")
 
@@ -76,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = TrainDalleSettings.parse(argv)
     if settings.cache_tokens and settings.random_resize_crop_lower_ratio < 1:
         raise UsageError("--cache_tokens keeps one crop of every image: leave out --random_resize_crop_lower_ratio")
-    if Path(settings.dalle_output_file_name).name != settings.dalle_output_file_name:
-        raise UsageError("--dalle_output_file_name is the name of a folder in --output_dir, not a path")
+    check_part_name(settings.dalle_output_file_name)
     import torch
 
     from dalle_pytorch.data.datasets import open_dataset

@@ -55,7 +55,8 @@ class TrainVQGanSettings(VQGanArchitecture, ImageSettings, TrainingSettings):
     disc_num_layers: int = option(3, "2, 3, 4 layers judge patches of 34, 70, 142 pixels a side", low=1)
     disc_ch: int = option(64, "width of the discriminator's first layer", low=1)
     perceptual_weight: float = option(1.0, "weight of the perceptual loss", low=0)
-    perceptual_clip: str | None = option(None, "CLIP of the perceptual loss (default: no such loss)", metavar="PATH")
+    perceptual_clip: str | None = option(None, "CLIP of the perceptual loss (default: no such loss)", metavar="PATH",
+                                         part="CLIP")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,10 @@ class TrainingTask(nn.Module, ABC):
         """The trained networks, by the names of their folders in `output_dir`."""
         return {}
 
+    def fixed_parts(self) -> dict[str, str]:
+        """Fingerprints of what the training uses and does not train, by name; it is resumed with the same only."""
+        return {}
+
     def write_companions(self, folder: Path) -> None:
         """Writes into a native folder what belongs beside the weights, such as a tokenizer."""
 
@@ -58,5 +61,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     An encoding that such a file cannot hold is left out: CLIP's, which is the default where there is no file.
     """
-    with suppress(ValueError):
+    try:
         tokenizer.save(folder / TOKENIZER_NAME)
+    except ValueError:
+        (folder / TOKENIZER_NAME).unlink(missing_ok=True)  # of an earlier training

@@ -43,6 +43,9 @@ class ClipTask(TrainingTask):
         accuracy = (by_image.argmax(1) == partner).float().mean()
         return loss, {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
 
+    def fixed_parts(self) -> dict[str, str]:
+        return {} if self.clip.tokenizer is None else {"tokenizer": self.clip.tokenizer.fingerprint()}
+
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"clip": self.clip}
 

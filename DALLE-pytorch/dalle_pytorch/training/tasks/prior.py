@@ -50,6 +50,9 @@ class DalleTask(TrainingTask):
     def _text(self, captions: list[str], device: torch.device) -> Tensor:
         return self.tokenizer.tokenize(captions, self.dalle.text_seq_len, truncate_text=True).to(device)
 
+    def fixed_parts(self) -> dict[str, str]:
+        return {"VAE": self.dalle.vae.fingerprint(), "tokenizer": self.tokenizer.fingerprint()}
+
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {self.name: self.dalle}
 

@@ -90,6 +90,9 @@ class VQGanTask(TrainingTask):
         self.step += 1
         return loss, metrics
 
+    def fixed_parts(self) -> dict[str, str]:
+        return {"CLIP": self.perceptual.clip.fingerprint()} if self.perceptual else {}
+
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"vae": self.vae}
 
