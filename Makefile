@@ -1,6 +1,6 @@
 # `make demo` shows the system at work, `make test` runs the tests, `make test-all` the slow ones too, `make lint` checks
-# style and types, `make breakages` looks for faults that the tests do not notice, `make quality` measures how well the
-# embedded model draws. All set up .venv first.
+# style and types, `make faults` tries hostile inputs, `make breakages` looks for faults that the tests do not notice,
+# `make quality` measures how well the embedded model draws. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 PROMPT ?= a red seven to the left of a blue star on brick
 
-.PHONY: demo test test-all breakages lint quality clean
+.PHONY: demo test test-all faults breakages lint quality clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -21,6 +21,9 @@ test: $(VENV)/.installed-test
 test-all: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(PYTEST)
+
+faults: $(VENV)/.installed-test
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN) -m faults
 
 breakages: $(VENV)/.installed-test
 	$(RUN) tests/breakages.py
