@@ -93,6 +93,7 @@ class Model:
 
     def __init__(self, parts: Parts, folder: Path | None = None, device: torch.device | str | None = None):
         self.parts, self.folder = parts, folder
+        self._fingerprints: dict[str, str] = {}
         self.device = pick_device(None if device is None else str(device))
 
     @classmethod
@@ -116,6 +117,13 @@ class Model:
         for name in names:
             getattr(self, name)
         return self
+
+    def fingerprints(self, *names: str) -> dict[str, str]:
+        """Hashes of the content of these parts."""
+        for name in names:
+            if name not in self._fingerprints:
+                self._fingerprints[name] = getattr(self, name).fingerprint()
+        return {name: self._fingerprints[name] for name in names}
 
     @cached_property
     def prior(self) -> Prior:

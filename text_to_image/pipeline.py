@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,16 @@ class TextToImage:
             seed=seed, init_image_tokens=init_image_tokens, settings=self.sampling(**sampling), progress=on_token,
         )  # fmt: skip
         return Result([ResultImage(c.index, c.tokens, c.image, c.score) for c in candidates], prompt)
+
+    def made_with(self, prompt: str, num_images: int, *, keep: int | None, rank: bool, seed: int,
+                  init_image_tokens: Tensor | None = None, **sampling: float | None) -> dict[str, Any]:  # fmt: skip
+        """What decides the images of `generate`, ready for JSON; models by a hash of their content."""
+        first = None if init_image_tokens is None else init_image_tokens.tolist()
+        return {
+            "prompt": prompt, "seed": seed, "num_images": num_images, "keep": keep, "ranked": rank,
+            "sampling": asdict(self.sampling(**sampling)), "init_image_tokens": first,
+            "models": self.model.fingerprints("prior", "tokenizer", *(["scorer"] if rank else [])),
+        }  # fmt: skip
 
     def complete_prompt(self, prompt: str, *, seed: int = 0, **sampling: float | None) -> str:
         """The prompt as the prior continues it; `sampling` as in `generate`."""

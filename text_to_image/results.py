@@ -6,23 +6,29 @@ import base64
 import errno
 import html
 import io
+import json
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import FileError, UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, resize, save_image, tensor_to_image
+from dalle_pytorch.files.lock import locked
 from dalle_pytorch.files.text import decode_text, one_line
-from dalle_pytorch.files.tokens import save_tokens
+from dalle_pytorch.files.tokens import load_tokens, save_tokens
 from text_to_image.inputs import CAPTION_NAME
 
+SETTINGS_NAME = "settings.json"  # what the images of a folder were made with
+STALE_NAME, NEW_NAME = "stale", ".new"  # folders in it
 LARGEST_GRID = 64  # images on grid.png
 LARGEST_COMPARISON = 16  # rows of before_after.png
 
@@ -90,13 +96,34 @@ class Result(Sequence[ResultImage]):
         self.write(folder, tokens)
         return folder
 
-    def write(self, folder: Path, tokens: bool = True) -> None:
+    def write(self, folder: Path, tokens: bool = True, made_with: Mapping[str, Any] | None = None) -> list[str]:
         """Writes `<rank>.png`, with the score in the name, `<rank>.npy` with `tokens`, and `grid.png`; of upscaled
-        images `<rank>-upscaled.png` and `before_after.png`. Removes what an earlier result left under such names."""
-        written = set()
+        images `<rank>-upscaled.png` and `before_after.png`; last `settings.json` with `made_with`, see `is_finished`.
+
+        All is written before the images of an earlier result are removed, so that there is never a mixture of both.
+        Its tokens and upscaled images stay where the tokens of that rank are the same, and otherwise go to `stale/`:
+        their names are returned. Raises `UsageError` if another process writes there for a minute.
+        """
+        with locked(folder, "images being written", wait=60):
+            new = folder / NEW_NAME
+            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+            try:
+                self._write_files(new, tokens)
+                (folder / SETTINGS_NAME).unlink(missing_ok=True)
+                names = sorted(path.name for path in new.iterdir())
+                stale = self._set_aside(folder)
+                for name in names:
+                    (new / name).replace(folder / name)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+            if made_with is not None:
+                content = json.dumps({**made_with, "files": names}, indent=2, ensure_ascii=False)
+                write_text(folder / SETTINGS_NAME, content + "\n")
+        return stale
+
+    def _write_files(self, folder: Path, tokens: bool) -> None:
         for rank, image in enumerate(self):
             score = "" if image.score is None else f"-{image.score:.4f}"
-            written |= {f"{rank}{score}.png", f"{rank}.npy"} if tokens else {f"{rank}{score}.png"}
             save_image(folder / f"{rank}{score}.png", image.pixels)
             if tokens:
                 save_tokens(folder / f"{rank}.npy", image.tokens)
@@ -105,9 +132,22 @@ class Result(Sequence[ResultImage]):
         save_image(folder / "grid.png", contact_sheet([image.pixels for image in self[:LARGEST_GRID]]))
         if any(image.upscaled_pixels for image in self):
             save_image(folder / "before_after.png", self.grid())
-        for path in folder.iterdir():
-            if re.fullmatch(r"\d+(--?\d\.\d+)?\.png|\d+\.npy", path.name) and path.name not in written:
-                path.unlink()
+
+    def _set_aside(self, folder: Path) -> list[str]:
+        """Removes the images of an earlier result, and moves what belongs to other tokens to `stale/`."""
+        same = {str(rank) for rank, image in enumerate(self) if _holds(folder / f"{rank}.npy", image.tokens)}
+        stale = []
+        for name in sorted(path.name for path in folder.iterdir()):
+            if re.fullmatch(r"\d+(--?\d\.\d+)?\.png|grid\.png", name):
+                (folder / name).unlink()
+            elif (found := re.fullmatch(r"(\d+)(\.npy|-upscaled.*\.png)", name)) and found[1] not in same:
+                stale.append(name)
+        if any(name.endswith(".png") for name in stale) and (folder / "before_after.png").exists():
+            stale.append("before_after.png")
+        for name in stale:
+            (folder / STALE_NAME).mkdir(exist_ok=True)
+            (folder / name).replace(folder / STALE_NAME / name)
+        return stale
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
@@ -116,6 +156,25 @@ class Result(Sequence[ResultImage]):
         scores = ", ".join(f"{image.score:.4f}" for image in self if image.score is not None)
         caption = html.escape(self.prompt or "") + (f" ({scores})" if scores else "")
         return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def is_finished(folder: Path, made_with: Mapping[str, Any], tokens: bool) -> bool:
+    """Whether `folder` has all images, with their `tokens`, of a result that was made with exactly this."""
+    try:
+        found = json.loads((folder / SETTINGS_NAME).read_text("utf-8"))
+        files = found.pop("files")
+        has_tokens = any(name.endswith(".npy") for name in files)
+        return found == made_with and has_tokens >= tokens and all((folder / name).is_file() for name in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _holds(path: Path, tokens: Tensor) -> bool:
+    """Whether a file has these tokens."""
+    try:
+        return path.is_file() and torch.equal(load_tokens(path, 2**31), tokens.cpu().flatten())
+    except FileError:
+        return False
 
 
 def upscaled_name(stem: str | int, number: int) -> str:
@@ -135,18 +194,26 @@ def safe_name(prompt: str, longest: int = 80) -> str:
     return f"{name}_" if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", name, re.IGNORECASE) else name
 
 
-def claim_folder(outputs_dir: Path, prompt: str) -> Path:
-    """The folder of a prompt: the one that is already its own, or one that no other prompt has."""
+def find_folder(outputs_dir: Path, prompt: str) -> Path:
+    """The folder of a prompt: the one that is already its own, or the name of one that no other prompt has."""
     name, prompt = safe_name(prompt), one_line(prompt)
     for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
         folder = outputs_dir / f"{name}{suffix}"
         caption = folder / CAPTION_NAME
         if not folder.exists():
-            write_text(caption, prompt + "\n")
             return folder
         if caption.is_file() and one_line(decode_text(caption.read_bytes(), errors="replace")) == prompt:
             return folder
     raise UsageError(f"{outputs_dir} has too many folders named {name}")
+
+
+def claim_folder(outputs_dir: Path, prompt: str) -> Path:
+    """`find_folder`, made and marked as the prompt's own."""
+    with locked(outputs_dir, "folders being made", wait=60):
+        folder = find_folder(outputs_dir, prompt)
+        if not folder.exists():
+            write_text(folder / CAPTION_NAME, one_line(prompt) + "\n")
+    return folder
 
 
 def make_writable(folder: Path) -> Path:

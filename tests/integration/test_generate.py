@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files import atomic, images
 from dalle_pytorch.files.tokens import load_tokens
-from text_to_image import model
+from text_to_image import TextToImage, model, results
 
 
 @pytest.fixture
@@ -63,13 +64,19 @@ def test_scores_are_the_cosine_of_clip(command, tiny_bundle):
 
 
 def test_unsorted_names_and_keep(command):
-    assert names(command("--keep", 2) / "a_red_seven_on_brick") == ["0.png", "1.png", "caption.txt", "grid.png"]
+    assert names(command("--keep", 2) / "a_red_seven_on_brick") == [
+        "0.png",
+        "1.png",
+        "caption.txt",
+        "grid.png",
+        "settings.json",
+    ]
 
 
 def test_keep_writes_the_best(command):
     every = names(command("--clip_sort") / "a_red_seven_on_brick")
     best = names(command("--clip_sort", "--keep", 2) / "a_red_seven_on_brick")
-    assert set(best) < set(every) and len(best) == 4  # what the first run left under other numbers is gone
+    assert set(best) < set(every) and len(best) == 5  # what the first run left under other numbers is gone
 
 
 def test_sampling_json_of_the_model_is_the_default(tiny_bundle, tmp_path, monkeypatch):
@@ -108,6 +115,89 @@ def test_two_prompts_and_two_that_share_a_folder_name(command):
 def test_prompts_from_a_file(command, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n\na blue star\n")
     assert names(command("--prompts", tmp_path / "prompts.txt", text=None)) == ["a_blue_star", "a_red_seven"]
+
+
+def test_prompts_go_on_where_they_were(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a red seven\na blue star\na green heart\n")
+    drawn, generated = [], TextToImage.generate
+
+    def until(count):
+        def generate(pipe, prompt, *args, **options):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(prompt)
+            return generated(pipe, prompt, *args, **options)
+
+        drawn.clear()
+        monkeypatch.setattr(TextToImage, "generate", generate)
+
+    def run(*options):
+        command("--prompts", tmp_path / "prompts.txt", *options, text=None)
+        return list(drawn)
+
+    until(2)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output_npy")
+    until(9)
+    assert run("--output_npy") == ["a green heart"]
+    until(9)
+    assert run() == []  # the tokens that are there too are no reason to draw
+    assert capsys.readouterr().out.count("finished before; --overwrite draws it again") == 5
+    (tmp_path / "out/a_red_seven/0.png").unlink()
+    assert run("--output_npy") == ["a red seven"]
+    for options in ({"--seed": 1}, {"--seed": 1, "--keep": 3}, {"--seed": 1, "--keep": 3, "--temperature": 0.5}):
+        until(9)
+        assert len(run(*(text for option in options.items() for text in option))) == 3
+    until(9)
+    assert len(run("--seed", 1, "--keep", 3, "--temperature", 0.5, "--overwrite")) == 3
+
+
+def test_a_second_result_leaves_no_mixture(command, capsys):
+    folder = command("--output_npy") / "a_red_seven_on_brick"
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("0-upscaled.png", "1-upscaled-2.png", "before_after.png", "notes.txt", "stale.png"):
+        (folder / name).write_text("mine")
+    command("--num_images", 3)  # the same tokens: nothing of them is lost
+    assert (folder / "0.npy").read_bytes() == first["0.npy"] and not (folder / "3.png").exists()
+    assert (folder / "0-upscaled.png").exists() and names(folder / "stale") == ["3.npy", "4.npy"]
+    command("--seed", 1)
+    assert not list(folder.glob("*.npy")) and not list(folder.glob("*-upscaled*")) and not list(folder.glob(".*"))
+    assert (folder / "stale/0.npy").read_bytes() == first["0.npy"] and (folder / "notes.txt").exists()
+    gone = ["0-upscaled.png", "0.npy", "1-upscaled-2.png", "1.npy", "2.npy", "3.npy", "4.npy", "before_after.png"]
+    assert names(folder / "stale") == gone
+    assert "moved to stale/, as they belong to other tokens: 0-upscaled.png, 0.npy" in capsys.readouterr().out
+
+
+def test_a_killed_second_result_leaves_the_first(command, monkeypatch):
+    folder = command("--output_npy") / "a_red_seven_on_brick"
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save, saved = results.save_tokens, []
+
+    def killed(path, tokens):
+        save(path, tokens)
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "save_tokens", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command("--output_npy", "--seed", 1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_the_same_prompt_in_two_processes(tmp_path, command, tiny_bundle):
+    """Threads, each with a lock of its own: every file is of one of the two results."""
+    pipe = TextToImage.from_pretrained(prior=str(tiny_bundle / "dalle"), device="cpu")
+    drawn = [pipe.generate("a red seven", 3, rank=False, seed=seed) for seed in (0, 1)]
+    threads = [threading.Thread(target=result.save, args=(tmp_path / "out",)) for result in drawn * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (folder,) = (tmp_path / "out").iterdir()
+    tokens = [load_tokens(folder / f"{rank}.npy", 32) for rank in range(3)]
+    assert any(all(map(torch.equal, tokens, [image.tokens for image in result])) for result in drawn)
+    assert {"0.png", "1.png", "2.png", "grid.png", "caption.txt"} <= set(names(folder))
 
 
 @pytest.mark.parametrize("text", ["../../evil", "/etc/passwd", "a\0b", "🐟🐟", "x" * 10_000, "a" + "/" * 300 + "b"])

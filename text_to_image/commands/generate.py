@@ -41,6 +41,7 @@ class _Output(Settings):
     outputs_dir: Path = option(Path("outputs"), "a folder per prompt is made here")
     clip_sort: bool = option(False, "rank with CLIP, best first; the score is in the file name")
     keep: int | None = option(None, "write only the best K", low=1, metavar="K")
+    overwrite: bool = option(False, "draw those of --prompts again that are finished, with the same settings")
     output_npy: bool = option(False, "write each image's tokens beside it, for upscale.py")
 
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     from text_to_image.commands.progress import ProgressBar
     from text_to_image.pipeline import TextToImage
-    from text_to_image.results import claim_folder
+    from text_to_image.results import claim_folder, find_folder, is_finished, make_writable
 
     pipe = TextToImage.from_pretrained(
         device=settings.device, prior=settings.dalle_path, vae=settings.vqgan_model_path,
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     sampling = {name: vars(settings)[name] for name in ("top_k", "top_p", "temperature", "cond_scale")}
     init_image = settings.image and pipe.encode_init_image(settings.image, settings.num_init_img_tokens)
 
+    make_writable(settings.outputs_dir)
     folders = []
     for prompt in prompts:
         if settings.gentxt:
@@ -103,14 +105,22 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         if lost := pipe.model.prior.lost_text(prompt):
             print(f"warning: this model does not read beyond {pipe.model.prior.text_seq_len} tokens; left out: "
                   f"{shorten(lost, 200)}", file=sys.stderr)  # fmt: skip
-        folder = claim_folder(settings.outputs_dir, prompt)
+        made_with = pipe.made_with(prompt, settings.num_images, keep=settings.keep, rank=settings.clip_sort,
+                                   seed=settings.seed, init_image_tokens=init_image, **sampling)  # fmt: skip
+        folder = find_folder(settings.outputs_dir, prompt)
+        if settings.prompts and not settings.overwrite and is_finished(folder, made_with, settings.output_npy):
+            print(f"{folder}: finished before; --overwrite draws it again")
+            folders.append(folder)
+            continue
         started = time.monotonic()
         with ProgressBar(prompt[:40], "token") as bar:
             result = pipe.generate(
                 prompt, settings.num_images, keep=settings.keep, rank=settings.clip_sort, seed=settings.seed,
                 batch_size=settings.batch_size, init_image=init_image, progress=bar, **sampling,
             )  # fmt: skip
-        result.write(folder, tokens=settings.output_npy)
+        folder = claim_folder(settings.outputs_dir, prompt)
+        if stale := result.write(folder, tokens=settings.output_npy, made_with=made_with):
+            print(f"{folder}: moved to stale/, as they belong to other tokens: {shorten(', '.join(stale), 200)}")
         seconds = time.monotonic() - started
         best = "" if result[0].score is None else f", best score {result[0].score:.4f}"
         print(f"{folder}: kept {len(result)} of {settings.num_images} candidates in {seconds:.1f} s{best}")

@@ -30,8 +30,8 @@ KEPT_NAMES = (
 def check_part_name(name: str) -> str:
     """The name of a trained network's folder in `output_dir`. Raises `UsageError` for one that cannot be that."""
     if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name) or name.lower() in KEPT_NAMES or len(name.encode()) > 200:
-        raise UsageError(f"--dalle_output_file_name is the name of a folder in --output_dir, without slashes or leading "
-                         f"dots, and none of {', '.join(KEPT_NAMES)}; got {name[:80]!r}")  # fmt: skip
+        raise UsageError(f"--dalle_output_file_name is the name of a folder in --output_dir, without slashes and "
+                         f"leading dots, and none of {', '.join(KEPT_NAMES)}; got {name[:80]!r}")  # fmt: skip
     return name
 
 
