@@ -30,6 +30,8 @@ from text_to_image.inputs import clean_prompt
 from text_to_image.model import Model, Source
 from text_to_image.results import Result, ResultImage
 
+LARGEST_PROMPT = 2048  # longer side of an image as a prompt, in pixels: CLIP sees it smaller still
+
 ImageInput = Image.Image | Source  # an image, or the path of one
 Progress = Callable[[int, int], object]  # called with what is done, and with all that is to do
 
@@ -253,7 +255,7 @@ class TextToImage:
         scale = self.model.clip_guidance_scale if clip_guidance_scale is None else clip_guidance_scale
         if scale is not None:
             options["clip_guidance_scale"] = scale
-        images = [(image_to_tensor(_open(image))[0], weight) for image, weight in image_prompts]
+        images = [(image_to_tensor(_reduced(read_image(image)))[0], weight) for image, weight in image_prompts]
         prompts = [(prompts, 1.0)] if isinstance(prompts, str) else prompts
         return ClipGuidance(self.model.scorer, prompts, images, **options)
 
@@ -285,7 +287,7 @@ class TextToImage:
 
 def encode_image(vae: ImageTokenizer, image: ImageInput, side: int) -> Tensor:
     """The tokens (side²,) of the centre square of an image."""
-    pixels = image_to_tensor(_open(image), side * 2**vae.num_layers)
+    pixels = image_to_tensor(read_image(image), side * 2**vae.num_layers)
     return vae.get_codebook_indices(pixels.to(vae.device))[0]
 
 
@@ -298,5 +300,8 @@ def check_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
     return tokens
 
 
-def _open(image: ImageInput) -> Image.Image:
-    return image if isinstance(image, Image.Image) else read_image(image)
+def _reduced(image: Image.Image) -> Image.Image:
+    """An image of at most `LARGEST_PROMPT` pixels a side, in proportion."""
+    image = image.copy()
+    image.thumbnail((LARGEST_PROMPT, LARGEST_PROMPT))
+    return image

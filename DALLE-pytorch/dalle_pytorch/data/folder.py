@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_pytorch.data.loading import BrokenSample, SampleDataset, describe_skipped
 from dalle_pytorch.data.samples import CaptionProblem, load_image, pick_caption, read_captions
 from dalle_pytorch.errors import FileError
-from dalle_pytorch.files.images import image_formats
+from dalle_pytorch.files.images import FORMATS
 
 
 class ImageTextFolder(SampleDataset):
@@ -22,7 +22,7 @@ class ImageTextFolder(SampleDataset):
     dicts of `image` (3, resolution, resolution) uint8 and `caption`.
 
     Args:
-        folder: of files in any format that Pillow reads; hidden ones are ignored.
+        folder: of files in the formats of `dalle_pytorch.files.images`; hidden ones are ignored.
         resolution: side of the squares, in pixels.
         captions: False includes images without texts; samples then have no caption.
         crop_ratio: the least share of the centre square that a random crop keeps; 1 keeps all of it.
@@ -105,13 +105,12 @@ class ImageTextFolder(SampleDataset):
 def _list_files(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     """Images and texts below `folder`, sorted, as paths from there."""
     images, texts = [], []
-    suffixes = image_formats()
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(place, folder)
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or not (suffix == ".txt" or suffix in suffixes):
+            if name.startswith(".") or not (suffix == ".txt" or suffix in FORMATS):
                 continue
             (texts if suffix == ".txt" else images).append(os.path.normpath(os.path.join(below, name)))
     return sorted(images), sorted(texts)

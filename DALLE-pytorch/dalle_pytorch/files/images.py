@@ -1,78 +1,149 @@
 """Images on disk and in memory: Pillow on one side, tensors in [0, 1] on the other."""
 
-import functools
 import io
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.atomic import write_bytes
+from dalle_pytorch.files.metadata import without_metadata
 
+#: the formats that are read, by file suffix; none of their readers starts a program, as PostScript's does
+FORMATS = {
+    **dict.fromkeys((".png", ".apng"), "PNG"), **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
+    ".webp": "WEBP", ".avif": "AVIF", ".gif": "GIF", **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"), **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "PPM"),
+    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"), "JPEG2000"),
+}  # fmt: skip
+LARGEST_FILE = 2**30  # bytes
+LARGEST_IMAGE = 64_000_000  # pixels, after a JPEG is decoded at a fraction of its size: 1.5 GiB in the worst format
+DRAFT_SIDE = 4096  # what is left at least of the shorter side of a JPEG that is larger
+LONGEST_SIDE = 65_535  # as in JPEG: memory grows with the number of rows too
+LARGEST_JPEG = 2**35  # pixels × scans: each scan of a progressive one goes over all pixels
 
-@functools.cache
-def image_formats() -> dict[str, str]:
-    """Pillow's formats by file suffix, `.png` to `PNG`, without PostScript, which Pillow reads by Ghostscript."""
-    return {
-        suffix: name
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in ("EPS", "PDF")
-    }
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def decode_image(
     source: str | os.PathLike | bytes, *, transparent: bool = False, min_side: int | None = None
 ) -> Image.Image:
-    """An image file, or its bytes, as RGB over white, or with `transparent` as RGBA.
+    """An image file, or its bytes, as RGB over white, or with `transparent` as RGBA; of an animation its first frame.
 
-    The format is recognised by content, from a closed list. EXIF orientation is applied. A JPEG may be decoded at a
-    half, quarter or eighth of its size that is still at least `min_side`.
+    The format is recognised by content, out of `FORMATS`. EXIF orientation is applied; other metadata, damaged ones
+    too, are ignored. A JPEG may be decoded at a half, quarter or eighth of its size that is still at least `min_side`.
 
-    Raises `FileError`, whose message is only the reason, also for images so large that Pillow suspects a
-    decompression bomb.
+    Raises `FileError`, whose message is only the reason, also for images that are too large, before they are decoded.
     """
+    try:
+        data = source if isinstance(source, bytes) else _read(source)
+    except OSError as error:
+        raise FileError(error.strerror or str(error)) from None
+    try:
+        return _decode(data, transparent, min_side)
+    except FileError as error:
+        try:
+            bare = without_metadata(data)
+        except struct.error:
+            raise error from None
+        if bare == data:
+            raise
+        return _decode(bare, transparent, min_side)
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise FileError(f"over {LARGEST_FILE >> 20} MiB")
+    return data
+
+
+def _decode(data: bytes, transparent: bool, min_side: int | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=sorted(set(image_formats().values()))) as image:
-                if min_side is not None:
-                    image.draft(None, (min_side, min_side))
-                ImageOps.exif_transpose(image, in_place=True)
-                return _convert(image, transparent)
-    except MemoryError:
+            with Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
+                pixels = image.width * image.height
+                if min_side is not None or pixels > LARGEST_IMAGE:
+                    side = min_side or DRAFT_SIDE
+                    image.draft(None, (side, side))
+                if image.width * image.height > LARGEST_IMAGE or max(image.size) > LONGEST_SIDE:
+                    raise FileError(f"{image.width}×{image.height} pixels, expected at most {LARGEST_IMAGE} and sides "
+                                    f"of {LONGEST_SIDE}")  # fmt: skip
+                if image.format in ("JPEG", "MPO") and pixels * data.count(b"\xff\xda") > LARGEST_JPEG:
+                    raise FileError("too many scans for its size")
+                return convert(image, transparent)
+    except (FileError, MemoryError):
         raise
+    except UnidentifiedImageError:
+        known = ", ".join(sorted(set(FORMATS.values())))
+        raise FileError(f"unknown format, or a kind of pixels that is not read; expected one of {known}") from None
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise FileError(
-            "unknown format" if isinstance(error, UnidentifiedImageError) else str(reason or error)
-        ) from None
+        raise FileError(str(error) or type(error).__name__) from None
 
 
-def _convert(image: Image.Image, transparent: bool) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow's own conversion clips at 255.
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if not transparent and not has_alpha:
+def convert(image: Image.Image, transparent: bool = False) -> Image.Image:
+    """An image of any kind of pixels, turned as its EXIF says, as RGB over white, or with `transparent` as RGBA."""
+    image.load()  # a TIFF is turned by this
+    image = _upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "LAB":
+        image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
+                                          outputMode="RGB") or image  # fmt: skip
+    if not transparent and not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    if image.mode != "RGBA":
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return image if transparent else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file as RGB over white, see `decode_image`. Raises `FileError`."""
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return decode_image(path)
+        turn = _TURNED.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # metadata can be absent, and hold anything
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, which Pillow's own conversion clips at 255, as 8 bits.
+
+    White is 65535 for integers, 1 or 255 for floating-point numbers: the least of these that is no less than the
+    largest pixel, or else that pixel.
+    """
+    pixels = np.array(image, np.float32)
+    if image.mode == "F":
+        np.nan_to_num(pixels, copy=False, posinf=0)
+    largest = float(pixels.max())
+    white = next((white for white in ((1, 255, 65535) if image.mode == "F" else (65535,)) if white >= largest), largest)
+    key = image.info.get("transparency")
+    alpha = None if key is None else Image.fromarray(np.where(pixels == key, 0, 255).astype(np.uint8))
+    pixels = np.multiply(pixels, 255 / white, out=pixels).round(out=pixels).clip(0, 255, out=pixels)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    return image if alpha is None else Image.merge("LA", (image, alpha))
+
+
+def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """An image, or the one in a file, as RGB over white, see `decode_image`. Raises `FileError`."""
+    if isinstance(image, Image.Image):
+        return convert(image)
+    try:
+        return decode_image(image)
     except FileError as error:
-        raise FileError(f"cannot read image {path}: {error}") from None
+        raise FileError(f"cannot read image {image}: {error}") from None
 
 
 def image_to_tensor(image: Image.Image, size: int | None = None) -> Tensor:
