@@ -22,11 +22,15 @@ def open_any(
     vae_path: str | None = None,
     model_size: int | None = None,
     unet_flags: Mapping[str, Any] | None = None,
+    **prior_options: Any,
 ) -> PretrainedModel:
-    """Whatever model the file, folder or hub name holds; a U-Net with its VAE is a `DiffusionDecoder`."""
+    """Whatever model the file, folder or hub name holds; a U-Net with its VAE is a `DiffusionDecoder`.
+
+    `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
+    """
     vae = load_vae(vae_path, vqgan_config_path=vqgan_config_path) if vae_path else None
     try:
-        return open_published(path, vqgan_config_path, vae)
+        return open_published(path, vqgan_config_path, vae, **prior_options)
     except UnknownFormatError as error:
         if "time_embed.0.weight" not in error.entries:
             raise

@@ -49,7 +49,10 @@ class Parts:
     """Parts in place of those of a model folder: paths, hub names, or the objects themselves.
 
     Attributes:
-        prior: a native folder, or a `dalle.pt` of DALLE-pytorch.
+        prior: a native folder, a `dalle.pt` of DALLE-pytorch, a folder of min-dalle's or minDALL-E's; or "min-dalle",
+            "min-dalle-mega" or "mindall-e", which are downloaded.
+        prior_flags: what the files of `prior` do not tell, or is to be another, see `open_published_prior`.
+        low_memory: the prior holds its text encoder, where it has one, for a prompt's pass only.
         vae: the image tokenizer, in place of the one that an opened prior or decoder names.
         vqgan_config_path: the `model.yaml` of a VQGAN in `vae`.
         taming: the published VQGAN that fits the prior, in place of the one that it names.
@@ -67,6 +70,8 @@ class Parts:
     """
 
     prior: Prior | Source | None = None
+    prior_flags: Mapping[str, Any] = field(default_factory=dict)
+    low_memory: bool = False
     vae: ImageTokenizer | Source | None = None
     vqgan_config_path: Source | None = None
     taming: bool = False
@@ -132,7 +137,9 @@ class Model:
         if isinstance(given, Prior):
             prior = given.to(self.device)
         else:
-            prior = self._frozen(load_prior(self._source(given, "dalle", "prior"), self.vae, parts.taming))
+            source = self._source(given, "dalle", "prior")
+            options = {"device": self.device, "low_memory": parts.low_memory, **parts.prior_flags}
+            prior = self._frozen(load_prior(source, self.vae, parts.taming, **options))
         if isinstance(parts.tokenizer, Tokenizer):
             prior.tokenizer = parts.tokenizer
         elif parts.tokenizer is not None or parts.chinese or prior.tokenizer is None:

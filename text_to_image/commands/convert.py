@@ -18,6 +18,7 @@ class ConvertSettings(Settings):
     python convert.py dalle.pt                       says what it is
     python convert.py last.ckpt models/vqgan         writes the native folder too
     python convert.py encoder.pkl models/dvae        decoder.pkl is taken from beside it
+    python convert.py min-dalle models/mini          downloads DALL·E mini; so do min-dalle-mega and mindall-e
     python convert.py bpe.model models/mine          writes tokenizer.json
     """
 
@@ -28,6 +29,8 @@ class ConvertSettings(Settings):
     vqgan_config_path: str | None = option(None, "a VQGAN's model.yaml, if it is not beside it", metavar="FILE")
     vae_path: str | None = option(None, "the VAE of a prior or a U-Net: a native folder or a published file",
                                   metavar="PATH")  # fmt: skip
+    prior_flags: list = option([], "heads=16 for min-dalle and minDALL-E of unpublished sizes", kind=name_value, nargs="+",
+                               metavar="NAME=VALUE")  # fmt: skip
     model_size: int | None = option(None, "which published settings a U-Net has", choices=(64, 128, 256))
     unet_flags: list = option([], "guided-diffusion's flags for a U-Net, such as num_head_channels=64",
                               kind=name_value, nargs="+", metavar="NAME=VALUE")  # fmt: skip
@@ -53,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.folder is not None:
             print(f"written to {write_tokenizer(tokenizer, path, settings.folder)}")
         return
+    dtype = getattr(torch, settings.dtype)
     model = open_any(
-        settings.file, settings.vqgan_config_path, settings.vae_path, settings.model_size, dict(settings.unet_flags)
-    )
+        settings.file, settings.vqgan_config_path, settings.vae_path, settings.model_size, dict(settings.unet_flags),
+        dtype=dtype, **dict(settings.prior_flags),
+    )  # fmt: skip
     print(f"{settings.file}:", *describe(model, "  "), sep="\n")
     if settings.folder is not None:
-        model.save_pretrained(settings.folder, dtype=getattr(torch, settings.dtype))
+        model.save_pretrained(settings.folder, dtype=dtype)
         print(f"written to {settings.folder}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from dalle_pytorch.errors import UsageError, shorten
-from dalle_pytorch.settings import Settings, option
+from dalle_pytorch.settings import Settings, name_value, option
 from text_to_image.inputs import read_prompts
 
 
@@ -48,7 +48,11 @@ class _Output(Settings):
 @dataclass
 class _Models(Settings):
     title: ClassVar[str] = "models (without these, the default model)"
-    dalle_path: str | None = option(None, "a native folder or a dalle.pt")
+    dalle_path: str | None = option(None, "a native folder, a dalle.pt, or min-dalle, min-dalle-mega or mindall-e")
+    prior_flags: list = option([], "what the files of --dalle_path do not tell, such as heads=16; start_token=pypi for "
+                                   "the pictures of min-dalle on PyPI", kind=name_value, nargs="+",
+                               metavar="NAME=VALUE")  # fmt: skip
+    low_memory: bool = option(False, "release the prior's text encoder after each prompt")
     vqgan_model_path: str | None = option(None, "a VQGAN in place of the one that the prior names")
     vqgan_config_path: str | None = option(None, "its model.yaml")
     taming: bool = option(False, "the published VQGAN in place of the one that the prior names")
@@ -85,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     from text_to_image.results import claim_folder, find_folder, is_finished, make_writable
 
     pipe = TextToImage.from_pretrained(
-        device=settings.device, prior=settings.dalle_path, vae=settings.vqgan_model_path,
+        device=settings.device, prior=settings.dalle_path, low_memory=settings.low_memory,
+        prior_flags=dict(settings.prior_flags), vae=settings.vqgan_model_path,
         vqgan_config_path=settings.vqgan_config_path, taming=settings.taming, tokenizer=settings.bpe_path,
         hug=settings.hug, chinese=settings.chinese, scorer=settings.clip_path,
     )  # fmt: skip

@@ -1,32 +1,60 @@
 """Published files that are the defaults of paths, downloaded once to `~/.cache/dalle`."""
 
+import gzip
 import hashlib
 import http.client
 import logging
 import os
 import re
 import shutil
+import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.atomic import atomic_write
 
 TIMEOUT = 30  # seconds without a byte
 ATTEMPTS = 4  # consecutive connections without new bytes
 CHUNK = 2**20
+LARGE = 2**30  # bytes from which on size and terms are said before a download
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PublicFile:
-    """A file that a project publishes: its name in the cache, its address, and the SHA-256 of its content if known."""
+    """A file that a project publishes.
+
+    Attributes:
+        name: its path in the cache.
+        url: its address.
+        sha256, md5: hashes of its content, if known. A SHA-256 that Hugging Face's hub sends with it is checked too.
+        terms: license and size of the model that it is a part of.
+    """
 
     name: str
     url: str
     sha256: str | None = None
+    md5: str | None = None
+    terms: str = ""
+
+
+@dataclass(frozen=True)
+class PublicFolder:
+    """A model that a project publishes as several files, or as a `.tar.gz` of them."""
+
+    name: str
+    files: tuple[PublicFile, ...] = ()
+    archive: PublicFile | None = None
+    members: tuple[str, ...] = ()  # of the archive
+    optional: tuple[str, ...] = ()  # members that may be missing
 
 
 # Named as in DALLE-pytorch, to share its downloads.
@@ -63,6 +91,33 @@ CLIPS = {
 }
 
 
+def _min_dalle(terms: str, *names: str) -> PublicFolder:
+    address = "https://huggingface.co/kuprel/min-dalle/resolve/main/"
+    files = (PublicFile(f"min-dalle/{name}", address + name, terms=terms) for name in (*names, "detoker.pt"))
+    return PublicFolder("min-dalle", tuple(files))
+
+
+#: the priors by their names on a command line. Sizes are computed from the shapes.
+PRIORS = {
+    "min-dalle": _min_dalle("DALL·E mini: 1.0 GiB in all, MIT license", "vocab_mini.json", "merges_mini.txt",
+                            "encoder_mini.pt", "decoder_mini.pt"),
+    "min-dalle-mega": _min_dalle("DALL·E mega: 5.0 GiB in all, MIT license", "vocab.json", "merges.txt", "encoder.pt",
+                                 "decoder.pt"),
+    "mindall-e": PublicFolder(
+        "mindall-e",
+        archive=PublicFile(
+            "mindall-e/1.3B.tar.gz",
+            "https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463143315/1.3B.tar.gz",
+            md5="57b008f02ceaa02b779c8b7463143315",  # minDALL-E's code checks it against this part of the address
+            terms="minDALL-E 1.3B: about 5 GiB, CC-BY-NC-SA 4.0: for non-commercial use only",
+        ),
+        members=("stage1_last.ckpt", "stage2_last.ckpt", "tokenizer/bpe-16k-vocab.json",
+                 "tokenizer/bpe-16k-merges.txt"),
+        optional=("config.yaml",),
+    ),
+}  # fmt: skip
+
+
 def cache_folder() -> Path:
     """Where downloaded files are kept."""
     return Path.home() / ".cache/dalle"
@@ -79,9 +134,9 @@ def default_file(file: PublicFile) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{file.name}.lock")):
+        with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
-                logging.getLogger(__name__).info("downloading %s to %s", file.url, path)
+                logger.info("downloading %s to %s", file.url, path)
                 _download(file, path)
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -91,14 +146,61 @@ def default_file(file: PublicFile) -> Path:
     return path
 
 
+def default_folder(model: PublicFolder) -> Path:
+    """The folder in the cache with the files of that model, downloaded if missing as by `default_file`."""
+    folder = cache_folder() / model.name
+    if model.archive is None:
+        for file in model.files:
+            default_file(file)
+    elif not all((folder / name).is_file() for name in model.members):
+        archive = default_file(model.archive)
+        with FileLock(folder / ".unpack.lock"):
+            if archive.exists():
+                _unpack(archive, model)
+                archive.unlink()
+    return folder
+
+
+def _unpack(archive: Path, model: PublicFolder) -> None:
+    """Writes the members that belong to the model beside the archive, whatever folder of it they are in. Nothing else
+    in the archive, links among them, is looked at."""
+    missing = set(model.members)
+    try:
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                path = f"/{member.name}"
+                name = next((name for name in (*model.members, *model.optional) if path.endswith(f"/{name}")), None)
+                source = tar.extractfile(member) if name and member.isfile() else None
+                if name is None or source is None:
+                    continue
+                with atomic_write(archive.parent / name) as temporary, open(temporary, "wb") as out:
+                    shutil.copyfileobj(source, out, CHUNK)
+                missing.discard(name)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CheckpointError(f"{archive} is damaged: {error}; delete it to download it again") from None
+    if missing:
+        raise CheckpointError(f"{archive} is another archive: it lacks {', '.join(sorted(missing))}")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the SHA-256 that Hugging Face's hub sends with the redirection to a large file."""
+
+    sha256: str | None = None
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl) -> Any:  # noqa: PLR0913
+        tag = (headers.get("X-Linked-ETag") or "").strip('"')
+        self.sha256 = tag if re.fullmatch("[0-9a-f]{64}", tag) else self.sha256
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _download(file: PublicFile, path: Path) -> None:
     """Downloads to a file beside `path`, renamed when it is complete."""
-    part = path.with_name(f".{file.name}.part")
+    part, redirects = path.with_name(f".{path.name}.part"), _Redirects()
     failures, size, total = 0, _size(part), None
     while total is None or size < total:
         error = None
         try:
-            total = _fetch(file.url, part)
+            total = _fetch(file, part, redirects)
         except urllib.error.HTTPError:
             raise  # refused by the server: no retry
         except (OSError, http.client.HTTPException) as broken:
@@ -107,21 +209,23 @@ def _download(file: PublicFile, path: Path) -> None:
         failures = 0 if size > before else failures + 1
         if failures == ATTEMPTS:
             raise error or OSError(f"connection closed after {size} bytes")
-    digest = _sha256(part)
-    if size != total or file.sha256 not in (None, digest):
+    hashes = {"SHA-256": file.sha256 or redirects.sha256, "MD5": file.md5}
+    digests = {name: _digest(part, name) for name, known in hashes.items() if known}
+    wrong = next((name for name, digest in digests.items() if digest != hashes[name]), None)
+    if size != total or wrong:
         part.unlink()
         if size != total:
             raise OSError(f"expected {total} bytes, got {size}")
-        raise OSError(f"expected the SHA-256 {file.sha256}, got {digest}")
+        raise OSError(f"expected the {wrong} {hashes[wrong]}, got {digests[wrong]}")
     part.replace(path)
 
 
-def _fetch(url: str, part: Path) -> int:
-    """Appends the missing bytes of the file at `url` to `part`, and returns the total size of the file."""
+def _fetch(file: PublicFile, part: Path, redirects: _Redirects) -> int:
+    """Appends the missing bytes of a file to `part`, and returns its total size."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
@@ -129,7 +233,7 @@ def _fetch(url: str, part: Path) -> int:
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return have
         part.unlink()
-        return _fetch(url, part)
+        return _fetch(file, part, redirects)
     with response:
         resumed = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if response.status == http.client.PARTIAL_CONTENT and resumed and int(resumed[1]) == have:
@@ -137,6 +241,9 @@ def _fetch(url: str, part: Path) -> int:
         else:
             have = 0
             total = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        if total is not None and total >= LARGE and not have:
+            terms = f" ({file.terms})" if file.terms else ""
+            logger.warning("downloading %.1f GiB from %s to %s%s", total / 2**30, file.url, part.parent, terms)
         with open(part, "ab" if have else "wb") as out:
             shutil.copyfileobj(response, out, CHUNK)
             out.flush()
@@ -148,6 +255,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path, name: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, name.replace("-", "").lower()).hexdigest()

@@ -64,3 +64,11 @@ class TransformerCache(nn.Module):
             rings = [None if ring is None else ring[rows] for ring in (layer.attn_ring, layer.ff_ring)]
             layers.append(LayerCache(kv, *rings))
         return TransformerCache(layers)
+
+
+def plain_cache(heads: Sequence[int], shape: Sequence[int], like: Tensor) -> TransformerCache:
+    """An empty cache without token shift for sequences of `shape` (b, n), a layer for each number of heads, of the
+    width, device and dtype of `like` (..., dim)."""
+    batch, length = shape
+    sizes = [(batch, count, length, like.shape[-1] // count) for count in heads]
+    return TransformerCache([LayerCache(KVCache(size, like.device, like.dtype), None, None) for size in sizes])

@@ -1,5 +1,8 @@
 """The interface of a prior: a model of image tokens given text tokens. Sampling knows nothing else of it."""
 
+from __future__ import annotations
+
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +11,12 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from dalle_pytorch.errors import UsageError
+from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.images import resize
-from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.pretrained import PretrainedModel, companion_path
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.tokenizers.base import Tokenizer
-from dalle_pytorch.tokenizers.hug import companion_tokenizer
+from dalle_pytorch.tokenizers.hug import HugTokenizer, companion_tokenizer
 from dalle_pytorch.vae.base import ImageTokenizer
 
 Cache = TypeVar("Cache", bound="PriorCache")
@@ -39,6 +42,7 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         max_length: positions that a cache needs for a whole sequence.
         num_filtered_tokens: how many tokens a fractional `top_k` counts over.
         sampling: its default sampling settings.
+        tokenizer_type: of the `tokenizer.json` in or beside its folder.
     """
 
     vae: ImageTokenizer
@@ -49,6 +53,16 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     max_length: int
     num_filtered_tokens: int
     sampling: SamplingSettings = SamplingSettings(top_p=0.9)
+    tokenizer_type: type[HugTokenizer] = HugTokenizer
+
+    def set_vae(self, vae: ImageTokenizer, image_fmap_size: int | None, num_image_tokens: int | None) -> None:
+        """Freezes the VAE, and takes the grid's side from it unless given. Raises `UsageError` for another codebook."""
+        if num_image_tokens not in (None, vae.num_tokens):
+            raise UsageError(f"expected a VAE of {num_image_tokens} image tokens, got {vae.num_tokens}")
+        self.vae = vae.requires_grad_(False).eval()
+        self.tokenizer = None
+        self.image_fmap_size = image_fmap_size or vae.image_fmap_size
+        self.num_image_tokens = self.num_filtered_tokens = vae.num_tokens
 
     @property
     def image_seq_len(self) -> int:
@@ -76,8 +90,43 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     def check_text(self, text: Tensor) -> None:
         """Raises `UsageError` for tokens outside the vocabulary, from another tokenizer."""
 
+    # Checkpoints
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None, save_vae: bool = True
+    ) -> None:
+        """Writes the prior into `folder` and, unless `save_vae` is false, its VAE into `vae/` below, with a tokenizer
+        of its own kind."""
+        # Recorded to check another VAE against.
+        self.config.pop("vae", None)
+        self.config.update(image_fmap_size=self.image_fmap_size, num_image_tokens=self.num_image_tokens)
+        if save_vae:
+            self.vae.save_pretrained(Path(folder) / "vae", dtype)
+            if self.tokenizer is not None and self.tokenizer_type is not HugTokenizer:
+                self.tokenizer.save(Path(folder) / "tokenizer.json")
+        super().save_pretrained(folder, dtype)
+
+    @classmethod
+    def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+        if "vae" in overrides:
+            return {}
+        path = companion_path(folder, "vae")
+        if path is None:
+            raise CheckpointError(f"{folder} has no VAE (a folder vae in it or beside it); pass one as `vae`")
+        return {"vae": ImageTokenizer.from_pretrained(path)}
+
     def opened(self, folder: Path) -> None:
-        self.tokenizer = companion_tokenizer(folder)
+        self.tokenizer = companion_tokenizer(folder, self.tokenizer_type)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    # Text and images
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Text tokens (b, text_seq_len) of prompts, truncated. Raises `UsageError` without a tokenizer, or for tokens
@@ -91,6 +140,13 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     def lost_text(self, prompt: str) -> str:
         """The end of a prompt that `tokenize` truncates, empty if it all fits."""
         return "" if self.tokenizer is None else self.tokenizer.lost_text(prompt, self.text_seq_len)
+
+    def check_vocabulary(self, text: Tensor, known: int) -> None:
+        """Raises `UsageError` for text tokens that are not below `known`."""
+        if text.numel() and int(text.max()) >= known:
+            raise UsageError(
+                f"expected text tokens below {known}, got {int(text.max())}: the prior has another tokenizer"
+            )
 
     def encode_image(self, image: Tensor) -> Tensor:
         """The image tokens (b, image_seq_len) of square images (b, 3, h, h) in [0, 1], resized as needed; tokens (b, n)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.nn.cache import TransformerCache
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
-from dalle_pytorch.pretrained import companion_path, records_config
+from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
@@ -87,21 +84,15 @@ class DALLE(Prior[TransformerCache]):
         qk_norm: bool = False,
     ):  # fmt: skip
         super().__init__()
-        if num_image_tokens not in (None, vae.num_tokens):
-            raise UsageError(f"expected a VAE of {num_image_tokens} image tokens, got {vae.num_tokens}")
-        self.image_fmap_size = image_fmap_size or vae.image_fmap_size
+        self.set_vae(vae, image_fmap_size, num_image_tokens)
         self.text_seq_len = text_seq_len
         self.total_seq_len = self.max_length = text_seq_len + self.image_seq_len
-        self.num_image_tokens = vae.num_tokens
         # As upstream, including the padding tokens, one for each text position.
         self.num_text_tokens = num_text_tokens + text_seq_len
         # DALLE-pytorch's `top_k` is a fraction of text and image tokens together.
         self.total_tokens = self.num_filtered_tokens = self.num_text_tokens + self.num_image_tokens
         self.loss_img_weight = loss_img_weight
         self.stable = stable
-
-        self.vae = vae.requires_grad_(False).eval()
-        self.tokenizer = None
 
         self.transformer = Transformer(
             dim=dim, depth=depth, heads=heads, dim_head=dim_head, text_len=text_seq_len + 1,
@@ -150,34 +141,6 @@ class DALLE(Prior[TransformerCache]):
         layouts = {key: tensor for key, tensor in self.state_dict().items() if key.endswith("pattern.layout")}
         return layouts | state
 
-    def own_state_dict(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
-
-    def save_pretrained(
-        self, folder: str | os.PathLike, dtype: torch.dtype | None = None, save_vae: bool = True
-    ) -> None:
-        """Writes the prior into `folder` and, unless `save_vae` is false, its VAE into `vae/` below."""
-        # Recorded to check another VAE against.
-        self.config.pop("vae", None)
-        self.config.update(image_fmap_size=self.image_fmap_size, num_image_tokens=self.num_image_tokens)
-        if save_vae:
-            self.vae.save_pretrained(Path(folder) / "vae", dtype)
-        super().save_pretrained(folder, dtype)
-
-    @classmethod
-    def companions(cls, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-        if "vae" in overrides:
-            return {}
-        path = companion_path(folder, "vae")
-        if path is None:
-            raise CheckpointError(f"{folder} has no VAE (a folder vae in it or beside it); pass one as `vae`")
-        return {"vae": ImageTokenizer.from_pretrained(path)}
-
-    def train(self, mode: bool = True) -> DALLE:
-        super().train(mode)
-        self.vae.eval()
-        return self
-
     # Embeddings
 
     def prepare_text(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -193,11 +156,7 @@ class DALLE(Prior[TransformerCache]):
         return F.pad(torch.where(text == 0, padding, text), (1, 0))
 
     def check_text(self, text: Tensor) -> None:
-        known = self.num_text_tokens - self.text_seq_len
-        if text.numel() and int(text.max()) >= known:
-            raise UsageError(
-                f"expected text tokens below {known}, got {int(text.max())}: the prior has another tokenizer"
-            )
+        self.check_vocabulary(text, self.num_text_tokens - self.text_seq_len)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (b, n, dim) of the first n tokens of `prepare_text`'s."""

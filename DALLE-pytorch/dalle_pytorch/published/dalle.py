@@ -6,12 +6,16 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.downloads import VQGANS, default_file
 from dalle_pytorch.nn.upstream import State, strip_prefix
-from dalle_pytorch.pretrained import construct, load_state, read_config, resolve_folder
+from dalle_pytorch.pretrained import WEIGHTS_NAME, construct, load_state, read_config, read_tensors, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.priors.min_dalle import DalleBart
+from dalle_pytorch.priors.mindalle import MinDALLE
 from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, build, check_agreement, is_file, parsing
 from dalle_pytorch.published.unpickler import read_torch
 from dalle_pytorch.published.vaes import build_openai_dvae, build_vqgan, load_openai_dvae, load_vqgan
@@ -45,12 +49,26 @@ def is_published_dalle(path: str | os.PathLike) -> bool:
 
 
 def open_native_prior(
-    kind: type[PriorType], path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False
-) -> PriorType:
-    """A prior of this class in a native folder or under a hub name; `vae` and `taming` as in `load_dalle`."""
+    kind: type[PriorType], path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False,
+    large_dtype: torch.dtype = torch.float32, low_memory: bool = False, **flags: Any,
+) -> PriorType:  # fmt: skip
+    """A prior of this class in a native folder or under a hub name.
+
+    Args:
+        vae, taming: as in `load_dalle`.
+        large_dtype: of the weights of published priors, in place of float32.
+        low_memory: as in `open_published_prior`.
+        flags: constructor arguments in place of the recorded ones.
+    """
+    folder = resolve_folder(path)
+    config = read_config(folder)
     if vae is None and taming:
-        vae = _published_vqgan(path, read_config(resolve_folder(path)).get("num_image_tokens"))
-    return kind.from_pretrained(path, vae=vae)
+        vae = published_vqgan(path, config.get("num_image_tokens"))
+    dtype = large_dtype if config.get("class") in (DalleBart.__name__, MinDALLE.__name__) else torch.float32
+    prior = kind.from_pretrained(folder, dtype, vae=vae, **flags)
+    if low_memory and isinstance(prior, DalleBart):
+        prior.reopen_encoder = lambda: strip_prefix(read_tensors(folder / WEIGHTS_NAME), "encoder.")
+    return prior
 
 
 def _prior_checkpoint(path: Path) -> dict[str, Any]:
@@ -92,7 +110,7 @@ def open_dalle(
     arguments = _dalle_arguments(path, checkpoint["hparams"], own)
     image_tokens = arguments["num_image_tokens"]
     if vae is None and taming:
-        vae = _published_vqgan(path, image_tokens)
+        vae = published_vqgan(path, image_tokens)
     elif vae is None:
         vae = _checkpoint_vae(path, checkpoint, weights, image_tokens)
     if vae.num_tokens != image_tokens:
@@ -119,11 +137,11 @@ def _checkpoint_vae(
     if name == "OpenAIDiscreteVAE":
         return load_openai_dvae()
     if name == "VQGanVAE" and image_tokens in VQGANS:
-        return _published_vqgan(path, image_tokens)
+        return published_vqgan(path, image_tokens)
     raise CheckpointError(f"{path} does not include its VAE, a {name} of {image_tokens} tokens; pass it as `vae`")
 
 
-def _published_vqgan(path: str | os.PathLike, image_tokens: int | None) -> VQGanVAE:
+def published_vqgan(path: str | os.PathLike, image_tokens: int | None) -> VQGanVAE:
     """The one of taming's VQGANs with as many codes as the prior has image tokens."""
     if not isinstance(image_tokens, int) or image_tokens not in VQGANS:
         sizes = ", ".join(map(str, VQGANS))

@@ -5,10 +5,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER
+import torch
+
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, default_folder
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.priors.min_dalle import PYPI
 from dalle_pytorch.published.clip import load_clip, open_clip, open_trainable_clip
 from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, is_file
 from dalle_pytorch.published.dalle import (
@@ -18,10 +21,14 @@ from dalle_pytorch.published.dalle import (
     load_dalle,
     open_dalle,
     open_native_prior,
+    published_vqgan,
 )
+from dalle_pytorch.published.priors import find_published_prior, open_published_prior
 from dalle_pytorch.published.unpickler import ForeignObject, read_torch
 from dalle_pytorch.published.vaes import load_openai_dvae, load_vqgan, open_discrete_vae, open_vqgan
 from dalle_pytorch.vae.base import ImageTokenizer
+
+PUBLISHED_CODES = 16384  # of the VQGAN of min-dalle and minDALL-E
 
 
 class UnknownFormatError(CheckpointError):
@@ -33,14 +40,18 @@ class UnknownFormatError(CheckpointError):
 
 
 def open_published(
-    path: str | os.PathLike, config_path: str | os.PathLike | None = None, vae: ImageTokenizer | None = None
-) -> PretrainedModel:
+    path: str | os.PathLike, config_path: str | os.PathLike | None = None, vae: ImageTokenizer | None = None,
+    **prior_options: Any,
+) -> PretrainedModel:  # fmt: skip
     """Opens a prior, VAE or CLIP of any kind: a published file or folder, a native folder, or a hub name.
 
-    A folder may be DeepSpeed's, with its `auxiliary.pt`; hold a dVAE's two files, or a VQGAN's; or be Hugging Face's.
-    `config_path` is a VQGAN's model.yaml; `vae` overrides the one that a prior names.
+    A folder may be DeepSpeed's, with its `auxiliary.pt`; hold min-dalle's or minDALL-E's files, a dVAE's two, or a
+    VQGAN's; or be Hugging Face's. `config_path` is a VQGAN's model.yaml; `vae` overrides the one that a prior names;
+    `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
     """
     path = Path(path)
+    if is_named(path) or find_published_prior(path):
+        return load_prior(path, vae, **prior_options)
     if not path.exists() and not is_file(path):
         if str(path) in CLIPS or "class" not in read_config(resolve_folder(path, ["config.json"])):
             return load_clip(path)
@@ -78,11 +89,50 @@ def open_published(
     raise UnknownFormatError(f"{path} is not a prior, VAE or CLIP of a known format", keys)
 
 
-def load_prior(path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False) -> Prior:
-    """Opens a prior of any kind: a native folder, a hub name, or DALLE-pytorch's files. See `load_dalle`."""
+def is_named(path: str | os.PathLike) -> bool:
+    """Whether this is the name of a published prior, and not of a folder here."""
+    return str(path) in PRIORS and not Path(path).exists()
+
+
+def load_prior(
+    path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False, *,
+    dtype: torch.dtype | None = None, device: torch.device | str = "cpu", low_memory: bool = False, **flags: Any,
+) -> Prior:  # fmt: skip
+    """Opens a prior of any kind: a native folder, a hub name, DALLE-pytorch's files, a folder of min-dalle's or
+    minDALL-E's, or "min-dalle", "min-dalle-mega" or "mindall-e", which are downloaded once.
+
+    Args:
+        vae, taming: see `load_dalle`.
+        dtype: of the weights of min-dalle and minDALL-E: float16 on a GPU, float32 elsewhere by default. Other priors
+            are float32.
+        device: where it is opened.
+        low_memory: see `open_published_prior`.
+        flags: `heads` and `start_token`, see `open_published_prior`, as numbers or as text.
+
+    Raises `CheckpointError`, one line that names the file, or `UsageError` for flags that the prior does not have.
+    """
+    flags = {name: _parse_flag(path, name, value) for name, value in flags.items() if value is not None}
+    if is_named(path):
+        path = default_folder(PRIORS[str(path)])
+    half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    if find_published_prior(path):
+        vae = published_vqgan(path, PUBLISHED_CODES) if vae is None and taming else vae
+        return open_published_prior(path, vae, dtype or half, device, low_memory, **flags)
     if is_published_dalle(path):
-        return load_dalle(path, vae, taming)
-    return open_native_prior(Prior, path, vae, taming)
+        if flags:
+            raise UsageError(f"{path} says all of its settings, and {' and '.join(sorted(flags))} cannot be set")
+        return load_dalle(path, vae, taming).to(device)
+    return open_native_prior(Prior, path, vae, taming, dtype or half, low_memory, **flags).to(device)
+
+
+def _parse_flag(path: object, name: str, value: Any) -> int | str:
+    if name not in ("heads", "start_token"):
+        raise UsageError(f"{path}: the flags of a prior are heads and start_token, not {name}")
+    if name == "start_token" and value == PYPI:
+        return value
+    if not str(value).isdecimal():
+        raise UsageError(f"{path}: expected a whole number as {name}, got {str(value)[:40]!r}")
+    return int(value)
 
 
 def load_vae(

@@ -58,7 +58,8 @@ def open_vqgan(path: str | os.PathLike, content: Any, config_path: str | os.Path
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if config_path is None and Path(path).with_name("model.yaml").is_file():
         config_path = Path(path).with_name("model.yaml")
-    return build_vqgan(path, tensor_dict(content, path), config_path)
+    config = {} if config_path is None else _vqgan_config(config_path)
+    return build_vqgan(path, tensor_dict(content, path), config, config_path)
 
 
 def _vqgan_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -73,9 +74,12 @@ def _vqgan_config(path: str | os.PathLike) -> dict[str, Any]:
     return settings
 
 
-def build_vqgan(path: str | os.PathLike, state: State, config_path: str | os.PathLike | None = None) -> VQGanVAE:
-    """The VQGAN of taming's weights, checked against its `model.yaml`."""
-    config = {} if config_path is None else _vqgan_config(config_path)
+def build_vqgan(
+    path: str | os.PathLike, state: State, config: dict[str, Any] | None = None,
+    config_path: str | os.PathLike | None = None,
+) -> VQGanVAE:  # fmt: skip
+    """The VQGAN of taming's weights, checked against the settings in a file."""
+    config = config or {}
     # The networks of the training losses are not needed.
     state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
     with parsing(path, "a VQGAN of taming-transformers"):

@@ -26,9 +26,10 @@ class TextTooLongError(UsageError, RuntimeError):
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Id 0 is padding."""
+    """Text to token ids and back. `pad_id` is padding."""
 
     vocab_size: int
+    pad_id: int = 0
     #: id of characters outside the vocabulary, None if the vocabulary can spell any text
     unknown_id: int | None = None
 
@@ -41,17 +42,17 @@ class Tokenizer(ABC):
         """The text of ids, none of which is padding."""
 
     def decode(self, ids: Sequence[int] | Tensor, pad_tokens: Collection[int] = ()) -> str:
-        """The text of ids, without 0 and `pad_tokens`."""
+        """The text of ids, without padding and `pad_tokens`."""
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        return self._decode([i for i in ids if i != 0 and i not in pad_tokens])
+        return self._decode([i for i in ids if i != self.pad_id and i not in pad_tokens])
 
     def tokenize(self, texts: str | Sequence[str], context_length: int = 256, truncate_text: bool = False) -> Tensor:
-        """Tokens (b, context_length) int64 of one text or several, padded with 0.
+        """Tokens (b, context_length) int64 of one text or several, padded with `pad_id`.
 
         A longer text raises `TextTooLongError`, or is truncated with `truncate_text`.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        result = torch.zeros(len(texts), context_length, dtype=torch.long)
+        result = torch.full((len(texts), context_length), self.pad_id)
         for row, text in zip(result, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > context_length and not truncate_text:

@@ -1,11 +1,13 @@
 """Hugging Face's tokenizer.json, and byte-pair encoding trained into one."""
 
+import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -26,14 +28,8 @@ logger = logging.getLogger(__name__)
 class HugTokenizer(Tokenizer):
     """A `tokenizer.json` of Hugging Face's `tokenizers`, without the special tokens it may add around a text."""
 
-    def __init__(self, path: str | os.PathLike):
-        path = Path(path)
-        if not path.is_file():
-            raise CheckpointError(f"there is no tokenizer file {path}")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+    def __init__(self, path: str | os.PathLike | tokenizers.Tokenizer):
+        self.tokenizer = path if isinstance(path, tokenizers.Tokenizer) else _read(Path(path))
         # Whoever saved it may have padded or truncated; here that is for the model to say.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -53,10 +49,31 @@ class HugTokenizer(Tokenizer):
         return self.tokenizer
 
 
-def companion_tokenizer(folder: Path) -> HugTokenizer | None:
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"there is no tokenizer file {path}")
+    try:
+        return tokenizers.Tokenizer.from_str(read_text(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+
+
+def read_bpe(vocabulary: Path, merges: Path, **options: Any) -> tokenizers.Tokenizer:
+    """Byte-pair encoding of a `vocab.json`, token to id, and a list of merges after a header line."""
+    try:
+        tokens = json.loads(read_text(vocabulary))
+        pairs = [line.split(" ") for line in read_text(merges).split("\n")[1:] if line]
+        return tokenizers.Tokenizer(models.BPE(tokens, [(left, right) for left, right in pairs], **options))
+    except OSError as error:
+        raise CheckpointError(f"the vocabulary {error.filename} cannot be read ({error.strerror})") from None
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(f"{vocabulary} and {merges} are not a vocabulary: {first_line(error)}") from None
+
+
+def companion_tokenizer(folder: Path, kind: type[HugTokenizer] = HugTokenizer) -> HugTokenizer | None:
     """The `tokenizer.json` in a model's folder or beside it, or None."""
     path = companion_path(folder, "tokenizer.json")
-    return None if path is None else HugTokenizer(path)
+    return None if path is None else kind(path)
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -241,6 +241,8 @@ class VQGanVAE(ImageTokenizer):
         image_size: side in pixels it is trained at; it takes any multiple of f = patch_size · 2^(len(ch_mult) − 1).
         attn_resolutions: sides of the feature maps, from image_size / patch_size down, at which the blocks attend.
         patch_size, mid_attention, local_encoder: see the top of this module. The rest goes by taming's names.
+        decoder_only: no encoder, as min-dalle publishes it: images cannot be turned into tokens.
+        unit_range: the network's pixels are in [0, 1] as min-dalle's are, not in [-1, 1].
     """
 
     @records_config
@@ -249,7 +251,7 @@ class VQGanVAE(ImageTokenizer):
         ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 4), num_res_blocks: int = 2,
         attn_resolutions: Sequence[int] = (), in_channels: int = 3, out_ch: int = 3, double_z: bool = False,
         dropout: float = 0.0, gumbel: bool = True, patch_size: int = 1, mid_attention: bool = True,
-        local_encoder: bool = False,
+        local_encoder: bool = False, decoder_only: bool = False, unit_range: bool = False,
     ):  # fmt: skip
         super().__init__()
         if gumbel and embed_dim != z_channels:
@@ -264,16 +266,19 @@ class VQGanVAE(ImageTokenizer):
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         if image_size % self.downsampling:
             raise UsageError(f"image_size must be a multiple of {self.downsampling}, got {image_size}")
-        if local_encoder:
+        if decoder_only:
+            self.encoder = self.quant_conv = None
+        elif local_encoder:
             self.encoder = LocalEncoder(in_channels=in_channels, z_channels=z_channels * (2 if double_z else 1),
                                         width=ch * ch_mult[-1], downsampling=self.downsampling)  # fmt: skip
         else:
             self.encoder = Encoder(in_channels=in_channels, double_z=double_z, **shared)
         self.decoder = Decoder(out_ch=out_ch, **shared)
-        self.quant_conv = nn.Conv2d(z_channels * (2 if double_z else 1), embed_dim, 1)
+        if not decoder_only:
+            self.quant_conv = nn.Conv2d(z_channels * (2 if double_z else 1), embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.quantize = (GumbelQuantizer if gumbel else VectorQuantizer)(num_tokens, embed_dim)
-        self.image_size = image_size
+        self.image_size, self.unit_range = image_size, unit_range
         self.num_tokens = num_tokens
         self.num_layers = self.downsampling.bit_length() - 1
         self.channels = in_channels
@@ -287,15 +292,20 @@ class VQGanVAE(ImageTokenizer):
         return {key: tensor for key, tensor in strip_prefix(state, "model.").items() if not key.startswith("loss.")}
 
     def encode(self, image: Tensor) -> Tensor:
-        """The continuous bottleneck (b, embed_dim, h / f, w / f) of images (b, 3, h, w) in [0, 1]."""
-        return self.quant_conv(self.encoder(image * 2 - 1))
+        """The continuous bottleneck (b, embed_dim, h / f, w / f) of images (b, 3, h, w) in [0, 1]. Raises `UsageError`
+        if there is a decoder only."""
+        if self.encoder is None or self.quant_conv is None:
+            raise UsageError("this VQGAN has a decoder only and cannot turn images into tokens; give tokens (.npy), or "
+                             "a whole VQGAN with the same codes")  # fmt: skip
+        return self.quant_conv(self.encoder(image if self.unit_range else image * 2 - 1))
 
     def encode_logits(self, image: Tensor) -> Tensor:
         return self.quantize.logits(self.encode(image))
 
     def decode_embeddings(self, rows: Tensor) -> Tensor:
         """Images, about [0, 1] and not clipped, of codebook rows (b, embed_dim, h, w)."""
-        return (self.decoder(self.post_quant_conv(rows)) + 1) / 2
+        pixels = self.decoder(self.post_quant_conv(rows))
+        return pixels if self.unit_range else (pixels + 1) / 2
 
     def decode_image(self, tokens: Tensor) -> Tensor:
         return self.decode_embeddings(self.embed(tokens)).clamp(0, 1)
