@@ -29,8 +29,8 @@ class ConvertSettings(Settings):
     vqgan_config_path: str | None = option(None, "a VQGAN's model.yaml, if it is not beside it", metavar="FILE")
     vae_path: str | None = option(None, "the VAE of a prior or a U-Net: a native folder or a published file",
                                   metavar="PATH")  # fmt: skip
-    prior_flags: list = option([], "heads=16 for min-dalle and minDALL-E of unpublished sizes", kind=name_value, nargs="+",
-                               metavar="NAME=VALUE")  # fmt: skip
+    prior_flags: list = option([], "heads=16 for min-dalle and minDALL-E of unpublished sizes", kind=name_value,
+                               nargs="+", metavar="NAME=VALUE")  # fmt: skip
     model_size: int | None = option(None, "which published settings a U-Net has", choices=(64, 128, 256))
     unet_flags: list = option([], "guided-diffusion's flags for a U-Net, such as num_head_channels=64",
                               kind=name_value, nargs="+", metavar="NAME=VALUE")  # fmt: skip

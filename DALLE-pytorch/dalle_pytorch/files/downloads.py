@@ -47,14 +47,19 @@ class PublicFile:
 
 
 @dataclass(frozen=True)
-class PublicFolder:
-    """A model that a project publishes as several files, or as a `.tar.gz` of them."""
+class PublicModel:
+    """A model that a project publishes as several files, or as a `.tar.gz` of them.
+
+    Attributes:
+        name: the path in the cache of the file or folder that is opened.
+        members, optional: files of the archive, which may lack the latter.
+    """
 
     name: str
     files: tuple[PublicFile, ...] = ()
     archive: PublicFile | None = None
-    members: tuple[str, ...] = ()  # of the archive
-    optional: tuple[str, ...] = ()  # members that may be missing
+    members: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 # Named as in DALLE-pytorch, to share its downloads.
@@ -91,19 +96,18 @@ CLIPS = {
 }
 
 
-def _min_dalle(terms: str, *names: str) -> PublicFolder:
+def _min_dalle(suffix: str, terms: str) -> PublicModel:
     address = "https://huggingface.co/kuprel/min-dalle/resolve/main/"
-    files = (PublicFile(f"min-dalle/{name}", address + name, terms=terms) for name in (*names, "detoker.pt"))
-    return PublicFolder("min-dalle", tuple(files))
+    names = (f"vocab{suffix}.json", f"merges{suffix}.txt", f"encoder{suffix}.pt", f"decoder{suffix}.pt", "detoker.pt")
+    files = tuple(PublicFile(f"min-dalle/{name}", address + name, terms=terms) for name in names)
+    return PublicModel(f"min-dalle/decoder{suffix}.pt", files)
 
 
 #: the priors by their names on a command line. Sizes are computed from the shapes.
 PRIORS = {
-    "min-dalle": _min_dalle("DALL·E mini: 1.0 GiB in all, MIT license", "vocab_mini.json", "merges_mini.txt",
-                            "encoder_mini.pt", "decoder_mini.pt"),
-    "min-dalle-mega": _min_dalle("DALL·E mega: 5.0 GiB in all, MIT license", "vocab.json", "merges.txt", "encoder.pt",
-                                 "decoder.pt"),
-    "mindall-e": PublicFolder(
+    "min-dalle": _min_dalle("_mini", "DALL·E mini: 1.0 GiB in all, MIT license"),
+    "min-dalle-mega": _min_dalle("", "DALL·E mega: 5.0 GiB in all, MIT license"),
+    "mindall-e": PublicModel(
         "mindall-e",
         archive=PublicFile(
             "mindall-e/1.3B.tar.gz",
@@ -146,22 +150,21 @@ def default_file(file: PublicFile) -> Path:
     return path
 
 
-def default_folder(model: PublicFolder) -> Path:
-    """The folder in the cache with the files of that model, downloaded if missing as by `default_file`."""
-    folder = cache_folder() / model.name
-    if model.archive is None:
-        for file in model.files:
-            default_file(file)
-    elif not all((folder / name).is_file() for name in model.members):
+def default_model(model: PublicModel) -> Path:
+    """The file or folder in the cache to open that model by. What is missing is downloaded as by `default_file`."""
+    path = cache_folder() / model.name
+    for file in model.files:
+        default_file(file)
+    if model.archive is not None and not all((path / name).is_file() for name in model.members):
         archive = default_file(model.archive)
-        with FileLock(folder / ".unpack.lock"):
+        with FileLock(path / ".unpack.lock"):
             if archive.exists():
                 _unpack(archive, model)
                 archive.unlink()
-    return folder
+    return path
 
 
-def _unpack(archive: Path, model: PublicFolder) -> None:
+def _unpack(archive: Path, model: PublicModel) -> None:
     """Writes the members that belong to the model beside the archive, whatever folder of it they are in. Nothing else
     in the archive, links among them, is looked at."""
     missing = set(model.members)
@@ -187,7 +190,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     sha256: str | None = None
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl) -> Any:  # noqa: PLR0913
+    def redirect_request(self, req, fp, code, msg, headers, newurl) -> Any:
         tag = (headers.get("X-Linked-ETag") or "").strip('"')
         self.sha256 = tag if re.fullmatch("[0-9a-f]{64}", tag) else self.sha256
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -210,13 +213,16 @@ def _download(file: PublicFile, path: Path) -> None:
         if failures == ATTEMPTS:
             raise error or OSError(f"connection closed after {size} bytes")
     hashes = {"SHA-256": file.sha256 or redirects.sha256, "MD5": file.md5}
-    digests = {name: _digest(part, name) for name, known in hashes.items() if known}
-    wrong = next((name for name, digest in digests.items() if digest != hashes[name]), None)
-    if size != total or wrong:
-        part.unlink()
+    digests = {name: _digest(part, name) for name in hashes if hashes[name]}
+    try:
         if size != total:
             raise OSError(f"expected {total} bytes, got {size}")
-        raise OSError(f"expected the {wrong} {hashes[wrong]}, got {digests[wrong]}")
+        for name, digest in digests.items():
+            if digest != hashes[name]:
+                raise OSError(f"expected the {name} {hashes[name]}, got {digest}")
+    except OSError:
+        part.unlink()
+        raise
     part.replace(path)
 
 

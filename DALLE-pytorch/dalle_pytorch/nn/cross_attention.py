@@ -24,8 +24,8 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """`x` (b, n, dim) attends to keys and values (g, heads, m, dim / heads), each set of which serves the next b / g
-        rows of `x`. `mask` broadcasts to (g, heads, b / g · n, m) and is false at keys to ignore."""
+        """`x` (b, n, dim) attends to keys and values (g, heads, m, dim / heads), each set of which serves b / g rows of
+        `x` in a row. `mask` broadcasts to (g, heads, b / g · n, m) and is false at keys to ignore."""
         queries = self._split(self.q_proj(x.reshape(len(keys), -1, x.shape[-1])))
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))

@@ -16,8 +16,13 @@ from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
 from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.priors.base import Prior
-from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
-from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens, sample_image_tokens_uncached
+from dalle_pytorch.sampling.loop import (
+    evaluation,
+    prefill,
+    sample_image_tokens,
+    sample_image_tokens_uncached,
+    sample_text,
+)
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.tokenizers.base import Tokenizer
@@ -330,18 +335,10 @@ class DALLE(Prior[TransformerCache]):
         top_k = filter_thres if top_k is None and top_p is None else top_k
         settings = SamplingSettings(top_k, top_p, temperature)
         begin = torch.tensor([tokenizer.encode(text) if text else []], dtype=torch.long, device=self.device)
-        self.check_text(begin)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        uniforms = candidate_uniforms(seed, begin[0], [0], self.text_seq_len).to(self.device)
-        tokens = begin[:, : self.text_seq_len]
-        with evaluation(self):
-            # Without a cache: texts are short.
-            for position in range(tokens.shape[1], self.text_seq_len):
-                logits = self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1])
-                require_finite(finite_rows(logits), "logits of the prior")
-                logits = filter_logits(logits, settings.top_k, settings.top_p, self.num_filtered_tokens)
-                token = sample(logits, uniforms[:, position], settings.temperature)
-                tokens = torch.cat((tokens, token[:, None]), dim=1)
+        tokens = sample_text(
+            self, begin, lambda tokens: self.text_logits(self.hidden(self.embed_text(F.pad(tokens, (1, 0))))[:, -1]),
+            settings, seed,
+        )  # fmt: skip
         first_padding = self.num_text_tokens - self.text_seq_len
         tokens = tokens.masked_fill(tokens >= first_padding, 0)
         return tokens, [tokenizer.decode([token for token in row if token != 0]) for row in tokens.tolist()]

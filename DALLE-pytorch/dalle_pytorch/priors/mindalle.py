@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn.cache import KVCache, TransformerCache, plain_cache
 from dalle_pytorch.nn.cross_attention import CrossAttention
 from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.loop import sample_text
 from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.mindalle import MinDALLETokenizer
 from dalle_pytorch.vae.base import ImageTokenizer
 
@@ -106,3 +109,16 @@ class MinDALLE(Prior[TransformerCache]):
 
     def unconditional_text(self, text: Tensor) -> Tensor:
         return torch.full_like(text, self.pad_token)
+
+    def generate_texts(
+        self, tokenizer: Tokenizer, text: str | None = None, *, top_k: float | None = None, top_p: float | None = None,
+        temperature: float = 1.0, seed: int | None = None,
+    ) -> tuple[Tensor, list[str]]:  # fmt: skip
+        """Continues `text`: tokens (1, text_seq_len), and the text in a list. Raises `UsageError` without one: nothing
+        predicts the first token."""
+        begin = torch.tensor([tokenizer.encode(text or "")], dtype=torch.long, device=self.device)
+        if not begin.numel():
+            raise UsageError("a MinDALLE continues a text; give its first words")
+        settings = SamplingSettings(top_k, top_p, temperature)
+        tokens = sample_text(self, begin, lambda tokens: self.text_logits(tokens)[:, -1], settings, seed)
+        return tokens, [tokenizer.decode(row) for row in tokens]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dalle_pytorch.errors import CheckpointError, UsageError
-from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, default_folder
+from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, default_model
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.min_dalle import PYPI
@@ -113,7 +113,7 @@ def load_prior(
     """
     flags = {name: _parse_flag(path, name, value) for name, value in flags.items() if value is not None}
     if is_named(path):
-        path = default_folder(PRIORS[str(path)])
+        path = default_model(PRIORS[str(path)])
     half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     if find_published_prior(path):
         vae = published_vqgan(path, PUBLISHED_CODES) if vae is None and taming else vae

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.nn.upstream import State, rename
 from dalle_pytorch.pretrained import construct, load_state
 from dalle_pytorch.priors.base import Prior
@@ -80,13 +80,11 @@ def _read(path: Path, dtype: torch.dtype, device: torch.device | str) -> State:
 
 
 def _heads(path: Path, dim: int, heads: int | None) -> int:
+    """The heads that were given, or those of the published prior of this width."""
     if heads is None and dim not in HEADS:
         raise CheckpointError(f"{path}: the weights do not tell how many attention heads a prior of width {dim} has; "
-                              "give the flag heads")  # fmt: skip
-    heads = HEADS[dim] if heads is None else heads
-    if heads < 1 or dim % heads:
-        raise UsageError(f"{path}: a width of {dim} cannot be divided among {heads} heads")
-    return heads
+                              "give the flag heads (--prior_flags heads=16)")  # fmt: skip
+    return HEADS[dim] if heads is None else heads
 
 
 def _count(state: State, prefix: str) -> int:
@@ -117,20 +115,21 @@ def _open_min_dalle(
     low_memory: bool, heads: int | None = None, **flags: Any,
 ) -> DalleBart:  # fmt: skip
     encoder_path, decoder_path = folder / f"encoder{suffix}.pt", folder / f"decoder{suffix}.pt"
-    settings, state = {}, {}
+    settings: dict[str, Any] = {}
+    state: State = {}
     for half, path in (("encoder", encoder_path), ("decoder", decoder_path)):
         part = _read(path, dtype, device)
         with parsing(path, f"the {half} of min-dalle"):
-            settings[f"{half}_depth"] = _count(part, "layers")
-            settings[f"{half}_ff_dim"] = len(part["layers.0.glu.fc0.weight"])
+            rows, dim = part["embed_tokens.weight"].shape
+            positions = part["embed_positions.weight"]
+            ff_dim = len(part["layers.0.glu.fc0.weight"])
+            settings |= {f"{half}_depth": _count(part, "layers"), f"{half}_ff_dim": ff_dim}
             if half == "encoder":
-                settings["num_text_tokens"], dim = part["embed_tokens.weight"].shape
-                settings["text_seq_len"] = len(part["embed_positions.weight"])
+                settings |= {"num_text_tokens": rows, "text_seq_len": len(positions), "dim": dim,
+                             "heads": _heads(path, dim, heads)}  # fmt: skip
             else:
-                settings["image_vocab_size"] = len(part["embed_tokens.weight"])
-                settings["image_fmap_size"] = _side(part["embed_positions.weight"])
+                settings |= {"image_vocab_size": rows, "image_fmap_size": _side(positions)}
         state |= {f"{half}.{name}": tensor for name, tensor in part.items()}
-    settings |= {"dim": dim, "heads": _heads(encoder_path, dim, heads)}
     if vae is None:
         vae = _open_detokenizer(folder, settings["image_fmap_size"])
     prior = _built(decoder_path, DalleBart, {**settings, "vae": vae.to(device), **flags}, state, dtype)
@@ -176,11 +175,16 @@ def _open_mindalle(
     with parsing(settings_path, "a configuration of minDALL-E"):
         stage1, stage2 = config.get("stage1") or {}, config.get("stage2") or {}
         kinds = {"stage1": "vqgan", "stage2": "transformer1d"}
-        given = {**(stage2.get("hparams") or {}), **{key: stage2[key] for key in stage2 if key.startswith("vocab_size")}}
+        given = {
+            **(stage2.get("hparams") or {}),
+            **{key: stage2[key] for key in stage2 if key.startswith("vocab_size")},
+        }
         for name, part in (("stage1", stage1), ("stage2", stage2)):
             if part.get("type", kinds[name]) != kinds[name]:
                 raise CheckpointError(f"{settings_path}: {name} is a {part['type']}, expected a {kinds[name]}")
-    tokenizer = MinDALLETokenizer.from_files(*(folder / f"tokenizer/bpe-16k-{name}" for name in ("vocab.json", "merges.txt")))
+    tokenizer = MinDALLETokenizer.from_files(
+        *(folder / f"tokenizer/bpe-16k-{name}" for name in ("vocab.json", "merges.txt"))
+    )
     state = {key: value for key, value in _read(path, dtype, device).items() if not key.endswith(".attn.mask")}
     state = rename(state, _MINDALLE_NAMES)
     with parsing(path, "the transformer of minDALL-E"):
@@ -203,7 +207,10 @@ def _open_mindalle(
             "num_image_tokens": num_image_tokens,
         }  # fmt: skip
     if vae is None:
-        hparams = {**(stage1.get("hparams") or {}), **{key: stage1[key] for key in ("embed_dim", "n_embed") if key in stage1}}
+        hparams = {
+            **(stage1.get("hparams") or {}),
+            **{key: stage1[key] for key in ("embed_dim", "n_embed") if key in stage1},
+        }
         state1 = _read(folder / STAGE1, torch.float32, "cpu")
         vae = build_vqgan(folder / STAGE1, state1, hparams, settings_path)
     prior = _built(path, MinDALLE, {**settings, "vae": vae.to(device), **flags}, state, dtype)

@@ -11,6 +11,7 @@ from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior, PriorCache
 from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
 from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.uniforms import candidate_uniforms
 
 OnToken = Callable[[], object]
 
@@ -139,4 +140,27 @@ def _sample(
         if on_token is not None:
             on_token()
     require_finite(finite, "logits of the prior")
+    return tokens
+
+
+def sample_text(
+    prior: Prior,
+    begin: Tensor,
+    next_logits: Callable[[Tensor], Tensor],
+    settings: SamplingSettings,
+    seed: int | None = None,
+) -> Tensor:
+    """Continues text tokens (1, n) to `text_seq_len` of them. `next_logits` maps tokens (1, k) to logits
+    (1, num_text_tokens) of the next, without a cache: texts are short. Where the seed is None, it is drawn."""
+    prior.check_text(begin)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    uniforms = candidate_uniforms(seed, begin[0], [0], prior.text_seq_len).to(prior.device)
+    tokens = begin[:, : prior.text_seq_len]
+    with evaluation(prior):
+        for position in range(tokens.shape[1], prior.text_seq_len):
+            logits = next_logits(tokens)
+            require_finite(finite_rows(logits), "logits of the prior")
+            logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
+            token = sample(logits, uniforms[:, position], settings.temperature)
+            tokens = torch.cat((tokens, token[:, None]), dim=1)
     return tokens

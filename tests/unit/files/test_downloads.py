@@ -1,7 +1,9 @@
 """Default files: fetched once, resumed, checked, and one clear line where there is no network."""
 
 import hashlib
+import io
 import multiprocessing
+import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,7 +11,7 @@ import pytest
 
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files import downloads
-from dalle_pytorch.files.downloads import PublicFile, default_file
+from dalle_pytorch.files.downloads import PublicFile, PublicModel, default_file, default_model
 
 CONTENT = bytes(range(256)) * 40
 
@@ -33,6 +35,12 @@ class Handler(BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.ranges else 0
         if self.path == "/missing":
             self.send_error(404)
+        elif self.path.startswith("/hub/"):
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("X-Linked-ETag", f'"{self.server.tag}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -129,3 +137,73 @@ def test_processes_share_one_download(server):
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0, 0, 0] and len(server.asked) == 1
     assert default_file(server.file()).read_bytes() == CONTENT
+
+
+def test_hash_of_the_hub(server):
+    """Hugging Face redirects large files, and sends their SHA-256 with that."""
+    server.tag = hashlib.sha256(CONTENT).hexdigest()
+    assert default_file(server.file("hub/good.bin")).read_bytes() == CONTENT
+    server.tag = "0" * 64
+    with pytest.raises(CheckpointError, match="expected the SHA-256 0000"):
+        default_file(server.file("hub/bad.bin"))
+    server.tag = "f" * 40  # of a small file: no SHA-256
+    assert default_file(server.file("hub/small.bin")).read_bytes() == CONTENT
+
+
+def test_terms_are_said_before_a_large_download(server, monkeypatch, caplog):
+    file = PublicFile("file.bin", server.file().url, terms="a model: 5.0 GiB in all, MIT license")
+    default_file(PublicFile("small.bin", file.url, terms="not said"))
+    monkeypatch.setattr(downloads, "LARGE", 1000)
+    server.breaks = [2000]
+    default_file(file)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # once, although it was resumed
+    assert "(a model: 5.0 GiB in all, MIT license)" in caplog.text and file.url in caplog.text
+
+
+def archive(**members) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+            else:
+                info.size = len(content)
+            tar.addfile(info, None if isinstance(content, str) else io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_archive(server, tmp_path):
+    inside = {"1.3B/a.ckpt": b"a", "1.3B/words/b.json": b"b", "../../evil": b"c", "1.3B/link.yaml": "/etc/passwd"}
+    server.content = archive(**inside)
+    model = PublicModel("model", archive=PublicFile("model/all.tar.gz", server.file().url,
+                                                    md5=hashlib.md5(server.content).hexdigest()),
+                        members=("a.ckpt", "words/b.json"), optional=("link.yaml",))  # fmt: skip
+    folder = default_model(model)
+    assert folder == tmp_path / ".cache/dalle/model" and default_model(model) == folder and len(server.asked) == 1
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.endswith(".lock")} == {
+        ".cache/dalle/model/a.ckpt", ".cache/dalle/model/words/b.json"
+    }  # fmt: skip
+    assert (folder / "words/b.json").read_bytes() == b"b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (archive(**{"other": b"a"}), "is another archive: it lacks a.ckpt"),
+        (archive(**{"a.ckpt": bytes(5000)})[:-30], "is damaged"),
+        (b"no archive", "is damaged"),
+    ],
+)
+def test_archives_that_are_none(server, content, message):
+    server.content = content
+    model = PublicModel("model", archive=PublicFile("model/all.tar.gz", server.file().url), members=("a.ckpt",))
+    with pytest.raises(CheckpointError, match=message):
+        default_model(model)
+    assert not (downloads.cache_folder() / "model/a.ckpt").exists()
+
+
+def test_wrong_md5(server):
+    with pytest.raises(CheckpointError, match="expected the MD5 0000"):
+        default_file(PublicFile("file.bin", server.file().url, md5="0" * 32))
