@@ -1,5 +1,9 @@
 """The device that a command runs on."""
 
+import contextlib
+import ctypes
+import sys
+
 import torch
 
 from dalle_pytorch.errors import UsageError
@@ -15,3 +19,12 @@ def pick_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r} is not available ({str(error).splitlines()[0]}); use cpu") from None
     return device
+
+
+def release_memory(device: torch.device) -> None:
+    """Returns freed memory to the device and to the system, of which PyTorch and the C library hold on to much."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -109,6 +109,7 @@ def test_ids_as_recorded(parity, tmp_path):
     assert list(map(mini.encode, recorded["texts"])) == recorded["ids"]
     assert mini.tokenize("girl", 5).tolist() == [[0, 81, 2, 1, 1]]
     assert mini.decode([0, 45, 48, 2, 1, 1]) == "a red" and mini.unknown_words("a wall-e") == ["wall-e"]
+    assert [mini.lost_text("a red girl", length) for length in (5, 4, 3)] == ["", "", "girl"]
     folder = parity("priors/mindalle")
     files = (folder / "tokenizer/bpe-16k-vocab.json", folder / "tokenizer/bpe-16k-merges.txt")
     mindalle = MinDALLETokenizer.from_files(*files)

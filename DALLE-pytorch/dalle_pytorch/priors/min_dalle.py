@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_pytorch.devices import release_memory
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn.cache import KVCache, TransformerCache, plain_cache
 from dalle_pytorch.nn.cross_attention import CrossAttention
@@ -180,6 +181,7 @@ class DalleBart(Prior[DalleBartCache]):
         states = self.encoder(text)
         if self.reopen_encoder is not None:
             self.encoder.to("meta")
+            release_memory(states.device)
         return states
 
     def check_text(self, text: Tensor) -> None:

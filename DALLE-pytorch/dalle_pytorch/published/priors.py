@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dalle_pytorch.devices import release_memory
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.nn.upstream import State, rename
 from dalle_pytorch.pretrained import construct, load_state
@@ -130,6 +131,7 @@ def _open_min_dalle(
             else:
                 settings |= {"image_vocab_size": rows, "image_fmap_size": _side(positions)}
         state |= {f"{half}.{name}": tensor for name, tensor in part.items()}
+        release_memory(torch.device("cpu"))
     if vae is None:
         vae = _open_detokenizer(folder, settings["image_fmap_size"])
     prior = _built(decoder_path, DalleBart, {**settings, "vae": vae.to(device), **flags}, state, dtype)

@@ -42,3 +42,6 @@ class MinDalleTokenizer(HugTokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return super()._decode([i for i in ids if i not in (BEGIN, END)])
+
+    def lost_text(self, text: str, context_length: int) -> str:
+        return super().lost_text(text, context_length + 1)  # to lose </s> is no loss
