@@ -55,6 +55,7 @@ OPTIMIZERS, TRAINING = "dalle_pytorch/training/optimizers.py", "dalle_pytorch/tr
 LR_SCHEDULE = "dalle_pytorch/training/lr_schedule.py"
 LOADING, SAMPLES = "dalle_pytorch/data/loading.py", "dalle_pytorch/data/samples.py"
 DENOISER, SAMPLERS, SCHEDULE = "diffusion/denoiser.py", "diffusion/samplers.py", "diffusion/schedule.py"
+MIN_DALLE = "dalle_pytorch/priors/min_dalle.py"
 CACHED = "test_sampling::test_cached_logits_equal_the_plain_forward"
 
 BREAKAGES = [
@@ -357,6 +358,24 @@ BREAKAGES = [
     Breakage("steps that are not finite go on", "diffusion/samplers.py", "if not bool(x.isfinite()",
              "if False and bool(x.isfinite()",
              "test_upscale::test_steps_that_are_not_finite_write_nothing"),
+    Breakage("min-dalle begins with the last code", MIN_DALLE, "names = {None: self.num_image_tokens, ",
+             "names = {None: self.num_image_tokens - 1, ", "test_published_priors::test_only_codes_are_drawn"),
+    Breakage("min-dalle looks at padding", MIN_DALLE, "mask = self.encode_text(text), (text != PAD)",
+             "mask = self.encode_text(text), (text != -1)",
+             "test_published_priors::test_padding_is_masked_in_one_and_looked_at_in_the_other"),
+    Breakage("min-dalle draws other tokens than codes", MIN_DALLE, "lm_head.weight[: self.num_image_tokens]",
+             "lm_head.weight", "test_published_priors::test_only_codes_are_drawn"),
+    Breakage("min-dalle has the prompt once for each candidate", MIN_DALLE, "if len(counts.unique()) > 1:", "if True:",
+             "test_published_priors::test_candidates_share_the_prompt"),
+    Breakage("min-dalle keeps its text encoder", MIN_DALLE, 'self.encoder.to("meta")', "pass",
+             "test_published_priors::test_the_text_encoder_is_released"),
+    Breakage("min-dalle's pixels are in [-1, 1]", "dalle_pytorch/published/priors.py", '"unit_range": True',
+             '"unit_range": False', "test_published_priors::test_detokenizer"),
+    Breakage("minDALL-E's first token is predicted one late", "dalle_pytorch/priors/mindalle.py",
+             "[:, self.text_seq_len - 1 :]", "[:, self.text_seq_len :]",
+             "test_published_priors::test_mindalle_as_recorded"),
+    Breakage("the hub's hash is not checked", "dalle_pytorch/files/downloads.py", "file.sha256 or redirects.sha256",
+             "file.sha256", "test_downloads::test_hash_of_the_hub"),
 ]  # fmt: skip
 
 
