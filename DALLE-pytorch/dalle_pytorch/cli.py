@@ -1,16 +1,36 @@
 """The command line: one-line errors with exit code 2."""
 
+import contextlib
 import errno
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-from dalle_pytorch.errors import UserError
-from dalle_pytorch.settings import USER_ERROR
-
 INTERRUPTED = 130
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises `KeyboardInterrupt`, but ends the process during an import, where libraries turn that into other errors,
+    or drop it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, _interrupt)  # before what takes time to import
+
+from dalle_pytorch.errors import UserError  # noqa: E402
+from dalle_pytorch.settings import USER_ERROR  # noqa: E402
 
 
 def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:
@@ -37,6 +57,9 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
         _fail("out of memory; a smaller --batch_size needs less")
+    finally:
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends
 
 
 def _fail(message: str) -> NoReturn:

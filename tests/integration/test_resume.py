@@ -1,5 +1,6 @@
 """Broken-off runs go on exactly where they were: killed, asked to end, or with a damaged checkpoint."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ from training_helpers import Net, Numbers, Task, checkpoints, few_steps, losses
 from dalle_pytorch.data.loading import SampleStream
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files import lock
-from dalle_pytorch.training import train
+from dalle_pytorch.training import interruption, train
+from dalle_pytorch.training import state as training_state
+from dalle_pytorch.training.commands.progress import run_training
+from dalle_pytorch.training.launch import save_file
 from dalle_pytorch.training.loop import Interrupted
 from dalle_pytorch.training.native import NativeFolders
 from dalle_pytorch.training.settings import check_part_name
@@ -284,6 +289,25 @@ def test_other_parts_are_refused_on_resuming(tmp_path):
     assert checkpoints(tmp_path)[-1] == "step-00000008"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_full_disk_is_what_the_system_says(size):
+    with pytest.raises(OSError, match="No space left"):
+        save_file({"weights": torch.zeros(size)}, Path("/dev/full"))
+
+
+def test_checkpoint_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    train(Task(), Numbers(), few_steps(tmp_path, 4))
+    monkeypatch.setattr(training_state, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(Task(), Numbers(), few_steps(tmp_path, 8))
+    assert checkpoints(tmp_path) == ["step-00000004"]
+
+
 # Whose a folder is
 
 
@@ -419,3 +443,57 @@ def test_frozen_parts_are_neither_trained_nor_averaged(tmp_path):
     train(task, Numbers(), few_steps(tmp_path, ema_decay=0.9))
     assert torch.equal(task.frozen.weight, before)
     assert len(state(tmp_path, 12)["average"]["tensors"]) == 4
+
+
+# Signals while it waits
+
+
+class Stuck(Numbers):
+    """Data of which the ninth batch does not come."""
+
+    def __getitem__(self, index):
+        if self.read == 64:
+            time.sleep(600)
+        self.read += 1
+        return super().__getitem__(index)
+
+    read = 0
+
+
+def run_stuck(folder, workers):
+    interruption.GRACE = 0.3
+    run_training("stuck", Task(), Stuck(), few_steps(folder, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_signal_while_data_do_not_come(tmp_path, workers):
+    train(Task(), Numbers(), few_steps(tmp_path / "whole"))
+    process = processes.Process(target=run_stuck, args=(tmp_path / "broken", workers))
+    process.start()
+    wait_for(lambda: noted(tmp_path / "broken") == 8, process)
+    started = time.monotonic()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143 and time.monotonic() - started < 10
+    assert checkpoints(tmp_path / "broken")[-1] == "step-00000008"
+    train(Task(), Numbers(), few_steps(tmp_path / "broken"))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_step_that_does_not_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "GRACE", 0.05)
+    monkeypatch.setattr(interruption, "LAST_WAIT", 0.05)
+    left = []
+
+    class Slow(Task):
+        def forward(self, batch):
+            if not left and (tmp_path / "checkpoints").exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not left:
+                    time.sleep(0.01)
+            return super().forward(batch)
+
+    with pytest.raises(Interrupted):
+        train(Slow(), Numbers(), few_steps(tmp_path), leave=left.append)
+    assert str(left[0]).startswith("SIGTERM: stopped after step 4 without saving; the same command goes on")
+    assert left[0].exit_code == 143

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers import run_python
 
 from dalle_pytorch.cli import run
 from dalle_pytorch.devices import pick_device
@@ -109,3 +110,21 @@ def test_devices():
     for name in ("warp", "cuda:99", "cpu:x"):
         with pytest.raises(UsageError, match=name):
             pick_device(name)
+
+
+IMPORTING = """
+import os, signal, sys
+import dalle_pytorch.cli
+sys.path.insert(0, {folder!r})
+try:
+    import slow
+except BaseException:
+    os._exit(1)
+"""
+
+
+def test_interrupt_during_an_import_ends_at_once(tmp_path):
+    """Libraries turn the exception into another one, or drop it."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
+    done, _ = run_python("-c", IMPORTING.format(folder=str(tmp_path)))
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from dalle_pytorch.errors import FileError, UsageError
 
+WORKER_SECONDS = 12  # after SIGTERM in which a worker goes on; the training ends in less
 TRIES = 100  # samples read before the share of broken ones is checked
 
 Sample = dict[str, Any]
@@ -318,9 +320,14 @@ class _StreamBatches(IterableDataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group asks the training to end, which still reads batches until then."""
+    """A signal to the process group asks the training to end, which still reads batches until then.
+
+    A worker that is in a read that does not end goes some time after it; without an error, which would reach the
+    training while it saves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 def as_it_is(batch: Any) -> Any:

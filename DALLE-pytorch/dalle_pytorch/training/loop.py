@@ -39,11 +39,13 @@ Report = Callable[[int, dict[str, float]], None]
 logger = logging.getLogger(__name__)
 
 
-def train(task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None = None) -> TrainingTask:
+def train(task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None = None,
+          leave: Callable[[Interrupted], object] | None = None) -> TrainingTask:  # fmt: skip
     """Trains `task` on `dataset`, from the newest checkpoint in `settings.output_dir` if there is one.
 
     Returns the trained task, with the EMA of its weights if `ema_decay` is above 0; its native folders are in
-    `output_dir` then. `report(step, metrics)` is called in the main process every `log_every` steps.
+    `output_dir` then. `report(step, metrics)` is called in the main process every `log_every` steps. `leave`, called
+    in a thread, is to end the process: a few seconds after a signal while data do not come, or a step does not end.
 
     A step whose loss or gradient is not finite is skipped in all processes alike, and counts as one of the run's:
     weights, EMA and optimizer stay as they were. (Under DeepSpeed, what the good batches of such a step accumulated
@@ -51,7 +53,7 @@ def train(task: TrainingTask, dataset: Data, settings: TrainingSettings, report:
     signal, `CheckpointError` or `UsageError` when it cannot begin.
     """
     with contextlib.ExitStack() as held:
-        return _Run(task, dataset, settings, report, held).train()
+        return _Run(task, dataset, settings, report, held, leave).train()
 
 
 @dataclass
@@ -76,7 +78,7 @@ class _Run:
     """A training: set up, resumed and carried out."""
 
     def __init__(self, task: TrainingTask, dataset: Data, settings: TrainingSettings, report: Report | None,
-                 held: contextlib.ExitStack):  # fmt: skip
+                 held: contextlib.ExitStack, leave: Callable[[Interrupted], object] | None):  # fmt: skip
         self.task, self.settings, self.report = task, settings, report
         self.steps = total_steps(settings, dataset)
         self.lr_schedule = LRSchedule(settings, self.steps)
@@ -100,7 +102,8 @@ class _Run:
         self.loader = self._remaining(dataset)
         self.reporter = Reporter(settings, accelerator, self.progress.step) if accelerator.is_main_process else None
         self.last_logged = (self.progress.step, self.progress.samples, time.monotonic())
-        self.signals = SignalWatch()
+        self.leave, self.between_steps = leave, True
+        self.signals = SignalWatch(self._leave_late if leave else None)
 
     def _remaining(self, dataset: Data) -> BatchLoader:
         """The batches that are left."""
@@ -156,7 +159,10 @@ class _Run:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = step.lr
         for _ in range(self.settings.ga_steps):
-            step.batch = send_to_device(next(batches), accelerator.device)
+            self.between_steps = not step.rows
+            with self.signals.waiting():
+                batch = next(batches)
+            step.batch = send_to_device(batch, accelerator.device)
             with accelerator.accumulate(self.model):
                 loss, metrics = self.model(step.batch)
                 step.rows.append({"loss": loss.detach(), **metrics})
@@ -256,6 +262,8 @@ class _Run:
 
     def _save(self, step: _Step) -> None:
         """Writes a checkpoint and the native folders when it is time. Raises `Interrupted` after a signal."""
+        if step.signal:
+            self.signals.ending()
         if self.progress.step % self.settings.save_every == 0 or self.finished or step.signal:
             self.checkpoints.save(self.state)
             if not self.finished:
@@ -263,6 +271,16 @@ class _Run:
                     self.native.write(self.model)
         if step.signal and not self.finished:
             raise Interrupted(step.signal, self.progress.step)
+
+    def _leave_late(self, number: int, waiting: bool) -> None:
+        """Saves, where the state is that after a step and no other process is needed for it, and leaves."""
+        saved = False
+        if waiting and self.between_steps and self.progress.step and self.accelerator.num_processes == 1:
+            with contextlib.suppress(OSError):  # a full disk; the last checkpoint is still there
+                self.checkpoints.save(self.state)
+                saved = True
+        assert self.leave is not None
+        self.leave(Interrupted(number, self.progress.step, saved))
 
     def _averaged(self) -> contextlib.AbstractContextManager:
         return self.ema.applied() if self.ema else contextlib.nullcontext()

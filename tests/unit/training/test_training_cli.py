@@ -196,7 +196,7 @@ def test_training_that_cannot_begin_shows_the_error_alone(tmp_path, monkeypatch,
 def test_bar_shows_the_loss_in_the_main_process_alone(tmp_path, monkeypatch, capsys):
     from dalle_pytorch.training import loop
 
-    def train(task, dataset, settings, report):
+    def train(task, dataset, settings, report, leave):
         for step in (60, 80, 100):  # a resumed run
             report(step, {"loss": 0.125, "seconds": 1.0})
         logging.getLogger("dalle_pytorch.training.loop").info("3 of 9 images were skipped")

@@ -1,11 +1,13 @@
 """A training, and what comes before it, under a progress bar."""
 
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
 
+import psutil
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -49,12 +51,22 @@ def run_training(name: str, task: TrainingTask, dataset: Data, settings: Trainin
         bar.set_postfix(shown, refresh=False)
         bar.update(step - bar.n)
 
+    def leave(interruption: Interrupted) -> None:
+        bar.close()
+        if is_main_process():
+            print(interruption, file=sys.stderr, flush=True)
+        # Workers and commands that read may be in a read that does not end, and would be waited for.
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(interruption.exit_code)
+
     logger = logging.getLogger("dalle_pytorch")
     level = logger.level
     logger.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
     with bar, logging_redirect_tqdm([logger]):
         try:
-            loop.train(task, dataset, settings, report)
+            loop.train(task, dataset, settings, report, leave)
         except Interrupted as interruption:
             bar.close()
             if is_main_process():
