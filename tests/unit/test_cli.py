@@ -114,6 +114,7 @@ def test_devices():
 
 IMPORTING = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background ignores
 import dalle_pytorch.cli
 sys.path.insert(0, {folder!r})
 try:
