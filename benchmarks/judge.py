@@ -26,9 +26,9 @@ from dalle_pytorch.training.commands.progress import run_training
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "count": ("1", "2"),
     "background": glyphs.world.BACKGROUNDS,
-    "kind": glyphs.world.SUBJECTS,
+    "kind": glyphs.world.GLYPHS,
     "colour": tuple(glyphs.world.COLOURS),
-    "second_kind": glyphs.world.SUBJECTS,
+    "second_kind": glyphs.world.GLYPHS,
     "second_colour": tuple(glyphs.world.COLOURS),
     "size": tuple(glyphs.world.SIZES),
     "place": glyphs.world.PLACES,

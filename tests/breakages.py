@@ -379,6 +379,13 @@ BREAKAGES = [
              "test_published_priors::test_mindalle_as_recorded"),
     Breakage("the hub's hash is not checked", "dalle_pytorch/files/downloads.py", "file.sha256 or redirects.sha256",
              "file.sha256", "test_downloads::test_hash_of_the_hub"),
+    Breakage("a thing recoloured to its natural colour", "dalle_pytorch/scenes/world.py",
+             "colour not in NATURAL_COLOURS.get(kind, ())", "True", "test_things::test_captions_of_things_are_true"),
+    Breakage("a recoloured thing keeps no shadows", "dalle_pytorch/scenes/sprites.py", "1 - 0.72 * darker",
+             "1 - 0 * darker", "test_things::test_a_recoloured_thing_keeps_its_shading"),
+    Breakage("a material that moves with the place", "dalle_pytorch/scenes/drawing.py",
+             "[:side, :side]\n    return np", "[-side:, -side:]\n    return np",
+             "test_things::test_what_is_made_of_a_material_shows_it_within_its_outline"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""The glyphs world: scenes drawn by code, with captions that say everything that is in them.
+"""Scenes drawn by code, with captions that say everything that is in them.
 
-A scene is one or two subjects (a digit, a letter or a shape, in a colour, big or small, at a place) on a background.
+A scene is one or two subjects, big or small, at a place, on a background. A subject is a glyph (a digit, a letter or a
+shape) in a colour, or a thing (cat, rocket, cake …) in its own colours or another; either can be made of a material.
 A subject is a sticker: a white rim, about as wide as one image token, keeps its colour and the background out of the
 same token. Scene `i` of a split is always the same, and is drawn at any resolution: subjects and textures lie on a
 16×16 grid, so that image tokens can carry them, and every texture has a fine grain below it, on a 256×256 lattice, that
@@ -12,6 +13,6 @@ or one for validation: what is chosen during development is chosen on these.
 
 from dalle_pytorch.scenes.captions import change_caption, states_place, states_size, with_terse_caption, words
 from dalle_pytorch.scenes.drawing import draw, subject_mask, write_folder
-from dalle_pytorch.scenes.scenes import make_scene
+from dalle_pytorch.scenes.scenes import MIXTURES, make_scene
 from dalle_pytorch.scenes.twins import make_twins
 from dalle_pytorch.scenes.world import Scene, Subject, split_of

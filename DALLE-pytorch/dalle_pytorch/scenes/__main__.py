@@ -10,12 +10,14 @@ from dalle_pytorch.settings import Settings, option
 
 @dataclass
 class DrawSettings(Settings):
-    """Draws scenes of the glyphs world into an image-text folder: name.png, caption in name.txt, facts in name.json."""
+    """Draws scenes into an image-text folder: name.png, caption in name.txt, facts in name.json."""
 
     folder: Path = option(help="where to", positional=True)
     count: int = option(1000, "how many scenes", low=1)
     start: int = option(0, "number of the first", low=0)
     split: str = option("train", choices=["train", "validation", "test"])
+    of: str = option("glyphs", "glyphs; things in their own colours, recoloured, or made of a material; or everything",
+                     choices=["glyphs", "things", "recoloured", "made", "everything"])  # fmt: skip
     resolution: int = option(256, "side in pixels, a multiple of 16", low=16)
 
 
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tqdm(total=settings.count, unit="scene", dynamic_ncols=True) as bar:
         write_folder(settings.folder, settings.count, settings.split, settings.resolution, settings.start,
-                     progress=lambda done: bar.update(done - bar.n))  # fmt: skip
+                     settings.of, progress=lambda done: bar.update(done - bar.n))  # fmt: skip
 
 
 if __name__ == "__main__":

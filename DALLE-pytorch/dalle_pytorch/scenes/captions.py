@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from dalle_pytorch.scenes import world
-from dalle_pytorch.scenes.world import Scene, Subject, split_of, split_of_scene
+from dalle_pytorch.scenes.things import NATURAL_COLOURS, THINGS, WITHOUT_ARTICLE
+from dalle_pytorch.scenes.world import NATURAL, Scene, Subject, can_have, split_of, split_of_scene
 
 # How often a caption does without a fact, or a word: in a complete one, in one of training, in a terse one.
 COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size": 0.5, "relation": 0.1, "frame": 0.75,
@@ -39,9 +40,12 @@ REVERSED: dict[str | None, tuple[str, ...]] = {"left": ("to the right of", "righ
 TOGETHER: dict[str | None, tuple[str, ...]] = {"left": ("and", "next to", "beside"), "above": ("and",)}
 NAMES = {kind: (kind,) for kind in world.SUBJECTS} | {kind: (kind, str(i)) for i, kind in enumerate(world.DIGITS)}
 NAMES |= {kind: (kind, kind[-1]) for kind in world.LETTERS if kind != "letter a"}  # "a" alone is the article
+NAMES |= {kind: (kind, thing.other) for kind, thing in THINGS.items() if thing.other}
+MADE_OF = ("made of", "made out of")
+CALLED_BY_NATURE = 0.2  # how often a thing as it is is said to be of its natural colour
 # For a caption that names no kind.
 FAMILY = dict.fromkeys(world.DIGITS, "digit") | dict.fromkeys(world.LETTERS, "letter")
-FAMILY |= dict.fromkeys(world.SHAPES, "shape")
+FAMILY |= dict.fromkeys(world.SHAPES, "shape") | {kind: thing.family for kind, thing in THINGS.items()}
 
 
 def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], background: str, place: str | None,
@@ -52,16 +56,22 @@ def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], backg
     without_article = leaves_open("article")
 
     def name(subject: Subject, with_size: bool) -> str:
-        colour, (kind, *others) = subject.colour, NAMES[subject.kind]
+        colour, material, (kind, *others) = subject.colour, "", NAMES[subject.kind]
         if others and rng.random() < 0.25:
             kind = str(rng.choice(others))
-        if leaves_open("colour"):
+        # A thing of which no colour is said is as it is by nature.
+        if leaves_open("colour") and (subject.kind not in THINGS or colour == NATURAL):
             colour = ""
         elif leaves_open("kind"):
             kind = FAMILY[subject.kind]
+        if colour in world.MATERIALS:
+            colour, material = "", f"{rng.choice(MADE_OF)} {colour}"
+        elif colour == NATURAL:
+            by_nature = NATURAL_COLOURS.get(subject.kind, ("",))[0]
+            colour = by_nature if rng.random() < CALLED_BY_NATURE else ""
         size = str(rng.choice(SIZE_NAMES[subject.size])) if with_size else ""
-        words = " ".join(filter(None, (size, colour, kind)))
-        return words if without_article else f"{_article(words)} {words}"
+        words = " ".join(filter(None, (size, colour, kind, material)))
+        return words if without_article or kind in WITHOUT_ARTICLE else f"{_article(words)} {words}"
 
     on = "" if leaves_open("background") else str(rng.choice(ON_BACKGROUND[background]))
     if len(subjects) == 1:
@@ -95,7 +105,7 @@ def with_caption(scene: Scene, rng: np.random.Generator, left_open: Mapping[str,
 
 
 def _article(words: str) -> str:
-    return "an" if words[0] in "aeiou" else "a"
+    return "an" if words[0] in "aeiou" and not words.startswith(("unicorn", "ufo")) else "a"
 
 
 def states_place(scene: Scene) -> bool:
@@ -132,7 +142,7 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     wrong: list[list[str]] = []  # of every fact that is said, the captions that have it wrong
 
     def allowed(kind: str, colour: str, background: str) -> bool:
-        return split != "train" or split_of(kind, colour, background) == "train"
+        return can_have(kind, colour) and (split != "train" or split_of(kind, colour, background) == "train")
 
     def in_place_of(phrases: Iterable[str], others: Iterable[str]) -> list[str]:
         phrase = next((phrase for phrase in phrases if f" {phrase} " in caption), None)
@@ -142,7 +152,11 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         first, second = scene.subjects
         pairs = ((first.kind, second.colour), (second.kind, first.colour))
         # Where the subjects are not told apart, it would still be true.
-        if not names_subjects_apart(scene) or not all(allowed(*pair, scene.background) for pair in pairs):
+        if (
+            not {first.colour, second.colour} <= {*world.COLOURS}
+            or not names_subjects_apart(scene)
+            or not all(allowed(*pair, scene.background) for pair in pairs)
+        ):
             return []
         exchange = {first.colour: second.colour, second.colour: first.colour}
         on = _background_said(scene)
@@ -151,13 +165,19 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         return [" ".join(out) + on] if out != said else []
 
     for subject in scene.subjects:
-        kinds = [kind for kind in world.SUBJECTS if kind not in held and allowed(kind, subject.colour, background)]
+        kinds = [kind for kind in alike(subject.kind) if kind not in held and allowed(kind, subject.colour, background)]
         colours = [name for name in world.COLOURS if name not in held and allowed(subject.kind, name, background)]
         # As likely as four other facts: what the subject is, is the hardest to see.
         wrong += [in_place_of(NAMES[subject.kind], [name for other in kinds for name in NAMES[other]])] * 4
         # With its subject, for "black" may be said of the background too.
         for name in (*NAMES[subject.kind], FAMILY[subject.kind]):
             wrong.append(in_place_of([f"{subject.colour} {name}"], [f"{colour} {name}" for colour in colours]))
+        if subject.colour == NATURAL:
+            for name in NAMES[subject.kind]:
+                wrong.append(in_place_of([name], [f"{colour} {name}" for colour in colours]))
+        if subject.colour in world.MATERIALS:
+            others = [name for name in world.MATERIALS if name not in held]
+            wrong += [in_place_of([f"{of} {subject.colour}"], [f"{of} {name}" for name in others]) for of in MADE_OF]
         wrong.append(in_place_of(SIZE_NAMES[subject.size], [name for size in world.SIZES if size != subject.size
                                                              for name in SIZE_NAMES[size]]))  # fmt: skip
     backgrounds = [name for name in world.BACKGROUNDS
@@ -179,6 +199,14 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
     return " ".join(out)
 
 
+def alike(kind: str) -> list[str]:
+    """The kinds that can stand in a caption where this one does: glyphs for glyphs, things for things, with an article
+    or all without."""
+    if kind not in THINGS:
+        return [*world.GLYPHS]
+    return [other for other in THINGS if (other in WITHOUT_ARTICLE) == (kind in WITHOUT_ARTICLE)]
+
+
 def _without_a_subject(scene: Scene) -> list[str]:
     """The two captions that a scene of two subjects would have if one of them were all there is."""
     said = (*RELATED[scene.relation], *REVERSED[scene.relation], *TOGETHER[scene.relation])
@@ -192,10 +220,13 @@ def _background_said(scene: Scene) -> str:
     return next((phrase for phrase in phrases if scene.caption.endswith(phrase)), "")
 
 
-def words() -> frozenset[str]:
-    """Every word that a caption can hold: what the default model has seen."""
+def words(kinds: Iterable[str] = world.GLYPHS) -> frozenset[str]:
+    """Every word that a caption of these kinds can hold. The default model has seen those of glyphs."""
+    kinds = [*kinds]
     tables = (ON_BACKGROUND, AT_PLACE, SIZE_NAMES, RELATED, REVERSED, TOGETHER)
     phrases = [phrase for table in tables for row in table.values() for phrase in row]
-    phrases += [name for names in NAMES.values() for name in names]
-    phrases += [*world.COLOURS, *FAMILY.values(), "a an of picture drawing photo"]
+    phrases += [name for kind in kinds for name in (*NAMES[kind], FAMILY[kind])]
+    phrases += [*world.COLOURS, "a an of picture drawing photo"]
+    if any(kind in THINGS for kind in kinds):
+        phrases += [*MADE_OF, *world.MATERIALS]
     return frozenset(" ".join(phrases).split())

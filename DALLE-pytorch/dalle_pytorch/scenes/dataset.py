@@ -12,7 +12,7 @@ from dalle_pytorch.scenes.drawing import check_resolution
 
 
 class GlyphsDataset(RegisteredDataset):
-    """Scenes of the glyphs world, drawn when asked for.
+    """Scenes drawn when asked for: those of the default model, or, with `of`, of another of `glyphs.MIXTURES`.
 
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
     little, often nothing but what the subject is: single words are learned from these. With `wrong_captions`,
@@ -20,23 +20,23 @@ class GlyphsDataset(RegisteredDataset):
     well, under the same keys after `second_`, that differs in one fact and is captioned accordingly.
     """
 
-    def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", terse_every: int | None = None,
-                 wrong_captions: int = 0, twins: bool = False):  # fmt: skip
+    def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", of: str = "glyphs",
+                 terse_every: int | None = None, wrong_captions: int = 0, twins: bool = False):  # fmt: skip
         check_resolution(resolution)
         if count < 1:
             raise UsageError(f"count must be at least 1, not {count}")
-        glyphs.make_scene(0, split)  # raises for a split that there is not
-        self.resolution, self.count, self.split = resolution, count, split
+        glyphs.make_scene(0, split, of=of)  # raises for a split or a mixture that there is not
+        self.resolution, self.count, self.split, self.of = resolution, count, split, of
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
 
     def __len__(self) -> int:
         return self.count
 
     def captions(self) -> Iterator[str]:
-        return (glyphs.make_scene(index, self.split).caption for index in range(self.count))
+        return (glyphs.make_scene(index, self.split, of=self.of).caption for index in range(self.count))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = glyphs.make_scene(index, self.split)
+        scene = glyphs.make_scene(index, self.split, of=self.of)
         terse = bool(self.terse_every) and index % self.terse_every == 0
         if self.twins:
             scene, twin, _ = glyphs.make_twins(scene, index, terse)

@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 
 from dalle_pytorch.scenes.backgrounds import SUPERSAMPLE, shrink
-
-RIM = 0.8  # width in grid cells of the white rim around a subject, inside a margin of one cell around its box
+from dalle_pytorch.scenes.sprites import dilate, sprite
+from dalle_pytorch.scenes.things import THINGS
+from dalle_pytorch.scenes.world import RIM
 
 
 def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float,
@@ -130,9 +131,20 @@ class SubjectLayers:
     light: np.ndarray
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def subject_layers(kind: str, cells: int, cell: int) -> SubjectLayers:
     """The layers of a subject of `cells` grid cells a side, `cell` pixels each."""
+    return _thing_layers(kind, cells, cell) if kind in THINGS else _glyph_layers(kind, cells, cell)
+
+
+def _thing_layers(kind: str, cells: int, cell: int) -> SubjectLayers:
+    fill = sprite(kind, cells, cell)[..., 3]
+    rim, shift = dilate(fill, RIM * cell), max(1, round(0.12 * cell))
+    shadow = np.pad(rim, ((shift, 0), (shift, 0)))[: len(rim), : len(rim)]
+    return SubjectLayers(shadow, rim, outline=np.zeros_like(fill), fill=fill, light=np.ones_like(fill))
+
+
+def _glyph_layers(kind: str, cells: int, cell: int) -> SubjectLayers:
     fine = (cells + 2) * cell * SUPERSAMPLE
     distance = _signed_distance(kind, fine, reach=1 + 2 / cells)
     unit = 2 / cells  # a grid cell, in units of half the box

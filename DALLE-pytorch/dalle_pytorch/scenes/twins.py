@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dalle_pytorch.scenes.captions import LEFT_OPEN, TERSE, names_subjects_apart, states_place, with_caption
+from dalle_pytorch.scenes import world
+from dalle_pytorch.scenes.captions import LEFT_OPEN, TERSE, alike, names_subjects_apart, states_place, with_caption
 from dalle_pytorch.scenes.scenes import CORNERS
-from dalle_pytorch.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SPLITS, SUBJECTS, Scene, Subject, split_of_scene
+from dalle_pytorch.scenes.world import COLOURS, GLYPHS, Scene, Subject, can_have, split_of_scene
 
 # How often which fact is changed, in a scene of one subject and of two.
 ONE = {"kind": 3, "colour": 2, "background": 1, "doubled": 2}
@@ -26,7 +27,7 @@ def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene,
     It is a subject's kind or colour or the background; the same subject twice; or of two subjects one alone, their
     colours exchanged, or their places. Captions are such as training has, or terse as in `with_terse_caption`.
     """
-    rng = np.random.default_rng([len(SPLITS) + 2, seed])
+    rng = np.random.default_rng([len(world.SPLITS) + 2, seed])
     left_open = TERSE if terse else LEFT_OPEN
     split = split_of_scene(scene.subjects, scene.background)
     shares = ONE if scene.relation is None else TWO
@@ -36,7 +37,8 @@ def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene,
         twin, lots = change_scene(scene, fact, rng), int(rng.integers(2**31))
         # The same lots for both captions: the same words, but for the fact.
         scene, twin = (with_caption(each, np.random.default_rng(lots), left_open) for each in (scene, twin))
-        if split_of_scene(twin.subjects, twin.background) == split and _told_apart(scene, twin, fact):
+        possible = all(can_have(subject.kind, subject.colour) for subject in twin.subjects)
+        if possible and split_of_scene(twin.subjects, twin.background) == split and _told_apart(scene, twin, fact):
             return scene, twin, fact
 
 
@@ -45,18 +47,24 @@ def change_scene(scene: Scene, fact: str, rng: np.random.Generator) -> Scene:
     subjects, which = [*scene.subjects], int(rng.integers(len(scene.subjects)))
     subject = subjects[which]
     if fact == "background":
-        return replace(scene, background=str(rng.choice([name for name in BACKGROUNDS if name != scene.background])))
+        return replace(
+            scene, background=str(rng.choice([name for name in world.BACKGROUNDS if name != scene.background]))
+        )
     if fact == "left out":
         return replace(scene, subjects=(subject,), relation=None, place=ALONE[scene.relation][which])
     if fact == "doubled":
-        return _side_by_side(scene, [subject, subject], scene.relation or str(rng.choice(RELATIONS)))
+        return _side_by_side(scene, [subject, subject], scene.relation or str(rng.choice(world.RELATIONS)))
     if fact == "places":
         return _side_by_side(scene, subjects[::-1], scene.relation)
     if fact == "colours":
         first, second = subjects
         return replace(scene, subjects=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
-    values = SUBJECTS if fact == "kind" else COLOURS
     held = {getattr(each, fact) for each in subjects}
+    if fact == "kind":
+        values = [kind for kind in alike(subject.kind) if can_have(kind, subject.colour)]
+    else:
+        values = [*COLOURS] if subject.kind in GLYPHS else [*COLOURS, *world.MATERIALS, world.NATURAL]
+        values = [colour for colour in values if can_have(subject.kind, colour)]
     subjects[which] = replace(subject, **{fact: str(rng.choice([value for value in values if value not in held]))})
     return replace(scene, subjects=tuple(subjects))
 

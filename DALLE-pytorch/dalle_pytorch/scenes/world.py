@@ -1,8 +1,10 @@
-"""What there is in the glyphs world: subjects, colours, backgrounds, places, and the splits of their combinations."""
+"""What there is in a scene: subjects, colours, backgrounds, places, and the splits of their combinations."""
 
 import hashlib
 from dataclasses import dataclass
 from functools import cache
+
+from dalle_pytorch.scenes.things import NATURAL_COLOURS, THINGS
 
 GRID = 16  # subjects and textures are laid out on this many cells a side: one cell is one image token
 
@@ -15,11 +17,16 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 LETTERS = tuple(f"letter {name}" for name in "acefhkmptuxy")  # none that could be taken for a digit or for another
 SHAPES = ("star", "heart", "circle", "square", "triangle", "diamond", "cross", "moon", "arrow", "house", "cloud",
           "drop", "bolt", "flower", "tree", "crown", "fish")  # fmt: skip
-SUBJECTS = DIGITS + LETTERS + SHAPES
+GLYPHS = DIGITS + LETTERS + SHAPES
+SUBJECTS = GLYPHS + tuple(THINGS)
 BACKGROUNDS = ("white", "black", "brick", "wood", "water", "lego", "checks", "stripes", "dots", "tiles", "grass",
                "sand", "marble", "plaid", "zigzags", "night")  # fmt: skip
+# What a subject can be made of instead of being of a colour. Things have colours of their own, too.
+MATERIALS = ("brick", "wood", "water", "grass", "plaid", "dots")
+NATURAL = "natural"
 SIZES = {"big": 10, "small": 6}  # side in grid cells
 PLACES = ("middle", "left", "right", "top", "bottom", "upper left", "upper right", "lower left", "lower right")
+RIM = 0.8  # width in grid cells of the white rim around a subject, inside a margin of one cell around its box
 RELATIONS = ("left", "above")  # where the first subject of two stands, seen from the second
 BIG_SHARE = 0.4  # of single subjects
 VARIANTS = 4  # ways in which the pattern of one background can lie
@@ -30,10 +37,10 @@ HELD_OUT = {"test": 0.1, "validation": 0.04}  # shares of all combinations; the 
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing in a scene; `column` and `row` are its upper left corner in grid cells."""
+    """One glyph or thing in a scene; `column` and `row` are its upper left corner in grid cells."""
 
     kind: str
-    colour: str
+    colour: str  # of COLOURS or MATERIALS; NATURAL for a thing as it is
     size: str
     column: int
     row: int
@@ -41,6 +48,12 @@ class Subject:
     @property
     def cells(self) -> int:
         return SIZES[self.size]
+
+
+def can_have(kind: str, colour: str) -> bool:
+    """Whether there are subjects of this kind in this colour: NATURAL is for things, and a thing is not recoloured to
+    what it is by nature."""
+    return kind in THINGS if colour == NATURAL else colour not in NATURAL_COLOURS.get(kind, ())
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def test_what_cannot_be_opened_is_said(tmp_path):
     with pytest.raises(FileError, match="takes no --wds"):
         open_dataset("glyphs", 16, wds="jpg,txt")
     for query in ("sky=2", "twins=2", "terse_every=often", "resolution=64", "twins=["):
-        known = "there are count: int, split: str, terse_every: int"
+        known = "there are count: int, split: str, of: str, terse_every: int"
         with pytest.raises(UsageError, match=re.escape(f"data set glyphs: no option {query}; {known}")):
             open_dataset(f"glyphs?{query}", 16)
     for name, resolution, message in (("glyphs", 20, "multiples of 16"), ("glyphs?split=moon", 16, "got 'moon'"),
