@@ -344,6 +344,8 @@ def test_refusals_of_min_dalle(mini, change, flags, message):
         ("attn_bias: true", "attn_bias: false", "attn_bias is False according"),
         ("type: transformer1d", "type: igpt", "stage2 is a igpt, expected a transformer1d"),
         ("n_heads: 4", "n_heads: 7", "width of 64 cannot be divided among 7 heads"),
+        ("gelu_use_approx: false", "gelu_use_approx: 3", "neither true nor false"),
+        ("stage2:", "stage1: {hparams: 5}\nstage2:", "is not a configuration of minDALL-E"),
     ],
 )
 def test_settings_of_minDALL_E_that_contradict(mindalle, old, new, message):

@@ -167,23 +167,29 @@ def _open_detokenizer(folder: Path, side: int) -> VQGanVAE:
 # minDALL-E
 
 
+def _mindalle_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the VQGAN and of the transformer in minDALL-E's `config.yaml`. As in its own code, those that are
+    absent are the published model's; so are all of them without the file."""
+    config = read_yaml(path) if path.is_file() else {}
+    found = []
+    with parsing(path, "a configuration of minDALL-E"):
+        for stage, kind in (("stage1", "vqgan"), ("stage2", "transformer1d")):
+            part = dict(config.get(stage) or {})
+            if part.get("type", kind) != kind:
+                raise CheckpointError(f"{path}: {stage} is a {part['type']}, expected a {kind}")
+            found.append({**part, **dict(part.get("hparams") or {})})
+        vqgan, transformer = found
+        if not isinstance(transformer.get("gelu_use_approx", False), bool):
+            raise ValueError("gelu_use_approx is neither true nor false")
+    return vqgan, transformer
+
+
 def _open_mindalle(
     folder: Path, vae: ImageTokenizer | None, dtype: torch.dtype, device: torch.device | str, heads: int | None = None,
     **flags: Any,
 ) -> MinDALLE:  # fmt: skip
-    # Absent settings are the published model's, as in minDALL-E's own code.
     path, settings_path = folder / STAGE2, folder / SETTINGS
-    config = read_yaml(settings_path) if settings_path.is_file() else {}
-    with parsing(settings_path, "a configuration of minDALL-E"):
-        stage1, stage2 = config.get("stage1") or {}, config.get("stage2") or {}
-        kinds = {"stage1": "vqgan", "stage2": "transformer1d"}
-        given = {
-            **(stage2.get("hparams") or {}),
-            **{key: stage2[key] for key in stage2 if key.startswith("vocab_size")},
-        }
-        for name, part in (("stage1", stage1), ("stage2", stage2)):
-            if part.get("type", kinds[name]) != kinds[name]:
-                raise CheckpointError(f"{settings_path}: {name} is a {part['type']}, expected a {kinds[name]}")
+    vqgan, given = _mindalle_settings(settings_path)
     tokenizer = MinDALLETokenizer.from_files(
         *(folder / f"tokenizer/bpe-16k-{name}" for name in ("vocab.json", "merges.txt"))
     )
@@ -205,16 +211,11 @@ def _open_mindalle(
             "dim": dim, "depth": depth, "heads": _heads(path, dim, given.get("n_heads") if heads is None else heads),
             "ff_dim": len(state["blocks.0.proj_in.weight"]), "num_text_tokens": num_text_tokens,
             "pad_token": tokenizer.pad_id, "text_seq_len": text_seq_len, "attn_bias": attn_bias, "mlp_bias": mlp_bias,
-            "gelu_use_approx": bool(given.get("gelu_use_approx", False)), "image_fmap_size": _side(image_positions),
+            "gelu_use_approx": given.get("gelu_use_approx", False), "image_fmap_size": _side(image_positions),
             "num_image_tokens": num_image_tokens,
         }  # fmt: skip
     if vae is None:
-        hparams = {
-            **(stage1.get("hparams") or {}),
-            **{key: stage1[key] for key in ("embed_dim", "n_embed") if key in stage1},
-        }
-        state1 = _read(folder / STAGE1, torch.float32, "cpu")
-        vae = build_vqgan(folder / STAGE1, state1, hparams, settings_path)
+        vae = build_vqgan(folder / STAGE1, _read(folder / STAGE1, torch.float32, "cpu"), vqgan, settings_path)
     prior = _built(path, MinDALLE, {**settings, "vae": vae.to(device), **flags}, state, dtype)
     prior.tokenizer = tokenizer
     return prior
