@@ -449,10 +449,10 @@ def test_frozen_parts_are_neither_trained_nor_averaged(tmp_path):
 
 
 class Stuck(Numbers):
-    """Data of which the ninth batch does not come."""
+    """Data of which the eighth batch does not come."""
 
     def __getitem__(self, index):
-        if self.read == 64:
+        if self.read == 56:
             time.sleep(600)
         self.read += 1
         return super().__getitem__(index)
@@ -470,12 +470,12 @@ def test_signal_while_data_do_not_come(tmp_path, workers):
     train(Task(), Numbers(), few_steps(tmp_path / "whole"))
     process = processes.Process(target=run_stuck, args=(tmp_path / "broken", workers))
     process.start()
-    wait_for(lambda: noted(tmp_path / "broken") == 8, process)
+    wait_for(lambda: noted(tmp_path / "broken") == 7, process)
     started = time.monotonic()
     process.terminate()
     process.join(60)
     assert process.exitcode == 143 and time.monotonic() - started < 10
-    assert checkpoints(tmp_path / "broken")[-1] == "step-00000008"
+    assert checkpoints(tmp_path / "broken")[-1] == "step-00000007"
     train(Task(), Numbers(), few_steps(tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
