@@ -9,7 +9,7 @@ from faults.models import commands
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e308", "1e-308", "9" * 400, "1.5", "x", "", " ", "[", "{a: 1}", "null",
           "true", "../..", "/dev/null", "/", "a\nb", "\x1b[2J", "\udcff", "-", "--", "é" * 200, "a,b", "a=b",
           "%s%n", "x" * 100_000)  # fmt: skip
-KEPT = {"--help", "-h", "--device", "--wandb_name", "--report_to", "--distributed_backend"}
+KEPT = {"--title", "--takes_config", "--device", "--wandb_name", "--report_to", "--distributed_backend"}
 
 
 def options(command: str) -> list[str]:
