@@ -6,8 +6,10 @@ torch is not imported here, so that a command line can show the defaults at once
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dalle_pytorch.checks import check_types
 from dalle_pytorch.errors import UsageError
 
+MAX_STEPS = 100_000  # of a diffusion
 NORM_GROUPS = 32  # of every group norm
 
 
@@ -38,6 +40,7 @@ class UNetConfig:
     gated: bool = False  # one more output channel, the gate of `Denoiser`
 
     def __post_init__(self) -> None:
+        _check(self)
         self.channel_mult = tuple(self.channel_mult)
         self.attention_resolutions = tuple(self.attention_resolutions)
         if any(count < 1 and count != -1 for count in (self.num_head_channels, self.num_heads_upsample)):
@@ -77,3 +80,15 @@ class DiffusionConfig:
     sigma_small: bool = False
     rescale_timesteps: bool = False
     residual_std: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.diffusion_steps > MAX_STEPS:
+            raise UsageError(f"expected diffusion_steps of at most {MAX_STEPS:,}, got {self.diffusion_steps:,}")
+
+
+def _check(config: "UNetConfig | DiffusionConfig") -> None:
+    try:
+        check_types(type(config), vars(config))
+    except ValueError as error:
+        raise UsageError(error) from None

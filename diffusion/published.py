@@ -6,16 +6,18 @@ from the weights where possible, and flags of the same names fill in the rest.
 
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor
 
-from dalle_pytorch.errors import CheckpointError, UsageError, UserError
-from dalle_pytorch.pretrained import load_state, read_config
+from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.nn.upstream import count_parts
+from dalle_pytorch.pretrained import load_state, read_config, sized_by
 from dalle_pytorch.published.unpickler import read_torch, tensor_dict
 from dalle_pytorch.vae.base import ImageTokenizer
 from diffusion.config import DiffusionConfig, UNetConfig
@@ -53,15 +55,14 @@ def load_unet(path: str | os.PathLike, **flags: Any) -> UNet:
     Raises `CheckpointError` for a file that cannot be used and for flags that contradict the weights, `UsageError` for
     unknown flags and values.
     """
-    state = tensor_dict(read_torch(path), path)
-    settings = _settings(path, _read_architecture(path, state), _parse_flags(flags))
-    try:
-        with torch.device("meta"):
+    flags = _parse_flags(flags)
+    with opening(path):
+        state = tensor_dict(read_torch(path), path)
+        settings = _settings(path, _read_architecture(path, state), flags)
+        with opening(path, "does not fit the flags"), sized_by(state):
             unet = UNet(**settings)
-    except UserError as error:
-        raise CheckpointError(f"{path} does not fit the flags: {error}") from error
-    load_state(unet, state, source=path)
-    return unet.eval()
+        load_state(unet, state, source=path)
+        return unet.eval()
 
 
 def load_denoiser(path: str | os.PathLike, **flags: Any) -> Denoiser:
@@ -69,17 +70,34 @@ def load_denoiser(path: str | os.PathLike, **flags: Any) -> Denoiser:
 
     `path` is a file as for `load_unet`, or a native folder, which may have a `diffusion.json` with defaults for flags.
     """
+    unet, flags = _open(path, flags)
+    return make_denoiser(unet, **flags)
+
+
+def _open(path: str | os.PathLike, flags: Mapping[str, Any]) -> tuple[UNet, dict[str, Any]]:
+    """The U-Net in a file or a native folder, and the flags with what the folder has for those not given."""
     if not Path(path).is_dir():
-        return make_denoiser(load_unet(path, **flags), **flags)
-    unet = UNet.from_pretrained(path)
+        return load_unet(path, **flags), dict(flags)
     if known := sorted(_parse_flags(flags).keys() - _DIFFUSION_FLAGS):
         raise UsageError(f"{path} is a native folder, whose config.json sets {', '.join(known)}")
-    return make_denoiser(unet, **{**read_diffusion(path), **flags})
+    return UNet.from_pretrained(path), {**read_diffusion(path), **flags}
 
 
 def read_diffusion(folder: str | os.PathLike) -> dict[str, Any]:
     """The contents of `diffusion.json` in the native folder of a U-Net; empty without that file."""
-    return read_config(Path(folder), DIFFUSION_NAME) if (Path(folder) / DIFFUSION_NAME).exists() else {}
+    path = Path(folder) / DIFFUSION_NAME
+    if not path.exists():
+        return {}
+    with opening(path, "does not hold settings of a diffusion"):
+        flags = diffusion_flags(read_config(path.parent, path.name))
+        DiffusionConfig(**flags)
+    return flags
+
+
+def diffusion_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the flags that are settings of the diffusion, but for `timestep_respacing`, chosen for each run."""
+    names = _DIFFUSION_FLAGS - {"timestep_respacing"}
+    return {name: value for name, value in _parse_flags(flags).items() if name in names}
 
 
 def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
@@ -94,14 +112,10 @@ def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
 
 
 def load_decoder(path: str | os.PathLike, vae: ImageTokenizer, **flags: Any) -> DiffusionDecoder:
-    """`load_unet`, as the decoder of this VAE's tokens. Raises `CheckpointError` if the two do not fit."""
-    unet = load_unet(path, **flags)
-    names = _DIFFUSION_FLAGS - {"timestep_respacing"}  # chosen for each run
-    settings = {name: value for name, value in _parse_flags(flags).items() if name in names}
-    try:
-        return DiffusionDecoder(unet, vae, **settings).eval()
-    except UserError as error:
-        raise CheckpointError(f"{path} does not fit its VAE: {error}") from error
+    """`load_denoiser`'s U-Net, as the decoder of this VAE's tokens. Raises `CheckpointError` if the two do not fit."""
+    unet, flags = _open(path, flags)
+    with opening(path, "does not fit its VAE"):
+        return DiffusionDecoder(unet, vae, **diffusion_flags(flags)).eval()
 
 
 def load_super_resolution(path: str | os.PathLike, class_label: int | None = None, **flags: Any) -> SuperResolution:
@@ -111,10 +125,8 @@ def load_super_resolution(path: str | os.PathLike, class_label: int | None = Non
     128 → 512 model needs num_head_channels=64.
     """
     denoiser = load_denoiser(path, **flags)
-    try:
+    with opening(path, "cannot be used"):
         return SuperResolution(denoiser, class_label).eval()
-    except UserError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 # Architecture from weights and flags
@@ -126,9 +138,9 @@ _DOUBLING = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.0)\.bias")
 
 def _read_architecture(path: str | os.PathLike, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """`UNetConfig`'s fields that keys and shapes imply, with `attention_levels` in place of `attention_resolutions`."""
-    try:
+    with opening(path, "is not a guided-diffusion U-Net, or its layers have other names"):
         num_channels = state["time_embed.0.weight"].shape[1]
-        count = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("input_blocks."))
+        count = count_parts(state, r"input_blocks\.(\d+)\.")
         doublings = [match[1] for key in state if (match := _DOUBLING.fullmatch(key))]
         levels = 1 + len(doublings)
         if count % levels or not all(f"output_blocks.{i}.0.in_layers.0.weight" in state for i in range(count)):
@@ -149,8 +161,6 @@ def _read_architecture(path: str | os.PathLike, state: Mapping[str, Tensor]) -> 
             known["resblock_updown"] = "conv" not in doublings
         if known["emb_condition"]:
             known["emb_output_dims"], known["emb_input_dims"] = state["external_block.op.weight"].shape[:2]
-    except (KeyError, IndexError, ValueError):
-        raise CheckpointError(f"{path} is not a guided-diffusion U-Net: its layers have other names") from None
     return known
 
 
@@ -196,8 +206,8 @@ def _parse_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"unknown flag {name}: expected one of {', '.join(sorted(_FLAG_TYPES))}")
         try:
             parsed[name] = _FLAG_TYPES[name](value)
-        except (TypeError, ValueError):
-            raise UsageError(f"invalid value of the flag {name}: {value!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise UsageError(f"invalid value of the flag {name}: {reprlib.repr(value)}") from None
     return parsed
 
 

@@ -23,9 +23,9 @@ def named_betas(name: str, num_steps: int) -> Tensor:
             raise UsageError(f"a linear schedule needs more than 20 steps, got {num_steps}")
         # DDPM's 1e-4 to 0.02 over 1000 steps, scaled so that the end is as noisy for any number of steps.
         scale = 1000 / num_steps
-        return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+        return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64, device="cpu")
     if name == "cosine":
-        edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        edges = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise UsageError(f"unknown noise schedule {name!r}: expected linear or cosine")
@@ -100,7 +100,7 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str = "linear", num_steps: int = 1000) -> Schedule:
-        return cls(named_betas(name, num_steps), torch.arange(num_steps), num_steps)
+        return cls(named_betas(name, num_steps), torch.arange(num_steps, device="cpu"), num_steps)
 
     def respaced(self, spacing: str | int | Iterable[int]) -> Schedule:
         """The schedule of only some steps (see `spaced_steps`), with the same alphas_cumprod at each."""

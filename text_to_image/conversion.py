@@ -1,8 +1,11 @@
 """Published files into native folders: what `convert` does."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
@@ -13,14 +16,14 @@ from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.hug import HugTokenizer
 from dalle_pytorch.tokenizers.simple import SimpleTokenizer
 from diffusion.decoder import DiffusionDecoder
-from diffusion.published import MODEL_SIZES, load_decoder, load_unet
+from diffusion.published import DIFFUSION_NAME, diffusion_flags, load_decoder, load_unet
+from diffusion.unet import UNet
 
 
 def open_any(
     path: str,
     vqgan_config_path: str | None = None,
     vae_path: str | None = None,
-    model_size: int | None = None,
     unet_flags: Mapping[str, Any] | None = None,
     **prior_options: Any,
 ) -> PretrainedModel:
@@ -34,8 +37,22 @@ def open_any(
     except UnknownFormatError as error:
         if "time_embed.0.weight" not in error.entries:
             raise
-    flags = {**(MODEL_SIZES[model_size] if model_size else {}), **(unet_flags or {})}
+    flags = unet_flags or {}
     return load_unet(path, **flags) if vae is None else load_decoder(path, vae, **flags)
+
+
+def write_native(
+    model: PretrainedModel, folder: Path, dtype: torch.dtype | None = None, unet_flags: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model of `open_any` as a native folder, with all that it needs to be opened again.
+
+    The diffusion of a U-Net without its VAE is in `unet_flags` alone: its part of them is written too.
+    """
+    if isinstance(model, DiffusionDecoder):
+        model.vae.save_pretrained(folder / "vae", dtype)
+    elif isinstance(model, UNet) and (diffusion := diffusion_flags(unet_flags or {})):
+        write_text(folder / DIFFUSION_NAME, json.dumps(diffusion) + "\n")
+    model.save_pretrained(folder, dtype)
 
 
 def describe(model: PretrainedModel, indent: str = "") -> Iterator[str]:

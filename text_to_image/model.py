@@ -13,17 +13,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from dalle_pytorch.checks import check_types, check_values
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.atomic import write_text
-from dalle_pytorch.files.text import read_text
-from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.files.documents import read_json
+from dalle_pytorch.pretrained import PretrainedModel, is_hub_name, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.published.clip import load_clip
 from dalle_pytorch.published.common import is_file
-from dalle_pytorch.published.load import load_prior, load_vae
+from dalle_pytorch.published.load import is_named, load_prior, load_vae
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.load import load_tokenizer
@@ -88,6 +90,16 @@ class Parts:
     sampling: SamplingSettings | None = None
     clip_guidance_scale: float | None = None
 
+    def check_paths(self) -> None:
+        """Raises `CheckpointError` for a path to nothing, whether it would be opened or not."""
+        files = [self.vqgan_config_path, None if self.chinese else self.tokenizer]
+        others = [self.prior, self.vae, self.scorer, self.decoder, self.super_resolution]
+        for path in (*files, *others):
+            if not isinstance(path, Source) or Path(path).exists() or is_named(path):
+                continue
+            if path in files or is_file(path) or not is_hub_name(path):
+                raise CheckpointError(f"{path} is missing" if str(path) else "an empty path names no model")
+
 
 class Model:
     """A prior, a CLIP and a diffusion decoder with what belongs to them. Each is opened when it is first used.
@@ -111,6 +123,7 @@ class Model:
         the default model, whose CLIP has seen nothing but its world. Raises `CheckpointError` for a name that is none.
         """
         given = Parts(**parts)
+        given.check_paths()
         if name is not None:
             folder = resolve_folder(name)
         else:
@@ -173,7 +186,7 @@ class Model:
         if isinstance(given, DiffusionDecoder):
             return given.to(self.device)
         path = self._source(given, "decoder", "decoder")
-        if is_file(path):
+        if is_file(path) or read_config(resolve_folder(path)).get("class") == "UNet":
             flags = {**(MODEL_SIZES[parts.model_size] if parts.model_size else {}), **parts.unet_flags}
             return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
         if parts.model_size or parts.unet_flags:
@@ -194,10 +207,9 @@ class Model:
             return self.parts.sampling
         names = [setting.name for setting in fields(SamplingSettings)]
         own = {} if self.parts.prior else {name: self._recorded[name] for name in names if name in self._recorded}
-        try:
+        with opening(f"{self.folder}/{SAMPLING_NAME}", "does not hold sampling settings"):
+            check_types(SamplingSettings, own)
             return replace(self.prior.sampling, **own)
-        except TypeError as error:
-            raise CheckpointError(f"{self.folder}/{SAMPLING_NAME} does not hold sampling settings: {error}") from None
 
     @property
     def clip_guidance_scale(self) -> float | None:
@@ -210,12 +222,21 @@ class Model:
     def words(self) -> frozenset[str] | None:
         """The words of the captions that the prior was trained on, where they are known."""
         path = None if self.parts.prior else self._bundled(WORDS_NAME)
-        return None if path is None else frozenset(json.loads(read_text(path)))
+        if path is None:
+            return None
+        with opening(path, "is not a list of words"):
+            return frozenset(map(str.__str__, read_json(path)))
 
     @cached_property
     def _recorded(self) -> dict[str, Any]:
         path = self._bundled(SAMPLING_NAME)
-        return {} if path is None else read_config(path.parent, path.name)
+        if path is None:
+            return {}
+        with opening(path, "does not hold sampling settings"):
+            recorded = read_config(path.parent, path.name)
+            check_values(recorded)
+            check_types(Parts, recorded)
+            return recorded
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words that the prior, or its tokenizer, has never seen."""

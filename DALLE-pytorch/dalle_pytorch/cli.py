@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,41 +30,52 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, _interrupt)  # before what takes time to import
 
-from dalle_pytorch.errors import UserError  # noqa: E402
-from dalle_pytorch.settings import USER_ERROR  # noqa: E402
+from dalle_pytorch.errors import UsageError, UserError, as_message  # noqa: E402
+from dalle_pytorch.settings import DEBUG, USER_ERROR  # noqa: E402
 
 
 def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:
     """Calls `main(argv)`. A mistake of the user's, or of the machine's, is told in one line and exits with code 2.
 
     Those are `UserError`, what the operating system refuses, and memory that is not enough. Anything else is a bug and
-    keeps its traceback, `ValueError` too.
+    keeps its traceback, `ValueError` too. With `--debug` the traceback of a mistake is shown as well, with its cause.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that is not UTF-8 cannot show all prompts and file names.
             stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = DEBUG in arguments
     try:
+        if broken := [argument for argument in arguments if not _is_text(argument)]:
+            raise UsageError(f"an argument is not text in UTF-8: {broken[0]}")
         main(argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except OSError as error:
-        _fail(describe(error))
+        _fail(describe(error), debug)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), debug)
     except (MemoryError, RuntimeError) as error:
         # torch has its own class for a device's memory, which cannot be named without importing torch.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        _fail("out of memory; a smaller --batch_size needs less")
+        _fail("out of memory; a smaller --batch_size needs less", debug)
     finally:
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _is_text(argument: str) -> bool:
+    """Whether it can be written again: bytes that are not UTF-8 come in as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def _fail(message: str, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {as_message(message, UserError.longest)}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
 

@@ -10,8 +10,26 @@ def shorten(text: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[:longest].rstrip()}…"
 
 
+def as_message(text: object, longest: int) -> str:
+    """A text in one line of at most `longest` characters: its middle left out if need be, control characters escaped.
+
+    Characters are those that Unicode calls printable; surrogates, which no terminal takes, are escaped too.
+    """
+    line = " ".join(str(text).split())
+    for _ in range(2):  # escaping makes it longer
+        if len(line) > longest:
+            line = f"{line[: longest - longest // 3 - 1]}…{line[-(longest // 3) :]}"
+        line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in line)
+    return line[:longest]
+
+
 class UserError(ValueError):
     """Something that the user can correct. The message is one line that says what was given and what is expected."""
+
+    longest = 1000  # characters of the message
+
+    def __init__(self, message: object = ""):
+        super().__init__(as_message(message, self.longest))
 
 
 class UsageError(UserError):
@@ -21,14 +39,18 @@ class UsageError(UserError):
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
 
+    longest = 290  # with what a command line writes before it, at most 300
+
 
 class TrainingDiverged(UserError):
     """The loss or gradient of a training was not finite in too many steps in a row."""
 
 
 class SamplingDiverged(UserError):
-    """Sampling reached logits or pixels that are not finite; nothing of that batch is returned."""
+    """Sampling reached logits, pixels or scores that are not finite; nothing of that batch is returned."""
 
 
 class FileError(UserError):
     """An image, token or data file that cannot be used."""
+
+    longest = 290

@@ -8,19 +8,22 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from dalle_pytorch.checks import check_types, check_values
 from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.files.atomic import write_bytes, write_text
-from dalle_pytorch.files.text import read_text
+from dalle_pytorch.files.boundary import opening, reason
+from dalle_pytorch.files.documents import read_json
 from dalle_pytorch.registry import MODEL_MODULES
 
 CONFIG_NAME = "config.json"
@@ -106,17 +109,19 @@ class PretrainedModel(nn.Module):
         Raises `CheckpointError`, one line that names the folder.
         """
         folder = resolve_folder(folder)
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        config = read_config(folder)
-        name = config.pop("class", None)
-        model_class = _find_class(name)
-        if model_class is None or not issubclass(model_class, cls):
-            raise CheckpointError(f"{folder}: expected a {cls.__name__}, got {name}")
-        arguments = {**config, **model_class.companions(folder, overrides), **overrides}
-        model = construct(folder / CONFIG_NAME, model_class, arguments)
-        load_state(model, read_tensors(folder / WEIGHTS_NAME), source=folder / WEIGHTS_NAME, dtype=dtype)
-        model.opened(folder)
-        return model.eval()
+        with opening(folder):
+            overrides = {name: value for name, value in overrides.items() if value is not None}
+            config = read_config(folder)
+            name = config.pop("class", None)
+            model_class = _find_class(name)
+            if model_class is None or not issubclass(model_class, cls):
+                raise CheckpointError(f"{folder}: expected a {cls.__name__}, got {name}")
+            arguments = {**config, **model_class.companions(folder, overrides), **overrides}
+            state = read_tensors(folder / WEIGHTS_NAME)
+            model = construct(folder / CONFIG_NAME, model_class, arguments, state)
+            load_state(model, state, source=folder / WEIGHTS_NAME, dtype=dtype)
+            model.opened(folder)
+            return model.eval()
 
     def opened(self, folder: Path) -> None:
         """Called at the end of `from_pretrained`, to read further files of the model."""
@@ -146,28 +151,34 @@ def resolve_folder(name: str | os.PathLike, patterns: Sequence[str] = NATIVE_FIL
     folder = Path(name)
     if folder.is_dir():
         return folder
-    text = str(name)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or folder.parent.is_dir():
+    if not is_hub_name(name):
         raise CheckpointError(f"there is no folder {name}")
+    return download(str(name), patterns, f"{name} is not a local folder")
+
+
+def is_hub_name(name: str | os.PathLike) -> bool:
+    """Whether this has the form of a name of the hub, `owner/name`, and cannot be meant for a path."""
+    text = str(name)
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).parent.is_dir()
+
+
+def download(name: str, patterns: Sequence[str], otherwise: str) -> Path:
+    """The folder of a hub name's files that match `patterns`. Raises `CheckpointError`, which begins `otherwise`."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub raises a dozen kinds
-        raise CheckpointError(
-            f"{text} is not a local folder and cannot be downloaded from the hub ({first_line(error)})"
-        ) from error
+        raise CheckpointError(f"{otherwise} and cannot be downloaded from the hub ({reason(error)})") from error
 
 
 def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     """The settings in a model folder's `config.json`, or in another JSON file there."""
     path = folder / name
-    try:
-        config = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model folder: it has no {name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {first_line(error)}") from None
+    if not path.exists():
+        raise CheckpointError(f"{folder} is not a model folder: it has no {name}")
+    with opening(path, "cannot be read as JSON"):
+        config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(config).__name__}")
     return config
@@ -175,33 +186,50 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped on the CPU."""
-    try:
+    with opening(f"the weights file {path}", "is damaged or not a safetensors file"):
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"the weights file {path} is missing") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"the weights file {path} is damaged or not a safetensors file: {error}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The message of an exception in one line of at most 200 characters, or the name of its class."""
-    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
+def construct(
+    source: object, model_class: type[Model], arguments: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> Model:
+    """The model with these settings of a file, its parameters on the meta device; `state` has its weights.
 
-
-def construct(source: object, model_class: type[Model], arguments: Mapping[str, Any]) -> Model:
-    """The model with these settings of a file, its parameters on the meta device.
-
-    Raises `CheckpointError`, which names `source`, for settings that the constructor does not accept.
+    Tensors that a constructor computes must name their device, or they are on the meta device too. Raises
+    `CheckpointError`, which names `source`, for settings that the constructor does not accept, and for settings of far
+    more parameters than there are in `state`, as soon as that is known.
     """
     known = inspect.signature(model_class.__init__).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     if not takes_all and (unknown := sorted(map(str, arguments.keys() - known.keys()))):
         raise CheckpointError(f"{source} has settings unknown to {model_class.__name__}: {', '.join(unknown)}")
+    with opening(source, f"does not describe a {model_class.__name__}"), sized_by(state):
+        check_values({name: value for name, value in arguments.items() if not isinstance(value, nn.Module)})
+        check_types(model_class, arguments)
+        return model_class(**arguments)
+
+
+@contextmanager
+def sized_by(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Constructs on the meta device, and raises `ValueError` at a parameter far beyond the number of those in `state`.
+
+    A little more than `state` has may still be constructed, so that `load_state` can say what is missing.
+    """
+    left = [2 * len(state) + 1000, 2 * sum(tensor.numel() for tensor in state.values()) + 2**20]
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            left[:] = left[0] - 1, left[1] - parameter.numel()
+            if min(left) < 0:
+                raise ValueError("it describes a far larger network than the weights are of")
+
+    hook = register_module_parameter_registration_hook(count)
     try:
-        with init_empty_weights(include_buffers=False):
-            return model_class(**arguments)
-    except Exception as error:  # values of any type and size can be in a file
-        raise CheckpointError(f"{source} does not describe a {model_class.__name__}: {first_line(error)}") from error
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
 
 
 def load_state(
@@ -214,15 +242,27 @@ def load_state(
     own = model.own_state_dict() if isinstance(model, PretrainedModel) else model.state_dict()
     problems = [f"lacks {key}" for key in own.keys() - state.keys()]
     problems += [f"has unknown {key}" for key in state.keys() - own.keys()]
-    problems += [
-        f"has {key} of shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    ]
+    problems += [problem for key in own.keys() & state.keys() if (problem := _misfit(key, own[key], state[key]))]
+    if not problems:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+        problems = [f"has numbers in {key} that are not finite" for key in state if not _is_finite(state[key])]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
             f"{source} does not fit {type(model).__name__}: it {', '.join(sorted(problems)[:3])}{more}"
         )
-    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
+
+
+def _misfit(key: str, own: Tensor, value: Tensor) -> str | None:
+    """Why a tensor cannot take the place of the model's own, if it cannot."""
+    if value.shape != own.shape:
+        return f"has {key} of shape {tuple(value.shape)}, expected {tuple(own.shape)}"
+    if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+        return f"has {key} of type {value.dtype}, expected {own.dtype}"
+    return None if own.numel() else f"has no numbers in {key}"
+
+
+def _is_finite(value: Tensor) -> bool:
+    # The sum is several times faster, and finite unless a number is not or it overflows.
+    return not value.is_floating_point() or bool(value.sum().isfinite() or value.isfinite().all())

@@ -26,10 +26,10 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from jsonargparse import ArgumentParser as JsonArgumentParser
 
-from dalle_pytorch.errors import FileError, UsageError
-from dalle_pytorch.files.text import read_text
+from dalle_pytorch.errors import UsageError, UserError, as_message
 
 USER_ERROR = 2
+DEBUG = "--debug"
 # No option needs a larger number, and larger ones overflow in float32 or in memory.
 LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e12}
 SMALLEST = 1e-12  # unless 0: what divides by a smaller one overflows
@@ -128,8 +128,15 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _filled(value: Any) -> str:
+    """A text that is not empty, as that of a shell's variable without a value."""
+    if not (text := _text(value)).strip():
+        raise argparse.ArgumentTypeError("it is empty; leave the option out for its default")
+    return text
+
+
 def _path(value: Any) -> Path:
-    return Path(_text(value))
+    return Path(_filled(value))
 
 
 class ArgumentParser(JsonArgumentParser):
@@ -139,7 +146,7 @@ class ArgumentParser(JsonArgumentParser):
         message = re.sub(r"(?:Parser key|argument) [\"']?(?:--)?([\w-]+)(?:/[\w/-]+)?[\"']?:", r"--\1:", message)
         if message.startswith("the following arguments are required: "):
             message = re.sub(r"(?<= )(\w+)(?=,|$)", self._spelling, message)
-        print(f"{self.prog}: {' '.join(message.split())[:300]} (--help lists the options)", file=sys.stderr)
+        print(f"{self.prog}: {as_message(message, 300)} (--help lists the options)", file=sys.stderr)
         sys.exit(USER_ERROR)
 
     def _spelling(self, match: re.Match[str]) -> str:
@@ -203,6 +210,7 @@ class Settings:
         parser = ArgumentParser(prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         if cls.takes_config:
             parser.add_argument("--config", metavar="FILE", help="YAML file of options, one a line (batch_size: 8)")
+        parser.add_argument(DEBUG, action="store_true", help="show where a mistake was found, and its cause")
         hints, groups = typing.get_type_hints(cls), {}
         for field in dataclasses.fields(cls):
             # The class that declares an option first heads it.
@@ -239,6 +247,8 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     settings: dict[str, Any] = {"type": _kind(hint, options), "default": default, "help": options["help"]}
     settings |= options["argparse"]
+    if default == "" and settings["type"] is _filled:
+        settings["type"] = _text
     if settings["type"] is boolean:
         settings |= {"nargs": "?", "const": True, "metavar": "True|False"}
     if options["positional"]:
@@ -262,7 +272,7 @@ def _kind(hint: Any, options: Mapping[str, Any]) -> Callable[[Any], Any]:
         return boolean
     if hint in (int, float):
         return number(hint, *options["bounds"])
-    return _path if hint is Path else _text
+    return _path if hint is Path else _filled
 
 
 def _spellings(fields: Iterable[dataclasses.Field]) -> dict[str, str]:
@@ -287,30 +297,34 @@ def _spell_out(fields: Iterable[dataclasses.Field], argv: Sequence[str]) -> list
 
 def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
     """The options in a YAML file, checked as those of a command line. A mistake names the file and exits."""
-    import yaml
+    from dalle_pytorch.files.boundary import opening
+    from dalle_pytorch.files.documents import read_yaml
 
     try:
-        content = yaml.safe_load(read_text(path)) or {}
-    except OSError as error:
-        parser.error(f"{path} cannot be read: {error.strerror}")
-    except (yaml.YAMLError, FileError, RecursionError) as error:
-        parser.error(f"{path} is not YAML: {error}")
+        with opening(path, "is not YAML"):
+            content = read_yaml(path) or {}
+        return _options(path, content, fields, parser)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _options(path: str, content: Any, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
+    from dalle_pytorch.files.boundary import opening
+
     if not isinstance(content, dict):
-        parser.error(f"{path} holds no settings (lines of `option: value`)")
+        raise UsageError(f"{path} holds no settings (lines of `option: value`)")
     spellings, values = _spellings(fields), {}
     actions = {action.dest: action for action in parser._actions}
     for key, value in content.items():
         name, short, told = spellings.get(str(key).lstrip("-"), "").partition("=")
         if not name or (short and not isinstance(value, bool)):
-            parser.error(f"{path}: {key}: there is no such option")
+            raise UsageError(f"{path}: {key}: there is no such option")
         if short:
             value = told if value else None
         if value is None:
             continue
-        try:
+        with opening(f"{path}:", str(key)):
             values[name] = _convert(actions[name], value)
-        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
-            parser.error(f"{path}: {key}: {error}")
     return values
 
 

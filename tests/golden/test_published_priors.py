@@ -324,7 +324,7 @@ def test_on_the_command_line(mini, mindalle, tmp_path, capsys):
         (lambda folder: None, {"heads": 4, "start_token": 65}, "a start token below that, got 64 and 65"),
         (lambda folder: None, {"layers": 4}, "heads and start_token, not layers"),
         (lambda folder: (folder / "detoker.pt").unlink(), {"heads": 4}, "detoker.pt is missing"),
-        (lambda folder: (folder / "vocab.json").unlink(), {"heads": 4}, "vocab.json cannot be read"),
+        (lambda folder: (folder / "vocab.json").unlink(), {"heads": 4}, "vocab.json is missing"),
         (lambda folder: (folder / "vocab.json").write_text('{"<s>": 5}'), {"heads": 4}, "are not a vocabulary"),
         (lambda folder: (folder / "merges.txt").write_text("#\na b c"), {"heads": 4}, "are not a vocabulary"),
         (lambda folder: torch.save({"a": torch.ones(1)}, folder / "encoder.pt"), {"heads": 4}, "not the encoder"),

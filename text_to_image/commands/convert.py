@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from dalle_pytorch.tokenizers.load import load_tokenizer
-    from text_to_image.conversion import describe, open_any, write_tokenizer
+    from diffusion.published import MODEL_SIZES
+    from text_to_image.conversion import describe, open_any, write_native, write_tokenizer
 
     path = Path(settings.file)
     if path.is_file() and path.suffix in VOCABULARY_SUFFIXES:
@@ -57,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"written to {write_tokenizer(tokenizer, path, settings.folder)}")
         return
     dtype = getattr(torch, settings.dtype)
-    model = open_any(
-        settings.file, settings.vqgan_config_path, settings.vae_path, settings.model_size, dict(settings.unet_flags),
-        dtype=dtype, **dict(settings.prior_flags),
-    )  # fmt: skip
+    flags = {**(MODEL_SIZES[settings.model_size] if settings.model_size else {}), **dict(settings.unet_flags)}
+    model = open_any(settings.file, settings.vqgan_config_path, settings.vae_path, flags, dtype=dtype,
+                     **dict(settings.prior_flags))  # fmt: skip
     print(f"{settings.file}:", *describe(model, "  "), sep="\n")
     if settings.folder is not None:
-        model.save_pretrained(settings.folder, dtype=dtype)
+        write_native(model, settings.folder, dtype, flags)
         print(f"written to {settings.folder}")

@@ -95,8 +95,6 @@ class UpscaleSettings(_Models, _Output, _Guidance, _Sampling, _Input):
             raise UsageError("--dvae_mode and --vqgan_config_path go with --vae_path")
         if (self.super_res_flags or self.super_res_class is not None) and not self.super_res_path:
             raise UsageError("--super_res_flags and --super_res_class go with --super_res_path")
-        if self.text is not None and not self.text.strip():
-            raise UsageError("the prompt is empty; say in a few words what the images show")
 
 
 def guidance(settings: UpscaleSettings, pipe: TextToImage) -> ClipGuidance | None:

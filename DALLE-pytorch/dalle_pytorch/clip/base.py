@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_pytorch.errors import SamplingDiverged
 from dalle_pytorch.pretrained import PretrainedModel
 
 
@@ -54,4 +55,7 @@ class CLIPModel(PretrainedModel, ABC):
     def score(self, prompt: str, images: Tensor) -> Tensor:
         """The cosine similarity (n,) of a prompt to each image of (n, 3, h, w) in [0, 1]."""
         text = self.encode_text(self.tokenize(prompt).to(self.device))
-        return F.cosine_similarity(text, self.encode_image(images.to(self.device)))
+        scores = F.cosine_similarity(text, self.encode_image(images.to(self.device)))
+        if not scores.isfinite().all():
+            raise SamplingDiverged(f"this {type(self).__name__} scores images with numbers that are not finite")
+        return scores

@@ -43,6 +43,9 @@ class PublishedCLIP(CLIPModel):
         self.model = CLIPModel(
             CLIPConfig(text_config=dict(text), vision_config=dict(vision), projection_dim=projection_dim)
         )
+        for tower in (self.model.text_model, self.model.vision_model):
+            ids = torch.arange(tower.embeddings.position_ids.shape[1], device="cpu")
+            tower.embeddings.register_buffer("position_ids", ids[None], persistent=False)
         text_config, image_size = CLIPTextConfig(**text), CLIPVisionConfig(**vision).image_size
         if not isinstance(image_size, int):
             raise UsageError(f"expected a single image_size, got {image_size}")
@@ -51,8 +54,8 @@ class PublishedCLIP(CLIPModel):
         self.num_text_tokens = text_config.vocab_size
         self.bpe_path: Path | None = None
         self._tokenizer: SimpleTokenizer | None = None
-        self.register_buffer("mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(image_mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(image_std, device="cpu").view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **overrides: Any) -> Self:

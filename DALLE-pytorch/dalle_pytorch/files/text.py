@@ -2,7 +2,6 @@
 
 import codecs
 import os
-from pathlib import Path
 
 from dalle_pytorch.errors import FileError
 
@@ -12,10 +11,17 @@ _MARKS = (  # UTF-32's begins with that of UTF-16
 )  # fmt: skip
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """The text of a file, see `decode_text`. Raises `OSError`, and `FileError` if it is in another encoding."""
+def read_text(path: str | os.PathLike, most: int | None = None) -> str:
+    """The text of a file, see `decode_text`.
+
+    Raises `OSError`, `FileError` if it is in another encoding, and `ValueError` if it has more than `most` bytes.
+    """
+    with open(path, "rb") as file:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
     try:
-        return decode_text(Path(path).read_bytes())
+        return decode_text(data)
     except FileError as error:
         raise FileError(f"{path} {error}") from None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.atomic import write_bytes
+from dalle_pytorch.files.boundary import opening
 
 
 def save_tokens(path: str | os.PathLike, tokens: Tensor) -> None:
@@ -24,13 +25,9 @@ def load_tokens(path: str | os.PathLike, num_tokens: int, seq_len: int | None = 
     `num_tokens` is the size of the codebook, `seq_len` the expected number of tokens (None for any square).
     Shapes (side, side), (1, side²) and (1, side, side), as other tools write them, are flattened.
     """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileError(f"there is no token file {path}") from None
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        reason = "it holds pickled objects" if "pickle" in str(error).lower() else str(error).splitlines()[0]
-        raise FileError(f"{path} is not a usable token file: {reason}") from None
+    with opening(path, "is not a usable token file", FileError):
+        # Mapped, so that a header cannot claim more than there is.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise FileError(f"{path}: expected an array of tokens, got an archive")
     if not np.issubdtype(array.dtype, np.integer):
@@ -44,4 +41,4 @@ def load_tokens(path: str | os.PathLike, num_tokens: int, seq_len: int | None = 
     if array.min() < 0 or array.max() >= num_tokens:
         wrong = array.max() if array.max() >= num_tokens else array.min()
         raise FileError(f"{path}: expected tokens from 0 to {num_tokens - 1}, got {wrong}")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+    return torch.from_numpy(np.array(array, np.int64).reshape(-1))

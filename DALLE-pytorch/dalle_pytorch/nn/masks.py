@@ -11,6 +11,7 @@ ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse")
 CONV_KERNEL_SIZE = 5
 SPARSE_BLOCK_SIZE = 16
 SPARSE_LOCAL_BLOCKS = 4
+MAX_MASKED = 2**13  # tokens of a sequence whose pattern is a mask of all pairs
 
 
 class MaskPattern(nn.Module):
@@ -40,12 +41,12 @@ class SparsePattern(nn.Module):
         super().__init__()
         self.text_len = text_len
         blocks = math.ceil(seq_len / SPARSE_BLOCK_SIZE)
-        index = torch.arange(blocks)
+        index = torch.arange(blocks, device="cpu")
         layout = index[:, None] // SPARSE_LOCAL_BLOCKS == index // SPARSE_LOCAL_BLOCKS
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         num_random = max(seq_len // SPARSE_BLOCK_SIZE // 4, 1)
         for row in layout:
-            row[torch.randperm(blocks, generator=generator)[:num_random]] = True
+            row[torch.randperm(blocks, generator=generator, device="cpu")[:num_random]] = True
         self.register_buffer("layout", layout.tril())
 
     def forward(self, start: int, stop: int) -> Tensor:
@@ -65,9 +66,11 @@ def make_pattern(attn_type: str, text_len: int, image_fmap_size: int, seed: int 
     if attn_type == "full":
         return None
     seq_len = text_len + image_fmap_size**2
+    if seq_len > MAX_MASKED:
+        raise UsageError(f"attention of type {attn_type} takes at most {MAX_MASKED:,} tokens, got {seq_len:,}")
     if attn_type == "sparse":
         return SparsePattern(text_len, seq_len, seed)
-    index = torch.arange(image_fmap_size**2)
+    index = torch.arange(image_fmap_size**2, dtype=torch.int16, device="cpu")
     row, column = index // image_fmap_size, index % image_fmap_size
     rows_above, columns_left = row[:, None] - row, column[:, None] - column
     if attn_type == "axial_row":
@@ -79,6 +82,6 @@ def make_pattern(attn_type: str, text_len: int, image_fmap_size: int, seed: int 
         visible = within[0] & within[1]
     else:
         raise UsageError(f"unknown attention type {attn_type!r}, expected one of {', '.join(ATTENTION_TYPES)}")
-    mask = torch.ones(seq_len, seq_len, dtype=torch.bool)
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device="cpu")
     mask[text_len:, text_len:] = visible
     return MaskPattern(mask.tril())

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dalle_pytorch.errors import UsageError
 
+MAX_TABLE = 2**26  # numbers: 256 × 256 image tokens in heads of 1,024 channels
+
 
 def rotary_table(dim_head: int, text_len: int, image_fmap_size: int) -> Tensor:
     """Cosine and sine of each position's angles, (text_len + image_fmap_size², dim_head // 2, 2).
@@ -18,14 +20,17 @@ def rotary_table(dim_head: int, text_len: int, image_fmap_size: int) -> Tensor:
     """
     if dim_head % 2:
         raise UsageError(f"rotary_emb needs an even dim_head, got {dim_head}")
+    if (text_len + image_fmap_size**2) * dim_head > MAX_TABLE:
+        raise UsageError(f"rotary_emb is for shorter sequences than {text_len} + {image_fmap_size}² tokens")
     pairs = dim_head // 3 // 2
     side = image_fmap_size
-    text_frequencies = 10000.0 ** (-2 * torch.arange(pairs, dtype=torch.float32) / (dim_head // 3))
-    pixel_frequencies = torch.linspace(1.0, 5.0, pairs) * math.pi
-    grid = torch.linspace(-1.0, 1.0, side)
-    outside = torch.full((text_len,), -10.0)
+    text_frequencies = 10000.0 ** (-2 * torch.arange(pairs, dtype=torch.float32, device="cpu") / (dim_head // 3))
+    pixel_frequencies = torch.linspace(1.0, 5.0, pairs, device="cpu") * math.pi
+    grid = torch.linspace(-1.0, 1.0, side, device="cpu")
+    outside = torch.full((text_len,), -10.0, device="cpu")
+    in_text = torch.cat((torch.arange(text_len, device="cpu").float(), grid.new_full((side * side,), 8192.0)))
     positions = (
-        (torch.cat((torch.arange(text_len).float(), torch.full((side * side,), 8192.0))), text_frequencies),
+        (in_text, text_frequencies),
         (torch.cat((outside, grid.repeat_interleave(side))), pixel_frequencies),
         (torch.cat((outside, grid.repeat(side))), pixel_frequencies),
     )

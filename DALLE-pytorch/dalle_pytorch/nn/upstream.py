@@ -38,6 +38,11 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
+def count_parts(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers, the first group of a regular expression, there are at the beginning of the names."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
 def is_upstream(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the names of DALLE-pytorch."""
     return any("transformer.layers.layers." in key or "transformer.layers.blocks." in key for key in state)

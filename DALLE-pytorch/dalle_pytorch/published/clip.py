@@ -8,10 +8,11 @@ from typing import Any
 from dalle_pytorch.clip.published import PublishedCLIP, find_vocabulary
 from dalle_pytorch.clip.trainable import CLIP, UPSTREAM_NAMES
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.boundary import opening, opens
 from dalle_pytorch.files.downloads import CLIPS, default_file
-from dalle_pytorch.nn.upstream import State, rename
-from dalle_pytorch.pretrained import first_line, read_config, read_tensors, resolve_folder
-from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, is_file, parsing
+from dalle_pytorch.nn.upstream import State, count_parts, rename
+from dalle_pytorch.pretrained import read_config, read_tensors, resolve_folder
+from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, is_file
 from dalle_pytorch.published.unpickler import read_torch, tensor_dict
 
 _OPENAI_CLIP_NAMES = (
@@ -40,6 +41,7 @@ _TEXT_SETTINGS = (*_TOWER_SETTINGS, "vocab_size", "max_position_embeddings", "bo
 _VISION_SETTINGS = (*_TOWER_SETTINGS, "num_channels", "image_size", "patch_size")
 
 
+@opens
 def load_clip(path_or_name: str | os.PathLike | None = None) -> CLIP | PublishedCLIP:
     """Opens a CLIP: a native folder; OpenAI's file (TorchScript or state dict), or its name for one ("ViT-B/32", which
     is the default); a Hugging Face folder or hub name; or the trainable CLIP's weights with their `hparams`.
@@ -73,19 +75,17 @@ def open_clip(path: str | os.PathLike, content: Any) -> CLIP | PublishedCLIP:
 
 
 def _open_openai_clip(path: str | os.PathLike, state: State) -> PublishedCLIP:
-    def layers(prefix: str) -> int:
-        return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
-
     def tower(prefix: str, width: int) -> dict[str, Any]:
         return {
             "hidden_size": width, "intermediate_size": len(state[f"{prefix}0.mlp.c_fc.bias"]),
-            "num_hidden_layers": layers(prefix), "num_attention_heads": max(width // 64, 1), "hidden_act": "quick_gelu",
+            "num_hidden_layers": count_parts(state, prefix + r"(\d+)\."), "num_attention_heads": max(width // 64, 1),
+            "hidden_act": "quick_gelu",
         }  # fmt: skip
 
     if "visual.layer1.0.conv1.weight" in state:
         raise CheckpointError(f"{path} is a CLIP with a ResNet; only those with a vision transformer are supported")
     own: State = {}
-    with parsing(path, "a CLIP of OpenAI's"):
+    with opening(path, "is not a CLIP of OpenAI's"):
         vocab_size, text_width = state["token_embedding.weight"].shape
         width, channels, patch_size, _ = state["visual.conv1.weight"].shape
         text = tower("transformer.resblocks.", text_width) | {
@@ -118,16 +118,14 @@ def _open_hugging_face_clip(folder: Path, config: dict[str, Any]) -> PublishedCL
 
     if config.get("model_type") != "clip":
         raise CheckpointError(f"{folder}: expected a model of type clip, got {config.get('model_type')}")
-    try:
+    with opening(folder / "config.json", "does not describe a CLIP"):
         # Fills in transformers' defaults.
         settings = CLIPConfig(**config).to_dict()
-    except Exception as error:  # transformers' validation raises many kinds
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a CLIP: {first_line(error)}") from None
-    arguments = {
-        "text": {name: settings["text_config"][name] for name in _TEXT_SETTINGS},
-        "vision": {name: settings["vision_config"][name] for name in _VISION_SETTINGS},
-        "projection_dim": settings["projection_dim"],
-    }
+        arguments = {
+            "text": {name: settings["text_config"][name] for name in _TEXT_SETTINGS},
+            "vision": {name: settings["vision_config"][name] for name in _VISION_SETTINGS},
+            "projection_dim": settings["projection_dim"],
+        }
     if (folder / "preprocessor_config.json").is_file():
         pixels = read_config(folder, "preprocessor_config.json")
         arguments |= {name: pixels[name] for name in ("image_mean", "image_std") if name in pixels}
@@ -149,7 +147,7 @@ def _read_hugging_face_weights(folder: Path) -> State:
         if (folder / name).is_file():
             return tensor_dict(read(folder / name), folder / name)
         if index.is_file():
-            with parsing(index, "an index of weights"):
+            with opening(index, "is not an index of weights"):
                 parts = sorted(set(read_config(folder, index.name)["weight_map"].values()))
             # The name alone: a path could mean any file.
             return {key: tensor for part in parts for key, tensor in read(folder / Path(part).name).items()}

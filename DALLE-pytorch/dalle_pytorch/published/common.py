@@ -1,14 +1,14 @@
 """What all published formats share: building a model, and errors for files that do not fit."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle_pytorch.errors import CheckpointError, UserError
+from dalle_pytorch.errors import CheckpointError
 from dalle_pytorch.nn.upstream import State
-from dalle_pytorch.pretrained import Model, construct, first_line, load_state
+from dalle_pytorch.pretrained import Model, construct, load_state
 from dalle_pytorch.published.unpickler import ForeignObject, module_state, tensor_dict
 
 # What checkpoints hold besides settings and weights, often twice their size.
@@ -18,21 +18,9 @@ TRAINING_STATE = ("opt_state", "scheduler_state", "optimizer_states", "lr_schedu
 
 def build(source: object, model_class: type[Model], settings: Mapping[str, Any], state: State) -> Model:
     """The model of these settings and weights of a file, in evaluation mode."""
-    model = construct(source, model_class, settings)
+    model = construct(source, model_class, settings, state)
     load_state(model, state, source)
     return model.eval()
-
-
-@contextmanager
-def parsing(source: object, kind: str) -> Iterator[None]:
-    """Raises `CheckpointError` for keys that are missing, and shapes and values that are not those of `kind`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else first_line(error)
-        raise CheckpointError(f"{source} is not {kind}: {reason}") from error
 
 
 def check_agreement(
@@ -41,8 +29,9 @@ def check_agreement(
     """Refuses settings that contradict those inferred from the weights."""
     for name, value in inferred.items():
         if name in settings and settings[name] != value:
+            told = settings[name] if isinstance(settings[name], str) else reprlib.repr(settings[name])
             raise CheckpointError(
-                f"{source}: {name} is {settings[name]} according to {settings_from}, but {value} in the weights"
+                f"{source}: {name} is {told} according to {settings_from}, but {value} in the weights"
             )
 
 

@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from dalle_pytorch.checks import check_values
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.boundary import opening, opens
 from dalle_pytorch.files.downloads import VQGANS, default_file
-from dalle_pytorch.nn.upstream import State, strip_prefix
+from dalle_pytorch.nn.upstream import State, count_parts, strip_prefix
 from dalle_pytorch.pretrained import WEIGHTS_NAME, construct, load_state, read_config, read_tensors, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.priors.min_dalle import DalleBart
 from dalle_pytorch.priors.mindalle import MinDALLE
-from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, build, check_agreement, is_file, parsing
+from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, build, check_agreement, is_file
 from dalle_pytorch.published.unpickler import read_torch
 from dalle_pytorch.published.vaes import build_openai_dvae, build_vqgan, load_openai_dvae, load_vqgan
 from dalle_pytorch.vae.base import ImageTokenizer
@@ -32,6 +34,7 @@ CONSOLIDATED_NAME = "pytorch_model.bin"  # output of DeepSpeed's zero_to_fp32.py
 _DALLE_IGNORED = {"vae", "sparse_attn", "optimize_for_inference"}
 
 
+@opens
 def load_dalle(path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False) -> DALLE:
     """Opens a prior: a native folder; a `dalle.pt` of DALLE-pytorch or its DALL-3 fork; DeepSpeed's consolidated
     weights beside their `auxiliary.pt`, or the folder of the two.
@@ -115,8 +118,8 @@ def open_dalle(
         vae = _checkpoint_vae(path, checkpoint, weights, image_tokens)
     if vae.num_tokens != image_tokens:
         raise CheckpointError(f"{path}: expected a VAE of {image_tokens} image tokens, got {vae.num_tokens}")
-    dalle = construct(path, DALLE, {**arguments, "vae": vae})
-    with parsing(path, "a prior of DALLE-pytorch"):
+    dalle = construct(path, DALLE, {**arguments, "vae": vae}, own)
+    with opening(path, "is not a prior of DALLE-pytorch"):
         state = dalle.from_upstream(own)
     load_state(dalle, state, path)
     return dalle.eval()
@@ -152,7 +155,8 @@ def published_vqgan(path: str | os.PathLike, image_tokens: int | None) -> VQGanV
 def _dalle_arguments(path: str | os.PathLike, hparams: dict[str, Any], weights: State) -> dict[str, Any]:
     """The constructor's arguments: inferred from the weights where possible, the rest as recorded."""
     arguments = {key: value for key, value in hparams.items() if key not in _DALLE_IGNORED}
-    with parsing(path, "a prior of DALLE-pytorch"):
+    with opening(path, "is not a prior of DALLE-pytorch"):
+        check_values(hparams)
         types = hparams.get("attn_types") or ()
         if "mlp" in ((types,) if isinstance(types, str) else types):
             raise CheckpointError(f"{path} has gMLP layers (attn_types mlp), which are not supported")
@@ -166,7 +170,7 @@ def _dalle_arguments(path: str | os.PathLike, hparams: dict[str, Any], weights: 
         total_tokens, dim = weights["to_logits.1.weight"].shape
         inferred = {
             "dim": dim,
-            "depth": 1 + max(int(re.split(r"\.(?:layers|blocks)\.(\d+)\.", key)[1]) for key in feed_forwards),
+            "depth": count_parts(weights, r"transformer\.layers\.(?:layers|blocks)\.(\d+)\."),
             "rotary_emb": rotary_emb,
             "share_input_output_emb": share_emb,
             "reversible": reversible,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.files.boundary import opens
 from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, default_model
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
@@ -27,6 +28,7 @@ from dalle_pytorch.published.priors import find_published_prior, open_published_
 from dalle_pytorch.published.unpickler import ForeignObject, read_torch
 from dalle_pytorch.published.vaes import load_openai_dvae, load_vqgan, open_discrete_vae, open_vqgan
 from dalle_pytorch.vae.base import ImageTokenizer
+from dalle_pytorch.vae.vqgan import VQGanVAE
 
 PUBLISHED_CODES = 16384  # of the VQGAN of min-dalle and minDALL-E
 
@@ -39,6 +41,7 @@ class UnknownFormatError(CheckpointError):
         self.entries = entries
 
 
+@opens
 def open_published(
     path: str | os.PathLike, config_path: str | os.PathLike | None = None, vae: ImageTokenizer | None = None,
     **prior_options: Any,
@@ -94,6 +97,7 @@ def is_named(path: str | os.PathLike) -> bool:
     return str(path) in PRIORS and not Path(path).exists()
 
 
+@opens
 def load_prior(
     path: str | os.PathLike, vae: ImageTokenizer | None = None, taming: bool = False, *,
     dtype: torch.dtype | None = None, device: torch.device | str = "cpu", low_memory: bool = False, **flags: Any,
@@ -135,6 +139,7 @@ def _parse_flag(path: object, name: str, value: Any) -> int | str:
     return int(value)
 
 
+@opens
 def load_vae(
     path: str | os.PathLike | None = None,
     *,
@@ -149,6 +154,10 @@ def load_vae(
     """
     if path is not None:
         vae = open_published(path, vqgan_config_path)
+        if vqgan_config_path is not None and (not isinstance(vae, VQGanVAE) or (Path(path) / "config.json").exists()):
+            raise CheckpointError(
+                f"{path} is not a checkpoint of a VQGAN: {vqgan_config_path} cannot be its model.yaml"
+            )
         if not isinstance(vae, ImageTokenizer):
             raise CheckpointError(f"{path}: expected a VAE, got a {type(vae).__name__}")
         return vae

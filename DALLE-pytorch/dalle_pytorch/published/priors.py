@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dalle_pytorch.devices import release_memory
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.boundary import opening
 from dalle_pytorch.nn.upstream import State, rename
 from dalle_pytorch.pretrained import construct, load_state
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.min_dalle import DalleBart
 from dalle_pytorch.priors.mindalle import MinDALLE
-from dalle_pytorch.published.common import TRAINING_STATE, build, check_agreement, parsing
+from dalle_pytorch.published.common import TRAINING_STATE, build, check_agreement
 from dalle_pytorch.published.unpickler import read_torch, read_yaml, tensor_dict
 from dalle_pytorch.published.vaes import build_vqgan
 from dalle_pytorch.tokenizers.min_dalle import MinDalleTokenizer
@@ -103,7 +104,7 @@ def _side(positions: Tensor) -> int:
 def _built(
     source: Path, kind: type[PriorType], settings: dict[str, Any], state: State, dtype: torch.dtype
 ) -> PriorType:
-    prior = construct(source, kind, settings)
+    prior = construct(source, kind, settings, state)
     load_state(prior, state, source, dtype)
     return prior.requires_grad_(False).eval()
 
@@ -120,7 +121,7 @@ def _open_min_dalle(
     state: State = {}
     for half, path in (("encoder", encoder_path), ("decoder", decoder_path)):
         part = _read(path, dtype, device)
-        with parsing(path, f"the {half} of min-dalle"):
+        with opening(path, f"is not the {half} of min-dalle"):
             rows, dim = part["embed_tokens.weight"].shape
             positions = part["embed_positions.weight"]
             ff_dim = len(part["layers.0.glu.fc0.weight"])
@@ -147,7 +148,7 @@ def _open_detokenizer(folder: Path, side: int) -> VQGanVAE:
     places = (folder / "detoker.pt", folder.parent / "vqgan/detoker.pt")
     path = next((place for place in places if place.is_file()), places[0])
     state = rename(_read(path, torch.float32, "cpu"), [(r"^embedding\.", "quantize.embedding.")])
-    with parsing(path, "the detokenizer of min-dalle"):
+    with opening(path, "is not the detokenizer of min-dalle"):
         num_tokens, embed_dim = state["quantize.embedding.weight"].shape
         levels = range(len({key.split(".")[2] for key in state if key.startswith("decoder.up.")}))
         widths = [len(state[f"decoder.up.{i}.block.0.conv1.bias"]) for i in levels]
@@ -172,7 +173,7 @@ def _mindalle_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     absent are the published model's; so are all of them without the file."""
     config = read_yaml(path) if path.is_file() else {}
     found = []
-    with parsing(path, "a configuration of minDALL-E"):
+    with opening(path, "is not a configuration of minDALL-E"):
         for stage, kind in (("stage1", "vqgan"), ("stage2", "transformer1d")):
             part = dict(config.get(stage) or {})
             if part.get("type", kind) != kind:
@@ -195,7 +196,7 @@ def _open_mindalle(
     )
     state = {key: value for key, value in _read(path, dtype, device).items() if not key.endswith(".attn.mask")}
     state = rename(state, _MINDALLE_NAMES)
-    with parsing(path, "the transformer of minDALL-E"):
+    with opening(path, "is not the transformer of minDALL-E"):
         num_text_tokens, dim = state["tok_emb_txt.weight"].shape
         depth, text_seq_len = _count(state, "blocks"), len(state["pos_emb_txt.weight"])
         image_positions, attn_bias = state["pos_emb_img.weight"], "blocks.0.attn.q_proj.bias" in state

@@ -17,18 +17,18 @@ import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.files.text import read_text
-from dalle_pytorch.pretrained import first_line
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.files.documents import read_yaml as read_any_yaml
 
 MAX_PICKLE_BYTES = 256 * 2**20  # the largest published checkpoints need a few million
 MAX_EXPANDED = 2**24  # elements of a tensor that shares storage among them
+MAX_KEY_LENGTH = 500  # characters of a weight's name, which regular expressions go through
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -91,34 +91,21 @@ def read_torch(path: str | os.PathLike, leave_out: Collection[str] = ()) -> Any:
     missing, damaged, or contains anything else.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
+    with opening(path, "is damaged or not a PyTorch file"), open(path, "rb") as file:
+        try:
             read = _read_zip if file.read(4) == b"PK\x03\x04" else _read_legacy
             file.seek(0)
             return read(file, os.fstat(file.fileno()).st_size, leave_out)
-    except FileNotFoundError:
-        raise CheckpointError(f"the weights file {path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"the weights file {path} cannot be read ({error.strerror or error})") from None
-    except _Refusal as error:
-        raise CheckpointError(f"{path} holds more than tensors and settings ({error}), and was not opened") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is damaged: it is nested too deeply") from None
-    # Damage raises almost any exception of pickle, zipfile and torch.
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged or not a PyTorch file: {first_line(error)}") from None
+        except _Refusal as error:
+            raise CheckpointError(
+                f"{path} holds more than tensors and settings ({error}), and was not opened"
+            ) from None
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The settings in a YAML file."""
-    try:
-        settings = yaml.safe_load(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"the settings file {path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"the settings file {path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as YAML: {first_line(error)}") from None
+    with opening(path, "cannot be read as YAML"):
+        settings = read_any_yaml(path)
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path}: expected a mapping of settings, got a {type(settings).__name__}")
     return settings
@@ -148,7 +135,7 @@ def tensor_dict(value: Any, source: object) -> dict[str, Tensor]:
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"{source} holds no weights")
     for key, tensor in value.items():
-        if not (isinstance(key, str) and isinstance(tensor, Tensor)):
+        if not (isinstance(key, str) and len(key) <= MAX_KEY_LENGTH and isinstance(tensor, Tensor)):
             raise CheckpointError(f"{source} is not a state dict: {str(key)[:80]} is a {type(tensor).__name__}")
     return value
 
@@ -164,10 +151,23 @@ class _Dict(dict):
     """Replaces OrderedDict and defaultdict, and drops their attributes."""
 
     def __init__(self, *args):
-        super().__init__(*(arg for arg in args if isinstance(arg, (dict, list))))
+        super().__init__()
+        for arg in args:
+            pairs = arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
+            self.update((_key(key), value) for key, value in pairs)
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def _key(value: Any) -> Any:
+    """`value` if it may be a key, or in a set: a tuple of tuples may take as long to hash as there are paths in it."""
+    parts = value if isinstance(value, tuple) else (value,)
+    nested = any(isinstance(part, (tuple, frozenset)) for part in parts)
+    # Numbers beyond a machine word can be made to share one hash.
+    if nested or len(parts) > 100 or any(isinstance(part, (int, float)) and abs(part) > 2**60 for part in parts):
+        raise pickle.UnpicklingError("it has a key that nothing is kept under")
+    return value
 
 
 class _Function:
@@ -185,7 +185,7 @@ class _Function:
         raise pickle.UnpicklingError("it assigns to a function")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Storage:
     key: str
     dtype: torch.dtype
@@ -193,7 +193,7 @@ class _Storage:
     first: int = 0  # offset of a view of another storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _StoredTensor:
     """The location of a tensor that is read later."""
 
@@ -215,6 +215,10 @@ def _rebuild_tensor_v3(storage, offset, size, stride, _requires_grad, _hooks, dt
     return _StoredTensor(storage, offset, tuple(size), tuple(stride), dtype)
 
 
+def _set_of(kind: Callable) -> Callable:
+    return lambda items=(): kind(map(_key, items))
+
+
 _FUNCTIONS = {
     "torch._utils._rebuild_tensor": _rebuild_tensor, "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3, "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -222,24 +226,73 @@ _FUNCTIONS = {
     "torch._tensor._rebuild_from_type_v2": lambda rebuild, _type, args, _state: rebuild(*args),
     "_codecs.encode": lambda text, *_: text, "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
+    "builtins.set": _set_of(set), "__builtin__.set": _set_of(set),
+    "builtins.frozenset": _set_of(frozenset), "__builtin__.frozenset": _set_of(frozenset),
 }  # fmt: skip
 _TYPES = {
     "collections.OrderedDict": _Dict,
     "collections.defaultdict": _Dict,
-    "__builtin__.set": set, "builtins.set": set,
-    "__builtin__.frozenset": frozenset, "builtins.frozenset": frozenset,
     "torch.Size": tuple,
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
 }  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds containers, `_StoredTensor`s and `ForeignObject`s, of classes made for this file alone."""
+def _counted(opcode: bytes) -> Callable[[Any], None]:
+    """The operation, once the items of what it is given, and of what is in that, are counted."""
+    perform = pickle._Unpickler.dispatch[opcode[0]]
+    takes_stack = opcode in (pickle.INST, pickle.OBJ)
+
+    def load(self: Any) -> None:
+        given = self.stack if takes_stack else self.stack[-2:]
+        self.left -= sum(_length(item) + (sum(map(_length, item)) if isinstance(item, tuple) else 0) for item in given)
+        if self.left < 0:
+            raise pickle.UnpicklingError("it copies more than a file of its size can hold")
+        perform(self)
+
+    return load
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (tuple, list, dict, set, frozenset)) else 1
+
+
+def _keyed(opcode: bytes) -> Callable[[Any], None]:
+    """The operation on a dict or a set, once its keys are looked at."""
+    perform = pickle._Unpickler.dispatch[opcode[0]]
+    keys = {pickle.SETITEM: slice(-2, -1), pickle.DICT: slice(None, None, 2), pickle.SETITEMS: slice(None, None, 2)}
+
+    def load(self: Any) -> None:
+        for key in self.stack[keys.get(opcode, slice(None))]:
+            _key(key)
+        perform(self)
+
+    return load
+
+
+_COUNTED = {
+    opcode[0]: _counted(opcode)
+    for opcode in (pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.INST, pickle.OBJ)
+}
+_KEYED = {
+    opcode[0]: _keyed(opcode)
+    for opcode in (pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS, pickle.FROZENSET)
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Builds containers, `_StoredTensor`s and `ForeignObject`s, of classes made for this file alone.
+
+    It is Python's, not C's, so that its work can be counted: a pickle may copy what it has built again and again, and
+    a key may take any time to hash.
+    """
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, **_COUNTED, **_KEYED}
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self.inert: dict[str, type[ForeignObject]] = {}
         self.storages: dict[str, _Storage] = {}
+        self.left = 1000 + 20 * len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -256,12 +309,13 @@ class _Unpickler(pickle.Unpickler):
             return self.inert[full]
         raise _Refusal(full[:200])
 
-    def persistent_load(self, saved: Any) -> Any:
-        kind, *rest = saved
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid
         if kind == "module":  # of PyTorch before 1.6: a class with its source text
             return rest[0]
         storage_type, key, _location, numel, *view = rest
-        if kind != "storage" or not isinstance(storage_type, _Function) or not isinstance(numel, int) or numel < 0:
+        known = kind == "storage" and isinstance(storage_type, _Function) and isinstance(key, (str, int))
+        if not known or not isinstance(numel, int) or numel < 0:
             raise pickle.UnpicklingError("it refers to an unknown storage")
         first = view[0][1] if view and view[0] is not None else 0
         storage = self.storages[str(key)] = _Storage(str(key), storage_type(), numel, first)
@@ -270,14 +324,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     """Reads one pickle at the file's position, and the storages it refers to."""
-    start, largest_index, count = file.tell(), 0, 0
-    for opcode, argument, _ in pickletools.genops(file):
-        count += 1
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            largest_index = max(largest_index, argument or 0)
+    start = file.tell()
+    for _ in pickletools.genops(file):
+        pass  # finds the end, and that all lengths are within the file
     size = file.tell() - start
-    # The unpickler allocates memory for the largest index.
-    if size > MAX_PICKLE_BYTES or largest_index > count:
+    if size > MAX_PICKLE_BYTES:
         raise pickle.UnpicklingError("its pickle is larger than that of any checkpoint")
     file.seek(start)
     unpickler = _Unpickler(file.read(size))
@@ -311,7 +362,7 @@ def _read_zip(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
         if f"{folder}byteorder" in members and read("byteorder") != b"little":
             raise pickle.UnpicklingError("its numbers are big-endian")
         contents, _ = _unpickle(io.BytesIO(read("data.pkl")))
-        return _Finisher(lambda storage: read(f"data/{storage.key}")).finish(contents, leave_out)
+        return _Finisher(lambda storage: read(f"data/{storage.key}"), size).finish(contents, leave_out)
 
 
 def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
@@ -324,6 +375,8 @@ def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
     contents, storages = _unpickle(file)
     keys, _ = _unpickle(file)
     places = {}
+    if not all(isinstance(key, (str, int)) for key in keys):
+        raise pickle.UnpicklingError("it refers to an unknown storage")
     for key in map(str, keys):
         (numel,) = struct.unpack("<q", file.read(8))
         length = numel * storages[key].dtype.itemsize
@@ -337,7 +390,7 @@ def _read_legacy(file: BinaryIO, size: int, leave_out: Collection[str]) -> Any:
         file.seek(start)
         return bytearray(file.read(length))
 
-    return _Finisher(read).finish(contents, leave_out)
+    return _Finisher(read, size).finish(contents, leave_out)
 
 
 def _flat(storage: _Storage, data: bytearray) -> Tensor:
@@ -351,8 +404,9 @@ def _flat(storage: _Storage, data: bytearray) -> Tensor:
 class _Finisher:
     """Copies unpickled data with tensors read from their storages, and refuses anything else."""
 
-    def __init__(self, read: Callable[[_Storage], bytearray]):
+    def __init__(self, read: Callable[[_Storage], bytearray], size: int):
         self.read = read
+        self.left = 4 * size + 4 * MAX_EXPANDED  # bytes of all tensors, copied
         self.flat: dict[str, Tensor] = {}
         self.done: dict[int, Any] = {}  # by identity, for shared parts and cycles
 
@@ -398,7 +452,9 @@ class _Finisher:
             return torch.empty(stored.size, dtype=stored.dtype)
         last = stored.offset + sum((size - 1) * stride for size, stride in zip(stored.size, stored.stride, strict=True))
         # A stride of 0 expands one element to any size.
-        if last >= len(flat) or math.prod(stored.size) > max(len(flat), MAX_EXPANDED):
+        count = math.prod(stored.size)
+        self.left -= count * stored.dtype.itemsize
+        if last >= len(flat) or count > max(len(flat), MAX_EXPANDED) or self.left < 0:
             raise pickle.UnpicklingError(
                 f"a tensor of shape {stored.size} does not fit its storage of {len(flat)} elements"
             )

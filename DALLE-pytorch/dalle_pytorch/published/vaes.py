@@ -4,18 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dalle_pytorch.checks import check_values
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.boundary import opening, opens
 from dalle_pytorch.files.downloads import DVAE_DECODER, DVAE_ENCODER, VQGANS, default_file
-from dalle_pytorch.nn.upstream import State
-from dalle_pytorch.published.common import (
-    TRAINING_STATE,
-    as_checkpoint,
-    as_state,
-    build,
-    check_agreement,
-    is_file,
-    parsing,
-)
+from dalle_pytorch.nn.upstream import State, count_parts
+from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, as_state, build, check_agreement, is_file
 from dalle_pytorch.published.unpickler import read_torch, read_yaml, tensor_dict
 from dalle_pytorch.vae.base import PUBLISHED_LOADERS
 from dalle_pytorch.vae.discrete import DiscreteVAE
@@ -23,6 +17,7 @@ from dalle_pytorch.vae.openai import OpenAIDiscreteVAE, rename_halves
 from dalle_pytorch.vae.vqgan import VQGanVAE
 
 
+@opens
 def load_discrete_vae(vae_path: str | os.PathLike) -> DiscreteVAE:
     """Opens a DiscreteVAE: a native folder or a `vae.pt` of DALLE-pytorch."""
     if not is_file(vae_path):
@@ -35,6 +30,7 @@ def open_discrete_vae(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Di
     return build(path, DiscreteVAE, checkpoint["hparams"], checkpoint["weights"])
 
 
+@opens
 def load_vqgan(
     vqgan_model_path: str | os.PathLike | None = None, vqgan_config_path: str | os.PathLike | None = None
 ) -> VQGanVAE:
@@ -65,7 +61,8 @@ def open_vqgan(path: str | os.PathLike, content: Any, config_path: str | os.Path
 def _vqgan_config(path: str | os.PathLike) -> dict[str, Any]:
     """The settings of a model.yaml and of its parts."""
     config = read_yaml(path)
-    with parsing(path, "a configuration of a VQGAN"):
+    with opening(path, "is not a configuration of a VQGAN"):
+        check_values(config)
         config = config.get("model", config)
         params = config["params"]
         settings = {**params["ddconfig"], **params, "quantizer": config["target"].rpartition(".")[2]}
@@ -82,10 +79,9 @@ def build_vqgan(
     config = config or {}
     # The networks of the training losses are not needed.
     state = {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
-    with parsing(path, "a VQGAN of taming-transformers"):
+    with opening(path, "is not a VQGAN of taming-transformers"):
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
-        levels = range(1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")))
-        blocks = {key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")}
+        levels = range(count_parts(state, r"encoder\.down\.(\d+)\."))
         gumbel = "quantize.embed.weight" in state
         num_tokens, embed_dim = state[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
         z_channels = state["decoder.conv_in.weight"].shape[1]
@@ -93,7 +89,8 @@ def build_vqgan(
         sides = [image_size // 2**i for i in levels]
         inferred = {
             "ch": ch, "ch_mult": [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) // ch for i in levels],
-            "num_res_blocks": len(blocks), "z_channels": z_channels, "in_channels": in_channels,
+            "num_res_blocks": count_parts(state, r"encoder\.down\.0\.block\.(\d+)\."),
+            "z_channels": z_channels, "in_channels": in_channels,
             "out_ch": len(state["decoder.conv_out.bias"]),
             "double_z": len(state["encoder.conv_out.bias"]) == 2 * z_channels,
             "attn_resolutions": [sides[i] for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in state],
@@ -106,6 +103,7 @@ def build_vqgan(
     return build(path, VQGanVAE, {**settings, **inferred, "dropout": config.get("dropout", 0.0)}, state)
 
 
+@opens
 def load_openai_dvae(
     encoder_path: str | os.PathLike | None = None, decoder_path: str | os.PathLike | None = None
 ) -> OpenAIDiscreteVAE:
@@ -125,19 +123,16 @@ def load_openai_dvae(
 
 def build_openai_dvae(source: object, encoder: State, decoder: State) -> OpenAIDiscreteVAE:
     """OpenAI's dVAE of the weights of its two halves."""
-
-    def blocks(state: State) -> int:
-        return len({key.split(".")[2] for key in state if key.startswith("blocks.group_1.block_")})
-
-    with parsing(source, "the encoder and decoder of OpenAI's dVAE"):
+    with opening(source, "is not the encoder and decoder of OpenAI's dVAE"):
+        blocks = r"blocks\.group_1\.block_(\d+)\."
         encoder_dim, channels = encoder["blocks.input.w"].shape[:2]
         codebook_dim, num_tokens = decoder["blocks.input.w"].shape[:2]
         if (encoded := len(encoder["blocks.output.conv.b"])) != num_tokens:
             raise ValueError(f"the encoder has {encoded} codes, the decoder {num_tokens}")
         settings = {
             "num_tokens": num_tokens, "codebook_dim": codebook_dim, "encoder_dim": encoder_dim,
-            "decoder_dim": decoder["blocks.output.conv.w"].shape[1], "encoder_blocks": blocks(encoder),
-            "decoder_blocks": blocks(decoder), "channels": channels,
+            "decoder_dim": decoder["blocks.output.conv.w"].shape[1], "encoder_blocks": count_parts(encoder, blocks),
+            "decoder_blocks": count_parts(decoder, blocks), "channels": channels,
         }  # fmt: skip
     return build(source, OpenAIDiscreteVAE, settings, rename_halves(encoder, decoder))
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,17 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import processors as post_processors
 
+from dalle_pytorch.checks import MAX_SIZE
 from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.files.documents import MAX_JSON_BYTES, read_json
 from dalle_pytorch.files.text import read_text
-from dalle_pytorch.pretrained import companion_path, first_line
+from dalle_pytorch.pretrained import companion_path
 from dalle_pytorch.tokenizers.base import Tokenizer
 
 SPACE = "▁"  # how a space is spelled in tokens
 SPECIAL_TOKENS = ["[PAD]", "[UNK]"]
+MAX_GROWTH = 1000  # of a text by the replacements that are made in it
 COVERAGE = 0.9995  # of the text: the share that must stay readable where there is no room for all characters
 
 logger = logging.getLogger(__name__)
@@ -29,15 +34,19 @@ class HugTokenizer(Tokenizer):
     """A `tokenizer.json` of Hugging Face's `tokenizers`, without the special tokens it may add around a text."""
 
     def __init__(self, path: str | os.PathLike | tokenizers.Tokenizer):
-        self.tokenizer = path if isinstance(path, tokenizers.Tokenizer) else _read(Path(path))
-        # Whoever saved it may have padded or truncated; here that is for the model to say.
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=True)
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        model = self.tokenizer.model
-        if isinstance(model, (models.BPE, models.WordLevel, models.WordPiece)) and model.unk_token is not None:
-            self.unknown_id = self.tokenizer.token_to_id(model.unk_token)
+        with opening("the tokenizer" if isinstance(path, tokenizers.Tokenizer) else path, "is not a tokenizer.json"):
+            self.tokenizer = path if isinstance(path, tokenizers.Tokenizer) else _read(Path(path))
+            # Whoever saved it may have padded or truncated; here that is for the model to say.
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=True)
+            self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+            if self.vocab_size > MAX_SIZE:
+                raise ValueError(f"it has the id {self.vocab_size - 1}, expected less than {MAX_SIZE:,}")
+            model = self.tokenizer.model
+            if isinstance(model, (models.BPE, models.WordLevel, models.WordPiece)) and model.unk_token is not None:
+                self.unknown_id = self.tokenizer.token_to_id(model.unk_token)
+            self.tokenizer.decode(self.tokenizer.encode("A word.").ids)  # what is inconsistent fails where it is used
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -52,22 +61,25 @@ class HugTokenizer(Tokenizer):
 def _read(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"there is no tokenizer file {path}")
-    try:
-        return tokenizers.Tokenizer.from_str(read_text(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise CheckpointError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+    text = read_text(path, MAX_JSON_BYTES)
+    if _growth(json.loads(text)) > MAX_GROWTH:
+        raise ValueError("its replacements make any text too long")
+    return tokenizers.Tokenizer.from_str(text)
+
+
+def _growth(part: Any) -> int:
+    """How many times longer the replacements in a part of a tokenizer.json may make a text, one after the other."""
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    own = len(str(part.get("content"))) if isinstance(part, dict) and "pattern" in part and "content" in part else 1
+    return max(own, 1) * math.prod(map(_growth, (each for each in parts if isinstance(each, (dict, list)))))
 
 
 def read_bpe(vocabulary: Path, merges: Path, **options: Any) -> tokenizers.Tokenizer:
     """Byte-pair encoding of a `vocab.json`, token to id, and a list of merges after a header line."""
-    try:
-        tokens = json.loads(read_text(vocabulary))
-        pairs = [line.split(" ") for line in read_text(merges).split("\n")[1:] if line]
+    with opening(vocabulary, f"and {merges} are not a vocabulary"):
+        tokens = read_json(vocabulary)
+        pairs = [line.split(" ") for line in read_text(merges, MAX_JSON_BYTES).split("\n")[1:] if line]
         return tokenizers.Tokenizer(models.BPE(tokens, [(left, right) for left, right in pairs], **options))
-    except OSError as error:
-        raise CheckpointError(f"the vocabulary {error.filename} cannot be read ({error.strerror})") from None
-    except Exception as error:  # the library raises bare Exceptions
-        raise CheckpointError(f"{vocabulary} and {merges} are not a vocabulary: {first_line(error)}") from None
 
 
 def companion_tokenizer(folder: Path, kind: type[HugTokenizer] = HugTokenizer) -> HugTokenizer | None:

@@ -5,7 +5,6 @@ import html
 import json
 import os
 import re
-import zlib
 from pathlib import Path
 
 import ftfy
@@ -13,11 +12,13 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from dalle_pytorch.errors import CheckpointError
-from dalle_pytorch.files.text import decode_text
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.files.text import read_text
 from dalle_pytorch.tokenizers.base import Tokenizer
 
 #: OpenAI's file as it is in CLIP's repository, MIT
 CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+MAX_LENGTH = 16 * 2**20  # characters of a list of merges; CLIP's has 3 million
 _CLIP_MERGES = 49152 - 256 - 2
 _CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -31,7 +32,7 @@ class SimpleTokenizer(Tokenizer):
 
     def __init__(self, bpe_path: str | os.PathLike | None = None):
         path = CLIP_VOCABULARY if bpe_path is None else bpe_path
-        lines = [line.split() for line in _clip_vocabulary(path).split("\n")[1 : _CLIP_MERGES + 1]]
+        lines = [line.split() for line in _clip_vocabulary(path)[1 : _CLIP_MERGES + 1]]
         merges = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
         if len(merges) < _CLIP_MERGES:
             raise CheckpointError(f"{path} is not CLIP's list of {_CLIP_MERGES} merges")
@@ -67,17 +68,17 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-def _clip_vocabulary(path: str | os.PathLike) -> str:
-    """The text of CLIP's list of merges, whose first line is a header."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
-    try:
-        text = decode_text(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-        if not text.startswith("{"):
-            return text
-        merges = json.loads(text)["model"]["merges"]
-        return "\n".join(["#", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)])
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"the vocabulary {path} is damaged: it holds no list of merges") from None
+def _clip_vocabulary(path: str | os.PathLike) -> list[str]:
+    """The lines of CLIP's list of merges, the first of which is a header."""
+    with opening(path, "is damaged: it holds no list of merges"):
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                text = file.read(MAX_LENGTH + 1)
+        except gzip.BadGzipFile:  # a plain text
+            text = read_text(path, MAX_LENGTH)
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"it is longer than {MAX_LENGTH:,} characters")
+        if text.startswith("{"):
+            merges = json.loads(text)["model"]["merges"]
+            return ["#", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)]
+        return text.split("\n", _CLIP_MERGES + 1)

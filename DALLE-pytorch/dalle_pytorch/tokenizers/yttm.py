@@ -7,9 +7,14 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.boundary import opening
 from dalle_pytorch.files.text import read_text
 from dalle_pytorch.tokenizers.base import Tokenizer
+
+MAX_BYTES = 64 * 2**20
+MAX_NUMBER = 2**31  # ids and code points
+MAX_PIECE = 1000  # characters of a token; those of trained vocabularies are words at most
 
 
 class YttmTokenizer(Tokenizer):
@@ -22,13 +27,10 @@ class YttmTokenizer(Tokenizer):
     SPACE = "▁"  # begins every word
 
     def __init__(self, bpe_path: str | os.PathLike):
-        try:
-            numbers = list(map(int, read_text(bpe_path).split()))
-        except OSError as error:
-            raise CheckpointError(f"the vocabulary {bpe_path} cannot be read ({error.strerror})") from None
-        except ValueError:
-            raise CheckpointError(f"{bpe_path} is not a YouTokenToMe model: expected integers only") from None
-        try:
+        with opening(bpe_path, "is not a complete YouTokenToMe model"):
+            numbers = list(map(int, read_text(bpe_path, MAX_BYTES).split()))
+            if max(map(abs, numbers)) >= MAX_NUMBER:
+                raise ValueError(f"it has numbers beyond {MAX_NUMBER:,}")
             num_characters, num_merges, *rest = numbers
             characters = dict(zip(rest[: 2 * num_characters : 2], rest[1 : 2 * num_characters : 2], strict=True))
             merges = rest[2 * num_characters :][: 3 * num_merges]
@@ -40,15 +42,17 @@ class YttmTokenizer(Tokenizer):
                 # Two tokens may spell the same piece, so pieces cannot identify them.
                 self._merges[left, right] = (rank, result)
                 pieces[result] = pieces[left] + pieces[right]
+                if len(pieces[result]) > MAX_PIECE:
+                    raise ValueError(f"it has a token of more than {MAX_PIECE:,} characters")
             self._unknown, *_ = special_ids = specials[:4]
             self.unknown_id = self._unknown
             names = dict(zip(special_ids, ("<UNK>", "<PAD>", "<BOS>", "<EOS>"), strict=True))
+            self._pieces = pieces | {i: name for i, name in names.items() if i >= 0}
+            self.vocab_size = len(self._pieces)
             if min(num_characters, num_merges) < 0 or len(self._merges) != num_merges:
-                raise ValueError
-        except (ValueError, KeyError, OverflowError):
-            raise CheckpointError(f"{bpe_path} is not a complete YouTokenToMe model") from None
-        self._pieces = pieces | {i: name for i, name in names.items() if i >= 0}
-        self.vocab_size = len(self._pieces)
+                raise ValueError("its tokens are not as many as it says")
+            if self._pieces.keys() != set(range(self.vocab_size)):
+                raise ValueError("its tokens are not numbered from 0 on")
         self._words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:

@@ -67,8 +67,8 @@ class DiscreteVAE(ImageTokenizer):
         self.kl_div_loss_weight = kl_div_loss_weight
 
         mean, std = ((0.0,) * channels, (1.0,) * channels) if normalization is None else normalization
-        self.register_buffer("mean", torch.tensor(mean[:channels]).view(channels, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std[:channels]).view(channels, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean[:channels], device="cpu").view(channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std[:channels], device="cpu").view(channels, 1, 1), persistent=False)
 
         down = [channels] + [hidden_dim] * num_layers
         up = [hidden_dim if num_resnet_blocks else codebook_dim] + [hidden_dim] * num_layers

@@ -72,8 +72,8 @@ def test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips
     with pytest.raises(UsageError, match="no prior"):
         model.open("prior")
     # Another CLIP leaves the rest of the default model as it is, but its guidance scale.
-    model = Model.from_pretrained(device="cpu", scorer="clip.pt").open("prior", "scorer")
-    assert clips == [None, "clip.pt"] and model.clip_guidance_scale is None and model.sampling.temperature == 0.7
+    model = Model.from_pretrained(device="cpu", scorer="owner/clip").open("prior", "scorer")
+    assert clips == [None, "owner/clip"] and model.clip_guidance_scale is None and model.sampling.temperature == 0.7
 
 
 def test_objects_as_parts(bundle, tiny_vae):
