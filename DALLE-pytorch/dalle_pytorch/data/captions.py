@@ -5,11 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 from dalle_pytorch.data.datasets import open_dataset
+from dalle_pytorch.data.folder import CAPTION_SUFFIXES, METADATA_NAMES, list_files, read_metadata
 from dalle_pytorch.data.loading import BrokenSample, Skipped
 from dalle_pytorch.data.registry import open_registered
 from dalle_pytorch.data.samples import read_captions
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
+from dalle_pytorch.files.text import one_line
 
 REGISTERED_CAPTIONS = 20_000  # of a registered data set, which may be endless, unless told
 
@@ -23,8 +25,8 @@ def all_captions(
     count: int | None = None,
     commands: bool = True,
 ) -> Iterator[str]:
-    """The captions, or the first `count`, of a text file, one a line; of the `.txt` files in a folder; with `wds` of
-    shards, whose images and captions have these suffixes; or of a registered data set.
+    """The captions, or the first `count`, of a text file, one a line; of those in a folder, as in `ImageTextFolder`;
+    with `wds` of shards, whose images and captions have these suffixes; or of a registered data set.
 
     What cannot be read is skipped and counted in `skipped`. Raises `FileError` if there is nothing at `source`, and if
     over half of what is there cannot be read.
@@ -32,7 +34,7 @@ def all_captions(
     if (registered := open_registered(source, 256)) is not None:
         yield from islice(registered.captions(), count or REGISTERED_CAPTIONS)
         return
-    samples = _shards(source, wds, caption_key, commands) if wds else _text_files(Path(source))
+    samples = _shards(source, wds, caption_key, commands) if wds else _text_files(Path(source), caption_key)
     yield from islice(_usable(samples, skipped), count)
 
 
@@ -47,13 +49,17 @@ def _usable(samples: Iterator[list[str] | BrokenSample], skipped: Skipped) -> It
     skipped.check(enough=1)
 
 
-def _text_files(path: Path) -> Iterator[list[str] | BrokenSample]:
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+def _text_files(path: Path, caption_key: str) -> Iterator[list[str] | BrokenSample]:
+    files = [path / name for name in list_files(path)[1]] if path.is_dir() else [path]
     if not files:
-        raise FileError(f"{path} holds no captions (.txt files)")
+        raise FileError(f"{path} holds no captions ({', '.join((*CAPTION_SUFFIXES, *METADATA_NAMES))})")
     for file in files:
         try:
-            yield read_captions(file.read_bytes(), file)
+            if file.name in METADATA_NAMES:
+                rows = read_metadata(file, caption_key)
+                yield [line for _, captions in rows for caption in captions if (line := one_line(caption))]
+            else:
+                yield read_captions(file.read_bytes(), file)
         except FileNotFoundError:
             raise FileError(f"there is no folder or file of captions {file}") from None
         except OSError as error:

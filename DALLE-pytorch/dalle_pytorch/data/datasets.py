@@ -19,7 +19,7 @@ def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = 
         name: `--image_text_folder`: a registered name, a folder, or with `wds` archives as `list_shards` takes them.
         resolution: side of the images, in pixels.
         wds: suffixes of images and captions in the shards, `jpg,txt` or `jpg,json`; empty for a folder.
-        caption_key: the field of JSON captions.
+        caption_key: the field of JSON captions, and of a folder's metadata.jsonl or metadata.csv.
         captions: False if images alone will do.
         crop_ratio, transparent, caption_problem: as in `ImageTextFolder`; registered data sets do without.
         commands: whether `name` may be a command, `pipe:COMMAND`.
@@ -42,4 +42,4 @@ def open_dataset(name: str | os.PathLike, resolution: int, *, wds: str | None = 
         shards = str(name).endswith(ARCHIVE_SUFFIXES) or local_path(str(name)) is None
         hint = f"{name} is read with --wds jpg,txt, which names the suffixes in its archives"
         raise FileError(hint if shards else f"there is no folder {name}")
-    return ImageTextFolder(name, resolution, captions=captions, **settings)
+    return ImageTextFolder(name, resolution, captions=captions, caption_key=caption_key, **settings)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dalle_pytorch.errors import FileError, UsageError
+from dalle_pytorch.errors import FileError, UsageError, shorten
 
 WORKER_SECONDS = 12  # after SIGTERM in which a worker goes on; the training ends in less
 TRIES = 100  # samples read before the share of broken ones is checked
@@ -36,7 +36,8 @@ class BrokenSample(FileError):
     """A sample to skip. `reason` ("broken image") is what it is counted under; the message also has its name."""
 
     def __init__(self, reason: str, name: object, detail: object = ""):
-        super().__init__(f"{name}: {reason}" + (f" ({detail})" if detail else ""))
+        # Names in an archive and captions may have any length.
+        super().__init__(f"{shorten(name, 300)}: {reason}" + (f" ({shorten(detail, 100)})" if detail else ""))
         self.reason = reason
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from lzma import LZMAError
 from pathlib import Path
@@ -15,13 +16,16 @@ from urllib.parse import urlparse
 import numpy as np
 from torch import Tensor
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
+from webdataset.tariterators import tar_file_expander, url_opener
 
 from dalle_pytorch.data.loading import BrokenSample, SampleStream
 from dalle_pytorch.data.samples import CaptionProblem, load_image, pick_caption, read_captions, usable_captions
 from dalle_pytorch.errors import FileError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+LARGEST_WAIT = 2**29  # bytes of samples that are not complete yet, of one archive
+_FIRST_DOT = re.compile(r"\.[^/]*$")
 
 # The files of a sample by suffix, with its `__key__` and `__url__`; or what is wrong with an archive.
 RawSample = dict[str, Any] | BrokenSample
@@ -63,12 +67,65 @@ class ShardStream(SampleStream):
         return _shuffle(samples, self.shuffle_buffer, np.random.default_rng([seed, epoch, reader]))
 
     def read_shard(self, url: str) -> Iterator[RawSample]:
-        """The samples of one archive in order, followed by a `BrokenSample` if it is damaged."""
+        """The samples of one archive in order, followed by a `BrokenSample` if it is damaged, or has none.
+
+        The files of a sample need not be adjacent: up to `LARGEST_WAIT` bytes of incomplete samples are kept.
+        """
         problems: list[BrokenSample] = []
-        names = ["__key__", "__url__", *self.image_suffixes, *self.caption_suffixes]
-        for sample in tarfile_samples([{"url": url}], handler=functools.partial(_note_problem, problems, url)):
-            yield {name: sample[name] for name in names if name in sample}
+        others: Counter[str] = Counter()
+        waiting: dict[str, dict[str, Any]] = {}
+        complete: set[str] = set()
+        held, last = 0, ""
+        for key, suffix, data in self._members(url, problems, others):
+            if last in waiting and (key != last or suffix in waiting[last]) and self._is_complete(waiting[last]):
+                held -= _size(waiting[last])
+                complete.add(last)
+                yield waiting.pop(last)
+            waiting.setdefault(key, {"__key__": key, "__url__": url})[suffix] = data
+            held, last = held + len(data), key
+            while held > LARGEST_WAIT and len(waiting) > 1:
+                sample = waiting.pop(next(iter(waiting)))
+                held -= _size(sample)
+                yield BrokenSample("files of one sample far apart", _name(sample), "sort the archive by name")
+        if not (waiting or complete or problems):
+            found = f"its files are {', '.join(others)}" if others else "it is empty"
+            yield BrokenSample(f"no {' or '.join(self.image_suffixes)} in the archive", url, found)
+        for key, sample in waiting.items():
+            stem = _FIRST_DOT.sub("", key)
+            # Without a partner it may only be another file of a complete sample, as `0001.mask.png` is.
+            if self._is_complete(sample) or stem == key or stem not in complete:
+                yield sample
         yield from problems[:1]
+
+    def _members(
+        self, url: str, problems: list[BrokenSample], others: Counter[str]
+    ) -> Iterator[tuple[str, str, bytes]]:
+        """The key, suffix and content of the files that belong to samples; the suffixes of others are counted."""
+        note = functools.partial(_note_problem, problems, url)
+
+        def is_wanted(name: str) -> bool:
+            if self._split(name) is None:
+                others[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+                return False
+            return True
+
+        for member in tar_file_expander(url_opener([{"url": url}], handler=note), handler=note, select_files=is_wanted):
+            if member:
+                split = self._split(member["fname"])
+                assert split is not None
+                yield *split, member["data"]
+
+    def _split(self, name: str) -> tuple[str, str] | None:
+        """The key and suffix of a file, None for one that is hidden or belongs to no sample. A key may have dots."""
+        for suffix in sorted((*self.image_suffixes, *self.caption_suffixes), key=len, reverse=True):
+            key = name[: -len(suffix) - 1]
+            if name.lower().endswith(f".{suffix}") and not os.path.basename(name).startswith("."):
+                return key, suffix
+        return None
+
+    def _is_complete(self, sample: dict[str, Any]) -> bool:
+        groups = (self.image_suffixes, self.caption_suffixes)
+        return all(not suffixes or any(suffix in sample for suffix in suffixes) for suffixes in groups)
 
     def decode(self, raw: RawSample, generator: np.random.Generator | None = None) -> dict[str, Any]:
         """The sample of a raw one, its crop and caption drawn from `generator` (without: centre, first caption).
@@ -92,9 +149,10 @@ class ShardStream(SampleStream):
             return read_captions(data, _name(raw))
         try:
             found = json.loads(data)[self.caption_key]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"JSON without {self.caption_key!r}" if isinstance(error, KeyError) else "broken JSON"
-            raise BrokenSample(reason, _name(raw)) from None
+        except KeyError:
+            raise BrokenSample(f"JSON without {self.caption_key!r}", _name(raw), "--caption_key names it") from None
+        except (ValueError, TypeError, RecursionError):
+            raise BrokenSample("broken JSON", _name(raw)) from None
         captions = found if isinstance(found, list) else [found]
         return usable_captions([caption for caption in captions if isinstance(caption, str)], _name(raw))
 
@@ -159,6 +217,10 @@ def _note_problem(problems: list[BrokenSample], url: str, error: Exception) -> b
         detail = f"the command ended with exit code {ended[1]}"
     problems.append(BrokenSample("damaged archive", url, detail))
     return True
+
+
+def _size(sample: dict[str, Any]) -> int:
+    return sum(len(data) for data in sample.values() if isinstance(data, bytes))
 
 
 def _name(raw: RawSample) -> str:

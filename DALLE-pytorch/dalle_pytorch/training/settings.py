@@ -121,7 +121,7 @@ class DataSettings(Settings):
              "(data-{000..099}.tar, a URL, pipe:COMMAND); or a registered data set, NAME or NAME?option=value&...",
         flags=["--image_folder", "--data_dir"])  # fmt: skip
     wds: str = option("", "read shards whose images and captions have these suffixes (jpg,txt)", metavar="IMAGE,TEXT")
-    caption_key: str = option("caption", "field of the caption, with --wds jpg,json")
+    caption_key: str = option("caption", "field of the caption, with --wds jpg,json or in a metadata.jsonl")
 
     @property
     def commands(self) -> bool:

@@ -1,7 +1,9 @@
 """Folders of pictures, and the order in which any map-style data is read."""
 
+import json
 import re
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import torch
 from PIL import Image
 
 from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.data.captions import all_captions
 from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.data.folder import ImageTextFolder
-from dalle_pytorch.data.loading import BatchLoader, BrokenSample, SampleDataset
+from dalle_pytorch.data.loading import BatchLoader, BrokenSample, SampleDataset, Skipped
 from dalle_pytorch.errors import FileError, UsageError
 from dalle_pytorch.files.images import image_to_tensor
 
@@ -166,6 +169,54 @@ def test_caption_of_several_is_drawn_by_epoch(tmp_path):
     assert set(captions()) == {"one", "two", "three"}
     assert captions() == captions(num_workers=2) != captions(seed=1)
     assert data[0]["caption"] == "one"
+
+
+def test_captions_of_other_tools(tmp_path):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.caption").write_text("of a")
+    add(tmp_path, "b.png", caption="of b")
+    (tmp_path / "b.caption").write_text("not read")
+    add(tmp_path, "deep/c.png", caption=None)
+    add(tmp_path, "deep/d.png", caption=None)
+    rows = [{"file_name": "c.png", "text": "of c"}, {"file_name": "d.png", "text": ["of d", "of it"]},
+            {"file_name": "gone.png", "text": "of none"}]  # fmt: skip
+    (tmp_path / "deep/metadata.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
+    add(tmp_path, "table/e.png", caption=None)
+    (tmp_path / "table/metadata.csv").write_text('\ufefffile_name,blurb,text\r\ne.png,"of ""e"",\nand more",short\r\n')
+    data = ImageTextFolder(tmp_path, 16, caption_key="blurb")
+    captions = {image: data.all_captions(i) for i, image in enumerate(data.images)}
+    assert captions == {"a.png": ["of a"], "b.png": ["of b"], "deep/c.png": ["of c"], "deep/d.png": ["of d", "of it"],
+                        "table/e.png": ['of "e", and more']}  # fmt: skip
+    assert data.left_out == {"caption without image": 2}
+    assert {part.name for part in data.identity() if isinstance(part, Path)} >= {"metadata.jsonl", "metadata.csv"}
+    assert set(all_captions(str(tmp_path), Skipped(), caption_key="blurb")) == {
+        *chain.from_iterable(captions.values()), "of none", "not read"}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"file_name": "a.png", "title": "x"}', "has no captions as 'caption', 'text' or 'caption', but file_name,"),
+    ('{"text": "x"}', "has no 'file_name'"), ("{", "cannot be read"), ("3", "cannot be read"), ("[" * 99_999, "cannot"),
+])  # fmt: skip
+def test_metadata_that_cannot_be_read_is_told(tmp_path, content, said):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(FileError, match=rf"metadata\.jsonl {said}"):
+        ImageTextFolder(tmp_path, 16)
+
+
+def test_what_a_folder_holds_instead_is_told(tmp_path):
+    for name in ("a.heic", "b.heic", "c.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileError, match=r"there are 2 × \.heic, 1 × \.parquet"):
+        ImageTextFolder(tmp_path, 16)
+
+
+def test_messages_are_cut(tmp_path):
+    add(tmp_path, "a.png", caption="x" * 100_000)
+    data = ImageTextFolder(tmp_path, 16, caption_problem=lambda caption: "long caption")
+    with pytest.raises(BrokenSample, match="long caption") as error:
+        data[0]
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("text, reason", [

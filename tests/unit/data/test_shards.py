@@ -297,6 +297,35 @@ def test_broken_samples_are_counted_and_left_out(tmp_path):
     assert "a.tar: b2" in loader.examples["no jpg"]
 
 
+def test_keys_with_dots(tmp_path):
+    files = [(f"v1.0/photo.{i}.small", {"jpg": picture(i), "txt": f"caption {i}".encode()}) for i in range(4)]
+    files += [("plain", {"jpg": picture(), "txt": b"plain"}), ("plain.mask", {"jpg": picture()}),
+              ("._plain", {"jpg": b"junk", "txt": b"junk"})]  # fmt: skip
+    write_tar(tmp_path / "a.tar", files)
+    captions = epoch_of(stream(tmp_path / "a.tar", shuffle_buffer=0), 0, 1)
+    assert captions == [[f"caption {i}" for i in range(4)] + ["plain"]]
+
+
+def test_shards_that_are_not_sorted(tmp_path, monkeypatch):
+    order = [*range(8), *range(8)]
+    files = [(f"{i}", {"jpg": picture(i)} if n < 8 else {"txt": f"caption {i}".encode()}) for n, i in enumerate(order)]
+    write_tar(tmp_path / "a.tar", files)
+    assert epoch_of(stream(tmp_path / "a.tar", shuffle_buffer=0), 0, 1) == [[f"caption {i}" for i in range(8)]]
+    monkeypatch.setattr("dalle_pytorch.data.shards.LARGEST_WAIT", 5000)
+    raw = list(stream(tmp_path / "a.tar").read_shard(str(tmp_path / "a.tar")))
+    assert any("a.tar: 0: files of one sample far apart (sort the archive by name)" in str(sample) for sample in raw)
+
+
+@pytest.mark.parametrize("files, said", [
+    ([], "no jpg in the archive (it is empty)"),
+    ([("0", {"png": b"", "json": b""})], "no jpg in the archive (its files are .png, .json)"),
+])  # fmt: skip
+def test_archives_without_samples(tmp_path, files, said):
+    write_tar(tmp_path / "a.tar", files)
+    (sample,) = stream(tmp_path / "a.tar").read_shard(str(tmp_path / "a.tar"))
+    assert str(sample).endswith(said)
+
+
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'"text"', b'{"caption": null}'])
 def test_broken_json(tmp_path, data):
     write_tar(tmp_path / "a.tar", [*((f"{i}", {"jpg": picture(), "json": b'{"caption": "fine"}'}) for i in range(2)),
@@ -336,7 +365,7 @@ def test_over_half_broken_stops(tmp_path):
     with pytest.raises(FileError, match="× damaged archive"):
         read(BatchLoader(stream(tmp_path / "b.tar"), 4))
     write_tar(tmp_path / "c.tar", [])
-    with pytest.raises(FileError, match="× epoch without a sample"):
+    with pytest.raises(FileError, match=r"× no jpg in the archive; .*it is empty"):
         read(BatchLoader(stream(tmp_path / "c.tar"), 4))
 
 
