@@ -1,5 +1,7 @@
 """What is trained on: losses, the batch of all processes, companions, previews."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,9 @@ def test_long_captions_have_a_reason_to_be_skipped(tokenizer):
     length = len(tokenizer.encode(CAPTIONS[0]))
     assert LongCaption(tokenizer, length)(CAPTIONS[0]) is None
     assert LongCaption(tokenizer, length - 1)(CAPTIONS[0]) == f"caption of more than {length - 1} tokens"
+    # What is longer than any tokens are is not encoded: a text of megabytes would take seconds for every sample.
+    unused = SimpleNamespace(encode=None)
+    assert LongCaption(unused, 3)("x" * 3001) == "caption of more than 3 tokens"
 
 
 # --------------------------------------------------------------------------------------------------
