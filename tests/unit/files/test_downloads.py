@@ -195,6 +195,7 @@ def test_archive(server, tmp_path):
         (archive(**{"a.ckpt": bytes(5000)})[:-30], "is damaged"),
         (b"no archive", "is damaged"),
     ],
+    ids=["another", "cut", "none"],  # an archive's bytes hold the time
 )
 def test_archives_that_are_none(server, content, message):
     server.content = content
