@@ -95,10 +95,12 @@ class Parts:
         files = [self.vqgan_config_path, None if self.chinese else self.tokenizer]
         others = [self.prior, self.vae, self.scorer, self.decoder, self.super_resolution]
         for path in (*files, *others):
+            if path == "":
+                raise CheckpointError("an empty path names no model")
             if not isinstance(path, Source) or Path(path).exists() or is_named(path):
                 continue
             if path in files or is_file(path) or not is_hub_name(path):
-                raise CheckpointError(f"{path} is missing" if str(path) else "an empty path names no model")
+                raise CheckpointError(f"{path} is missing")
 
 
 class Model:

@@ -222,6 +222,16 @@ def test_clip_in_half_precision_opens_in_float32(clip_folder, tmp_path):
     assert {parameter.dtype for parameter in load_clip(str(tmp_path / "clip.pt")).parameters()} == {torch.float32}
 
 
+def test_layers_are_counted_not_believed(clip_folder, tmp_path):
+    """A name with a number is one more layer, not as many as the number says."""
+    state = clip_state(clip_folder)
+    for number in ("99999999", "9" * 5000):
+        name = f"visual.transformer.resblocks.{number}.ln_1.bias"
+        torch.save({**state, name: torch.ones(1)}, tmp_path / "clip.pt")
+        message = one_line(load_clip, tmp_path / "clip.pt")
+        assert "has unknown" in message or "lacks" in message or "is not a state dict" in message
+
+
 def test_clip_that_is_none(clip_folder, tmp_path):
     state = clip_state(clip_folder)
     torch.save({**state, "visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "clip.pt")

@@ -13,6 +13,7 @@ from dalle_pytorch.published.dalle import load_dalle
 from dalle_pytorch.tokenizers.hug import HugTokenizer
 from dalle_pytorch.tokenizers.yttm import YttmTokenizer
 from dalle_pytorch.vae.vqgan import VQGanVAE
+from text_to_image import Model
 
 
 def test_says_what_a_file_is(parity, capsys):
@@ -73,6 +74,12 @@ def test_unet(parity, tmp_path, capsys):
     convert.main([str(tmp_path / "decoder")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("  DiffusionDecoder, ") and "    rescale_timesteps: True" in lines
+    # Either folder is what upscale.py takes, the first with a VAE.
+    torch.testing.assert_close(PretrainedModel.from_pretrained(tmp_path / "decoder/vae").state_dict(), vae.state_dict())
+    for parts in ({"decoder": tmp_path / "decoder"}, {"decoder": tmp_path / "unet", "vae": tmp_path / "vae"}):
+        decoder = Model.from_pretrained(device="cpu", **parts).decoder
+        assert decoder.config["rescale_timesteps"] and decoder.vae.num_tokens == 8
+    assert json.loads((tmp_path / "unet/diffusion.json").read_text()) == {"rescale_timesteps": True}
 
 
 def test_tokenizers(parity, tmp_path, capsys):

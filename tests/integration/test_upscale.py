@@ -35,9 +35,6 @@ class BrightClip(torch.nn.Module):
         self.texts += texts
         return torch.zeros(len(texts), 1, dtype=torch.long)
 
-    def lost_text(self, text):
-        return ""
-
     def encode_text(self, tokens):
         return torch.tensor([1.0, 0.0]).expand(len(tokens), 2)
 

@@ -3,6 +3,7 @@
 import errno
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import run_python
 from dalle_pytorch.cli import run
 from dalle_pytorch.devices import pick_device
 from dalle_pytorch.errors import CheckpointError, TrainingDiverged, UsageError
+from dalle_pytorch.files.boundary import opening
 from dalle_pytorch.settings import Settings, option
 
 
@@ -102,6 +104,41 @@ def test_numbers_and_their_bounds(capsys):
             Amounts.parse(options.split())
         err = capsys.readouterr().err
         assert exit.value.code == 2 and options.split()[0] in err and err.count("\n") == 1
+
+
+def test_what_is_empty_or_no_text_is_refused(tmp_path, capsys):
+    @dataclass
+    class Paths(Settings):
+        takes_config = True
+        clip_path: str | None = option(None)
+        outputs_dir: Path = option(Path("outputs"))
+        wds: str = option("")
+
+    (tmp_path / "config.yaml").write_text("clip_path: ''")
+    for options in (["--clip_path", ""], ["--clip_path= "], ["--outputs_dir", ""],
+                    ["--config", str(tmp_path / "config.yaml")]):  # fmt: skip
+        with pytest.raises(SystemExit) as exit:
+            Paths.parse(options)
+        assert exit.value.code == 2 and "it is empty" in capsys.readouterr().err
+    assert Paths.parse(["--wds", ""]).wds == ""
+    with pytest.raises(SystemExit) as exit:
+        run(Paths.parse, ["--clip_path", "caf\udce9"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: an argument is not text in UTF-8: caf\\udce9\n"
+
+
+def test_debug_shows_the_cause(capsys):
+    def main(argv):
+        assert Amounts.parse(argv) == Amounts()
+        with opening("model.pt"):
+            raise IndexError("the cause")
+
+    for options, shown in (([], False), (["--debug"], True)):
+        with pytest.raises(SystemExit) as exit:
+            run(main, options)
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and err.endswith("error: model.pt cannot be opened: the cause\n")
+        assert ("IndexError: the cause" in err) == shown and (err.count("\n") == 1) != shown
 
 
 def test_devices():

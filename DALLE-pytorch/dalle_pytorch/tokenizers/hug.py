@@ -5,7 +5,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class HugTokenizer(Tokenizer):
             model = self.tokenizer.model
             if isinstance(model, (models.BPE, models.WordLevel, models.WordPiece)) and model.unk_token is not None:
                 self.unknown_id = self.tokenizer.token_to_id(model.unk_token)
-            self.tokenizer.decode(self.tokenizer.encode("A word.").ids)  # what is inconsistent fails where it is used
+            with _silent():  # what is inconsistent fails where it is used
+                self.tokenizer.decode(self.tokenizer.encode("A word.").ids)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -64,7 +66,21 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     text = read_text(path, MAX_JSON_BYTES)
     if _growth(json.loads(text)) > MAX_GROWTH:
         raise ValueError("its replacements make any text too long")
-    return tokenizers.Tokenizer.from_str(text)
+    with _silent():
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hides what Rust writes about a panic, which is an exception here too."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _growth(part: Any) -> int:

@@ -7,7 +7,7 @@ from factories import Letters, clip_batch, make_clip
 from safetensors.torch import load_file
 
 from dalle_pytorch.clip.trainable import CLIP
-from dalle_pytorch.errors import CheckpointError
+from dalle_pytorch.errors import CheckpointError, SamplingDiverged
 from dalle_pytorch.published.clip import load_clip
 
 
@@ -30,6 +30,15 @@ def test_padding_does_not_count():
     )
     assert not torch.allclose(clip(text, image), clip(text, image, text_mask=text != 0))
     assert torch.isfinite(clip.encode_text(torch.zeros_like(text))).all()
+
+
+def test_scores_that_are_not_finite_are_no_scores():
+    clip, (_, image) = make_clip().eval(), clip_batch()
+    clip.tokenizer = Letters()
+    assert clip.score("ab", image).isfinite().all()
+    clip.to_visual_latent.weight.data.fill_(float("nan"))
+    with pytest.raises(SamplingDiverged, match="this CLIP scores images with numbers that are not finite"):
+        clip.score("ab", image)
 
 
 def test_a_small_thing_counts_more_when_patches_are_pooled_by_attention():

@@ -263,6 +263,46 @@ def test_bombs(tmp_path, saved):
         read_torch(tmp_path / "out.pt")
 
 
+def doubled_key(depth: int = 60) -> bytes:
+    """A dictionary whose key is a tuple of two tuples of two tuples …, which takes 2^depth steps to hash."""
+    return stream(b"}", b"N" + b"\x85" + b"2\x86" * depth, b"K\x01s")
+
+
+WORK = {
+    "key": doubled_key(),
+    "key of a set": stream(b"cbuiltins\nset\n]N\x85", b"2\x86" * 60, b"a\x85R"),
+    "key of an ordered dict": stream(b"ccollections\nOrderedDict\n]N\x85", b"2\x86" * 60, b"K\x01\x86a\x85R"),
+    "frozen sets": stream(b"cbuiltins\nfrozenset\n]cbuiltins\nfrozenset\n]Na\x85Ra\x85R"),
+    "keys of one hash": stream(
+        b"}(", *(pickle.dumps((2**61 - 1) * i, 2)[2:-1] + b"N" for i in range(1, 2000)), b"u"
+    ),
+    # A list of 50,000 items, copied 5,000 times.
+    "copies": stream(b"](" + b"N" * 50_000 + b"eq\x000", b"ctorch.jit._pickle\nbuild_intlist\nq\x010",
+                     b"(" + b"h\x01h\x00\x85R" * 5_000 + b"l"),
+    "arguments": stream(b"(" + b"N" * 50_000 + b"tq\x000", b"comegaconf\nA\nq\x010",
+                        b"(" + b"h\x01h\x00\x81" * 5_000 + b"l"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", WORK)
+def test_work_beyond_the_size_of_a_file_is_refused(tmp_path, program):
+    as_zip(tmp_path / "file.pt", WORK[program])
+    with pytest.raises(CheckpointError, match=r"file\.pt is damaged.*(a key that|copies more)"):
+        read_torch(tmp_path / "file.pt")
+
+
+def test_ordinary_keys_are_read(tmp_path):
+    content = {("exp_avg", 0): 1, 0: 2, "a": {1, 2}, "b": frozenset("c"), None: 3, 2.5: 4}
+    torch.save(content, tmp_path / "file.pt")
+    assert read_torch(tmp_path / "file.pt") == content
+
+
+def test_many_tensors_of_one_number(tmp_path):
+    torch.save({str(i): torch.ones(1).expand(2**22) for i in range(40)}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="does not fit its storage"):
+        read_torch(tmp_path / "file.pt")
+
+
 # --------------------------------------------------------------------------------------------------
 # Other kinds of files
 

@@ -76,6 +76,23 @@ def test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips
     assert clips == [None, "owner/clip"] and model.clip_guidance_scale is None and model.sampling.temperature == 0.7
 
 
+@pytest.mark.parametrize("part", ["prior", "vae", "vqgan_config_path", "tokenizer", "scorer", "decoder",
+                                  "super_resolution"])  # fmt: skip
+def test_a_path_to_nothing_is_refused_though_it_is_not_opened(bundle, part):
+    for path in ("none.yaml", "none.pt", "none"):
+        with pytest.raises(CheckpointError, match=f"^{path} is missing$"):
+            Model.from_pretrained(device="cpu", **{part: path})
+    with pytest.raises(CheckpointError, match="an empty path names no model"):
+        Model.from_pretrained(device="cpu", **{part: ""})
+
+
+def test_settings_that_no_vqgan_reads_are_refused(bundle):
+    (bundle / "model.yaml").write_text("model: {}")
+    model = Model.from_pretrained(device="cpu", vae=bundle / "vae", vqgan_config_path=bundle / "model.yaml")
+    with pytest.raises(CheckpointError, match=r"vae is not a checkpoint of a VQGAN: .*model\.yaml"):
+        model.open("vae")
+
+
 def test_objects_as_parts(bundle, tiny_vae):
     prior, decoder = load_prior(bundle / "dalle"), small_decoder(tiny_vae)
     model = Model.from_pretrained(device="cpu", prior=prior, decoder=decoder, sampling=SamplingSettings(top_k=3),

@@ -207,6 +207,17 @@ def test_damaged_yttm(tmp_path, content):
         YttmTokenizer(tmp_path / "bpe.model")
 
 
+def test_yttm_merges_that_double(tmp_path):
+    """▁, a, and merges of the last token with itself: 2^30 characters in some hundred bytes."""
+    merges = "\n".join(f"{i} {i} {i + 1}" for i in range(5, 35))
+    (tmp_path / "bpe.model").write_text(f"2 30\n9601 4\n97 5\n{merges}\n1 0 2 3\n")
+    with pytest.raises(CheckpointError, match=r"bpe\.model .* more than 1,000 characters"):
+        YttmTokenizer(tmp_path / "bpe.model")
+    (tmp_path / "bpe.model").write_text("2 1\n9601 4\n97 5\n4 5 600\n1 0 2 3\n")
+    with pytest.raises(CheckpointError, match="not numbered from 0 on"):
+        YttmTokenizer(tmp_path / "bpe.model")
+
+
 # --------------------------------------------------------------------------------------------------
 # CLIP's vocabulary
 
@@ -257,6 +268,12 @@ def test_damaged_clip_vocabulary(tmp_path, content):
         SimpleTokenizer(tmp_path / "none.txt")
 
 
+def test_clip_vocabulary_that_unpacks_without_end(tmp_path):
+    (tmp_path / "vocab.txt.gz").write_bytes(gzip.compress(b"\n" * 2**25))
+    with pytest.raises(CheckpointError, match="longer than 16,777,216 characters"):
+        SimpleTokenizer(tmp_path / "vocab.txt.gz")
+
+
 # --------------------------------------------------------------------------------------------------
 # BERT, and which one
 
@@ -275,6 +292,13 @@ def test_chinese_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match=r"^[^\n]*is not a folder with a BERT vocabulary[^\n]*$"):
         ChineseTokenizer(tmp_path / "nothing")
+    # transformers makes up a vocabulary of special tokens: every word would be unknown.
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"^[^\n]*empty is not a folder with a BERT vocabulary[^\n]*$"):
+        ChineseTokenizer(tmp_path / "empty")
+    (tmp_path / "empty/vocab.txt").write_text("\n".join(words[:5]))
+    with pytest.raises(CheckpointError, match="it has no words"):
+        ChineseTokenizer(tmp_path / "empty")
 
 
 def test_which_one(tmp_path, hug, parity):
