@@ -30,6 +30,8 @@ from dalle_pytorch.data.samples import CaptionProblem, pick_caption
 from dalle_pytorch.data.shards import ShardStream
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.atomic import atomic_write, clear_leftovers, write_bytes, write_text
+from dalle_pytorch.files.boundary import opening
+from dalle_pytorch.files.documents import read_json
 from dalle_pytorch.files.lock import LOCK_NAME, locked
 from dalle_pytorch.vae.base import ImageTokenizer
 
@@ -49,27 +51,28 @@ class TokenCache(SampleDataset):
 
     def __init__(self, folder: str | os.PathLike, caption_problem: CaptionProblem | None = None):
         self.folder, self.caption_problem = Path(folder), caption_problem
-        try:
-            index = json.loads((self.folder / "index.json").read_text("utf-8"))
+        if not (self.folder / "index.json").exists():
+            raise FileError(f"{folder} is not a finished token cache: {self.folder / 'index.json'} is missing")
+        with opening(f"the token cache {folder}", "is damaged; delete it to make it again", FileError):
+            index = read_json(self.folder / "index.json")
             self.left_out = Counter(index["skipped"])
             self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             self.starts = np.load(self.folder / "starts.npy", mmap_mode="r", allow_pickle=False)
             self.captions = np.memmap(self.folder / "captions.jsonl", np.uint8, "r")
-            whole = len(self.tokens) == len(self.starts) - 1 and self.starts[-1] == len(self.captions)
-        except FileNotFoundError as error:
-            raise FileError(f"{folder} is not a finished token cache: {error.filename} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{folder} cannot be read as a token cache ({error})") from None
-        if not whole:
-            raise FileError(f"the token cache {folder} is damaged; delete it to make it again")
+            kinds = [(array.ndim, array.dtype.kind) for array in (self.tokens, self.starts)]
+            if kinds not in ([(2, "u"), (1, "i")], [(2, "i"), (1, "i")]):
+                raise ValueError("expected whole numbers in tables of two axes and of one")
+            if len(self.tokens) != len(self.starts) - 1 or self.starts[-1] != len(self.captions):
+                raise ValueError("its files do not belong together")
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def sample(self, index: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
         """The sample at `index`, its caption drawn from `generator` (the first without one)."""
-        captions = json.loads(self.captions[self.starts[index] : self.starts[index + 1]].tobytes())
-        caption = pick_caption(captions, f"{self.folder}: {index}", generator, self.caption_problem)
+        with opening(f"the token cache {self.folder}", "is damaged; delete it to make it again", FileError):
+            captions = json.loads(self.captions[self.starts[index] : self.starts[index + 1]].tobytes())
+            caption = pick_caption(captions, f"{self.folder}: {index}", generator, self.caption_problem)
         return {"tokens": torch.from_numpy(self.tokens[index].astype(np.int64)), "caption": caption}
 
 

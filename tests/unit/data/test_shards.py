@@ -355,6 +355,13 @@ def test_truncated_archive(tmp_path, suffix, share):
     assert "unexpected end of data" in loader.examples["damaged archive"]
 
 
+def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle_pytorch.data.shards.LARGEST_FILE", 2**20)
+    write_tar(tmp_path / "a.tar.gz", [*samples(0, 3), ("big", {"jpg": bytes(2**20 + 1), "txt": b"x"}), *samples(4, 3)])
+    *good, problem = stream(tmp_path / "a.tar.gz").read_shard(str(tmp_path / "a.tar.gz"))
+    assert len(good) == 3 and str(problem).endswith("a.tar.gz: damaged archive (big.jpg has over 1 MiB)")
+
+
 def test_over_half_broken_stops(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}", {"jpg": b"nothing", "txt": b"x"}) for i in range(300)])
     with pytest.raises(FileError, match=r"samples cannot be used: \d+ × broken image; for example .*a.tar: \d+"):

@@ -276,11 +276,11 @@ WORK = {
     "keys of one hash": stream(
         b"}(", *(pickle.dumps((2**61 - 1) * i, 2)[2:-1] + b"N" for i in range(1, 2000)), b"u"
     ),
-    # A list of 50,000 items, copied 5,000 times.
-    "copies": stream(b"](" + b"N" * 50_000 + b"eq\x000", b"ctorch.jit._pickle\nbuild_intlist\nq\x010",
-                     b"(" + b"h\x01h\x00\x85R" * 5_000 + b"l"),
-    "arguments": stream(b"(" + b"N" * 50_000 + b"tq\x000", b"comegaconf\nA\nq\x010",
-                        b"(" + b"h\x01h\x00\x81" * 5_000 + b"l"),
+    # A list of 20,000 items, copied 500 times.
+    "copies": stream(b"](" + b"N" * 20_000 + b"eq\x000", b"ctorch.jit._pickle\nbuild_intlist\nq\x010",
+                     b"(" + b"h\x01h\x00\x85R" * 500 + b"l"),
+    "arguments": stream(b"(" + b"N" * 20_000 + b"tq\x000", b"comegaconf\nA\nq\x010",
+                        b"(" + b"h\x01h\x00\x81" * 500 + b"l"),
 }  # fmt: skip
 
 
