@@ -90,9 +90,9 @@ class Denoiser:
         """The same denoiser with these keyword arguments for its network."""
         return replace(self, conditioning={**self.conditioning, **conditioning})
 
-    def respaced(self, spacing: str | int | Iterable[int]) -> Denoiser:
-        """The same network with fewer steps; see `spaced_steps`."""
-        return replace(self, schedule=self.schedule.respaced(spacing))
+    def respaced(self, spacing: str | int | Iterable[int], skip_steps: str | float = 0) -> Denoiser:
+        """The same network with fewer steps; see `Schedule.respaced`."""
+        return replace(self, schedule=self.schedule.respaced(spacing, skip_steps))
 
     def __call__(self, x: Tensor, step: int | Tensor, clip: bool = True) -> Prediction:
         """One evaluation at `x` (b, 3, h, w), through `clip` unless told otherwise."""

@@ -4,13 +4,14 @@ The losses are those of CLIP-guided diffusion (Crowson 2021): the spherical dist
 the prediction, blended with the noisy image late in the run, and a total-variation and a range loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.clip.base import CLIPModel, feature_distance
 from dalle_pytorch.errors import UsageError
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.samplers import Guide, generator
@@ -64,6 +65,32 @@ def range_loss(x: Tensor) -> Tensor:
     return (x - x.clamp(-1, 1)).square().mean((1, 2, 3))
 
 
+def init_loss(init_image: Tensor, clip: CLIPModel) -> Callable[[Tensor], Tensor]:
+    """The distance (b,) of images (b, 3, h, w) in [-1, 1] to `init_image`, in [0, 1].
+
+    It is LPIPS (Zhang et al. 2018, arXiv:1801.03924) where its package is installed, which has torchvision with it;
+    else the distance of CLIP's features of the patches, in all layers.
+    """
+    if lpips := _lpips():
+        lpips, start = lpips.to(init_image.device), init_image * 2 - 1
+        return lambda images: lpips(images, start).flatten()
+
+    def features(images: Tensor) -> list[Tensor]:
+        return clip.visual_features(F.adaptive_avg_pool2d(images, clip.image_size))
+
+    wanted = features(init_image)
+    return lambda images: feature_distance(features((images + 1) / 2), wanted)
+
+
+@lru_cache(maxsize=1)
+def _lpips() -> nn.Module | None:
+    try:
+        import lpips  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+
 class ClipGuidance:
     """Guides a batch of images towards prompts.
 
@@ -103,8 +130,12 @@ class ClipGuidance:
             raise UsageError(f"the weights of the prompts cancel out: their sum is {total:g}")
         self.weights = torch.tensor(weights, device=self.targets.device) / abs(total)
 
-    def guide(self, identities: Sequence[tuple]) -> Guide:
-        """The `guide` of a sampler, for a batch of images with these identities, such as (seed, input, image)."""
+    def guide(self, identities: Sequence[tuple], init_image: Tensor | None = None, init_scale: float = 0.0) -> Guide:
+        """The `guide` of a sampler, for a batch of images with these identities, such as (seed, input, image).
+
+        `init_scale` is the weight of their distance to `init_image` (b, 3, h, w) in [0, 1], see `init_loss`.
+        """
+        to_init = init_loss(init_image, self.clip) if init_image is not None and init_scale else None
 
         def guide(denoiser: Denoiser, x: Tensor, step: int) -> tuple[Prediction, Tensor]:
             with torch.enable_grad():
@@ -118,6 +149,8 @@ class ClipGuidance:
                     + self.tv_scale * tv_loss(blended)
                     + self.range_scale * range_loss(prediction.x_0)
                 )
+                if to_init is not None:
+                    loss = loss + init_scale * to_init(blended)
                 # Each image's loss depends on its own pixels alone, so the sum's gradient is each image's own.
                 gradient = -torch.autograd.grad(loss.sum(), x)[0]
             prediction = Prediction(*(value.detach() for value in prediction))

@@ -30,20 +30,21 @@ from diffusion.unet import UNet
 CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 DEFAULT_IMAGE_SIZE = 64
 
+_HEADS = ("num_heads", "num_head_channels", "use_new_attention_order")
 DIFFUSION_NAME = "diffusion.json"  # a `DiffusionConfig` beside a native U-Net
 # Flags of training and of the GPU, which do not change the result. They are accepted and ignored.
 IGNORED_FLAGS = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "small_size"}
 
-# The flags of the DALL-3 fork's published models, by image size.
-_DALL3_FLAGS = {
-    "attention_resolutions": "32,16,8", "rescale_timesteps": True, "learn_sigma": True, "emb_condition": True,
-}  # fmt: skip
+# The flags of the models published by guided-diffusion and by its DALL-3 fork, by image size.
+_PUBLISHED_FLAGS = {"attention_resolutions": "32,16,8", "rescale_timesteps": True, "learn_sigma": True}
 MODEL_SIZES: dict[int, dict[str, Any]] = {
-    64: {**_DALL3_FLAGS, "image_size": 64, "num_head_channels": 64, "use_new_attention_order": True,
+    64: {**_PUBLISHED_FLAGS, "image_size": 64, "num_head_channels": 64, "use_new_attention_order": True,
          "noise_schedule": "cosine"},
-    128: {**_DALL3_FLAGS, "image_size": 128, "num_heads": 4},
-    256: {**_DALL3_FLAGS, "image_size": 256, "num_head_channels": 64},
+    128: {**_PUBLISHED_FLAGS, "image_size": 128, "num_heads": 4},
+    256: {**_PUBLISHED_FLAGS, "image_size": 256, "num_head_channels": 64},
+    512: {**_PUBLISHED_FLAGS, "image_size": 512, "num_head_channels": 64},
 }  # fmt: skip
+PUBLISHED_CHANNELS = {64: 192, 128: 256, 256: 256, 512: 256}  # num_channels of those that know no tokens
 
 
 def load_unet(path: str | os.PathLike, **flags: Any) -> UNet:
@@ -77,7 +78,8 @@ def load_denoiser(path: str | os.PathLike, **flags: Any) -> Denoiser:
 def _open(path: str | os.PathLike, flags: Mapping[str, Any]) -> tuple[UNet, dict[str, Any]]:
     """The U-Net in a file or a native folder, and the flags with what the folder has for those not given."""
     if not Path(path).is_dir():
-        return load_unet(path, **flags), dict(flags)
+        unet = load_unet(path, **flags)
+        return unet, _published_flags(unet.config) | _parse_flags(flags)
     if known := sorted(_parse_flags(flags).keys() - _DIFFUSION_FLAGS):
         raise UsageError(f"{path} is a native folder, whose config.json sets {', '.join(known)}")
     return UNet.from_pretrained(path), {**read_diffusion(path), **flags}
@@ -111,11 +113,16 @@ def make_denoiser(unet: UNet, **flags: Any) -> Denoiser:
     return denoiser.respaced(spacing) if spacing else denoiser
 
 
-def load_decoder(path: str | os.PathLike, vae: ImageTokenizer, **flags: Any) -> DiffusionDecoder:
-    """`load_denoiser`'s U-Net, as the decoder of this VAE's tokens. Raises `CheckpointError` if the two do not fit."""
+def load_decoder(
+    path: str | os.PathLike, vae: ImageTokenizer, class_label: int | None = None, **flags: Any
+) -> DiffusionDecoder:
+    """`load_denoiser`'s U-Net, as the decoder of this VAE's tokens, of an ImageNet class if it is conditioned on one.
+
+    Raises `CheckpointError` if they do not fit.
+    """
     unet, flags = _open(path, flags)
     with opening(path, "does not fit its VAE"):
-        return DiffusionDecoder(unet, vae, **diffusion_flags(flags)).eval()
+        return DiffusionDecoder(unet, vae, class_label, **diffusion_flags(flags)).eval()
 
 
 def load_super_resolution(path: str | os.PathLike, class_label: int | None = None, **flags: Any) -> SuperResolution:
@@ -130,6 +137,15 @@ def load_super_resolution(path: str | os.PathLike, class_label: int | None = Non
 
 
 # Architecture from weights and flags
+
+
+def _published_flags(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of guided-diffusion's model that is as wide as `known`, fields of `UNetConfig`, and knows no tokens."""
+    if not (known["emb_condition"] or known["low_res_condition"]) and known["learn_sigma"]:
+        for size, mult in CHANNEL_MULT.items():
+            if (known["num_channels"], known["channel_mult"]) == (PUBLISHED_CHANNELS[size], mult):
+                return _parse_flags(MODEL_SIZES[size])
+    return {}
 
 
 # Every level but the finest ends in a block that doubles the side, by a convolution or a second ResBlock.
@@ -179,6 +195,8 @@ def _settings(path: str | os.PathLike, known: dict[str, Any], flags: dict[str, A
         if name in flags and value != flags[name]:
             _contradiction(path, name, flags[name], value)
     others = _DIFFUSION_FLAGS | {"emb_input_dims", "emb_output_dims"}
+    if not flags.keys() & {"num_heads", "num_head_channels"}:
+        flags = {name: value for name, value in _published_flags(known).items() if name in _HEADS} | flags
     network = {name: value for name, value in flags.items() if name not in others}
     attention = [image_size // 2**level for level in levels]
     # The newer attention order is our default, the older one guided-diffusion's.

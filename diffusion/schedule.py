@@ -66,6 +66,24 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
     return steps
 
 
+def skipped_steps(num_steps: int, skip_steps: str | float) -> int:
+    """How many of `num_steps` visited steps, the noisiest, are skipped: a number, "10", or a fraction of them, "0.4".
+
+    A fraction is rounded, and leaves at least one step. Raises `UsageError` if there is none left, and for what is
+    neither.
+    """
+    try:
+        number = float(skip_steps)
+    except ValueError:
+        number = math.nan
+    if 0 < number < 1:
+        return min(round(number * num_steps), num_steps - 1)
+    if not 0 <= number < num_steps or number % 1:
+        raise UsageError(f"cannot skip {skip_steps} of {num_steps} steps: expected 0 to {num_steps - 1}, or a fraction "
+                         "below 1")  # fmt: skip
+    return int(number)
+
+
 def _quadratic_steps(num_steps: int, count: int) -> list[int]:
     _check_count(count, num_steps)
     steps = [0]
@@ -102,9 +120,13 @@ class Schedule:
     def named(cls, name: str = "linear", num_steps: int = 1000) -> Schedule:
         return cls(named_betas(name, num_steps), torch.arange(num_steps, device="cpu"), num_steps)
 
-    def respaced(self, spacing: str | int | Iterable[int]) -> Schedule:
-        """The schedule of only some steps (see `spaced_steps`), with the same alphas_cumprod at each."""
+    def respaced(self, spacing: str | int | Iterable[int], skip_steps: str | float = 0) -> Schedule:
+        """The schedule of only some steps, see `spaced_steps`, without the noisiest of them, see `skipped_steps`.
+
+        It has the same alphas_cumprod at each.
+        """
         steps = torch.tensor(spaced_steps(self.num_steps, spacing))
+        steps = steps[: len(steps) - skipped_steps(len(steps), skip_steps)]
         visited = self.alphas_cumprod[steps]
         before = torch.cat([torch.ones(1, dtype=torch.float64), visited[:-1]])
         return Schedule(1 - visited / before, self.timestep_map[steps], self.num_training_steps)

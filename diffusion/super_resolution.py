@@ -9,7 +9,6 @@ from dalle_pytorch.errors import UsageError
 from diffusion.decoder import to_unit
 from diffusion.denoiser import Denoiser
 from diffusion.samplers import Noise, find_sampler, generator
-from diffusion.unet import NUM_CLASSES
 
 
 class SuperResolution(nn.Module):
@@ -27,11 +26,7 @@ class SuperResolution(nn.Module):
         settings = self.unet.settings
         if not settings.low_res_condition or settings.emb_condition:
             raise UsageError("this U-Net is not for super-resolution: it is not conditioned on a smaller image alone")
-        if settings.class_cond != (class_label is not None):
-            needs = "needs an ImageNet class, 0 to 999" if settings.class_cond else "takes no class"
-            raise UsageError(f"this U-Net {needs}, got {class_label}")
-        if class_label is not None and not 0 <= class_label < NUM_CLASSES:
-            raise UsageError(f"expected a class from 0 to {NUM_CLASSES - 1}, got {class_label}")
+        self.unet.check_class(class_label)
 
     @torch.no_grad()
     def enlarge(self, images: Tensor, size: int, identities: Sequence[object],

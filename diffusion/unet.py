@@ -205,6 +205,14 @@ class UNet(PretrainedModel):
         out = zero_init(nn.Conv2d(channels, out_channels * c.patch_size**2, 3, padding=1))
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(), out)
 
+    def check_class(self, class_label: int | None) -> None:
+        """Raises `UsageError` unless the network is given a class of its own where it is conditioned on one."""
+        if self.settings.class_cond != (class_label is not None):
+            needs = f"needs an ImageNet class, 0 to {NUM_CLASSES - 1}" if self.settings.class_cond else "takes no class"
+            raise UsageError(f"this U-Net {needs}, got {class_label}")
+        if class_label is not None and not 0 <= class_label < NUM_CLASSES:
+            raise UsageError(f"expected a class from 0 to {NUM_CLASSES - 1}, got {class_label}")
+
     def _stage(self, level: int, in_channels: int, out_channels: int, heads: int) -> Stage:
         """A residual block, with attention where this level has it."""
         stage = Stage(ResBlock(in_channels, out_channels, self.settings))

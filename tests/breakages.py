@@ -259,6 +259,13 @@ BREAKAGES = [
              "test_guidance::test_cutouts_are_new_at_every_step_and_an_images_own"),
     Breakage("cutouts ignore the image", "diffusion/guidance.py", 'generator(*identity, "cutouts", step)',
              'generator("cutouts", step)', "test_guidance::test_gradient_of_a_picture_does_not_depend_on_the_batch"),
+    Breakage("skipped steps are the clear ones", SCHEDULE, "len(steps) - skipped", "skipped",
+             "test_start::test_skipped_steps"),
+    Breakage("sampling begins with noise alone", "diffusion/decoder.py", "images = denoiser.q_sample(",
+             "denoiser.q_sample(",
+             "test_start::test_the_first_step_is_the_vaes_image_under_its_noise"),
+    Breakage("init_scale has no effect", "diffusion/guidance.py", "loss + init_scale * to_init(blended)", "loss",
+             "test_start::test_init_scale_weighs_the_loss"),
     Breakage("images of a batch share their noise", "diffusion/decoder.py", "[generator(*identity) for",
              "[generator(seed) for", "test_diffusion::test_a_picture_does_not_depend_on_the_others_of_its_batch"),
     # Training

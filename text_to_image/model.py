@@ -63,8 +63,9 @@ class Parts:
         chinese: the BERT Chinese tokenizer.
         scorer: the CLIP that ranks and guides: a native folder, OpenAI's file or name, a Hugging Face folder.
         decoder: a native folder, or guided-diffusion's `.pt`.
-        model_size: which published settings (64, 128, 256) a `.pt` in `decoder` has.
+        model_size: which published settings (64, 128, 256, 512) a `.pt` in `decoder` has.
         unet_flags: guided-diffusion's flags of a `.pt` in `decoder`.
+        class_label: the ImageNet class that `decoder` is conditioned on, if it is one of those.
         super_resolution: a super-resolution U-Net: guided-diffusion's `.pt`, or a native folder.
         super_res_flags, super_res_class: its flags, and the ImageNet class that it is conditioned on.
         sampling: how tokens are sampled, in place of the prior's own settings.
@@ -84,6 +85,7 @@ class Parts:
     decoder: DiffusionDecoder | Source | None = None
     model_size: int | None = None
     unet_flags: Mapping[str, Any] = field(default_factory=dict)
+    class_label: int | None = None
     super_resolution: SuperResolution | Source | None = None
     super_res_flags: Mapping[str, Any] = field(default_factory=dict)
     super_res_class: int | None = None
@@ -190,10 +192,10 @@ class Model:
         path = self._source(given, "decoder", "decoder")
         if is_file(path) or read_config(resolve_folder(path)).get("class") == "UNet":
             flags = {**(MODEL_SIZES[parts.model_size] if parts.model_size else {}), **parts.unet_flags}
-            return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), **flags))
+            return self._frozen(load_decoder(path, self.vae or load_vae(taming=True), parts.class_label, **flags))
         if parts.model_size or parts.unet_flags:
             raise UsageError(f"model_size and unet_flags go with a .pt of guided-diffusion's, and {path} is a folder")
-        return self._frozen(DiffusionDecoder.from_pretrained(path, vae=self.vae))
+        return self._frozen(DiffusionDecoder.from_pretrained(path, vae=self.vae, class_label=parts.class_label))
 
     @cached_property
     def super_resolution(self) -> SuperResolution | None:

@@ -178,6 +178,9 @@ class TextToImage:
         stop_at: int | None = None,
         output_size: int | None = None,
         clip_guidance: bool | ClipGuidance = False,
+        init_from: str | None = None,
+        skip_steps: str | float | None = None,
+        init_scale: float = 0.0,
         callback: Callable[[int, Tensor, Sequence[tuple[int, int]]], object] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Upscaled]:
@@ -191,6 +194,9 @@ class TextToImage:
             stop_at: ends after so many steps, with the image predicted by then.
             output_size: side of the images in pixels; the decoder's, or 4 times that with super-resolution.
             clip_guidance: whether CLIP guides by the prompt of the inputs; or how, see `guidance`.
+            init_from: "tokens" begins with the image that the VAE decodes, "image" with the one that was given; None
+                with the former where the U-Net does not know the tokens, and otherwise with noise alone.
+            skip_steps, init_scale: with such an image, see `DiffusionDecoder.decode`.
             callback: called after each step with its number, from 1, the images (b, 3, h, w) predicted so far, and for
                 each of them the number of its input and which of that input's images it is.
             progress: called with the steps done, and with those of all images.
@@ -205,7 +211,15 @@ class TextToImage:
         size = output_size or (drawn if enlarger is None else 4 * drawn)
         if enlarger is not None and size <= drawn:
             raise UsageError(f"super-resolution enlarges: output_size must be above the decoder's {drawn} pixels")
-        steps = len(spaced_steps(decoder.denoiser.num_steps, num_inference_steps))
+        init_from = init_from or (None if decoder.knows_tokens else "tokens")
+        if init_from not in (None, "tokens", "image"):
+            raise UsageError(f"expected init_from tokens or image, got {init_from!r}")
+        if init_from == "image" and (without := [i for i, image in enumerate(result) if image.input_pixels is None]):
+            raise UsageError(f"init_from image needs images, and input {without[0]} is tokens: init_from tokens")
+        if init_scale and not (init_from and clip_guidance):
+            raise UsageError("init_scale needs an image to begin with, init_from, and guidance by CLIP")
+        skip_steps = decoder.skip_steps(skip_steps, init_from is not None)
+        steps = decoder.denoiser.respaced(num_inference_steps, skip_steps).num_steps
         if stop_at is not None and not 1 <= stop_at <= steps:
             raise UsageError(f"stop_at must be from 1 to {steps}, the number of steps, not {stop_at}")
         more = 0 if enlarger is None else len(spaced_steps(enlarger.denoiser.num_steps, num_inference_steps))
@@ -228,9 +242,13 @@ class TextToImage:
             for start in range(0, len(items), batch_size):
                 batch = items[start : start + batch_size]
                 tokens = torch.stack([result[i].tokens for i, _ in batch]).to(decoder.device)
+                inputs = [result[i] for i, _ in batch]
+                given = [image.input_pixels if init_from == "image" else image.pixels for image in inputs]
+                starts = [resize(pixels[None], drawn) for pixels in given if init_from and pixels is not None]
                 images = decoder.decode(
                     tokens, num_inference_steps, sampler, seed, [number for _, number in batch],
-                    guidance=clip_guidance or None, stop_at=stop_at,
+                    guidance=clip_guidance or None, stop_at=stop_at, skip_steps=skip_steps, init_scale=init_scale,
+                    init_image=torch.cat(starts).to(decoder.device) if starts else None,
                     callback=lambda number, images, batch=batch: step(batch, number, images),
                 )  # fmt: skip
                 if enlarger is not None:
@@ -273,13 +291,17 @@ class TextToImage:
                 check_tokens(value.tokens, vae.num_tokens)
                 images.append(value)
                 continue
+            given = None
             if isinstance(value, Tensor):
                 tokens = check_tokens(value, vae.num_tokens)
             elif isinstance(value, Source) and Path(value).suffix.lower() == ".npy":
                 tokens = load_tokens(value, vae.num_tokens, side**2)
             else:
+                value = read_image(value)
                 tokens = encode_image(vae, value, side).cpu()
-            images.append(ResultImage(index, tokens, vae.decode_image(tokens[None].to(vae.device))[0].cpu()))
+                given = image_to_tensor(value, decoder.unet.image_size)[0]
+            pixels = vae.decode_image(tokens[None].to(vae.device))[0].cpu()
+            images.append(ResultImage(index, tokens, pixels, input_pixels=given))
         if len({len(image.tokens) for image in images}) != 1:
             raise UsageError("expected one or more inputs, all of the same number of tokens")
         return Result(images, inputs.prompt if isinstance(inputs, Result) else None)

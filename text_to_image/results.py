@@ -42,6 +42,7 @@ class ResultImage:
         tokens: (side²,) int64, row by row.
         pixels: (3, h, w) in [0, 1], as the image tokenizer decodes the tokens.
         score: cosine similarity to the prompt, if it was ranked.
+        input_pixels: the image that was given to `upscale`, if it was one, (3, h, w) in [0, 1] at the decoder's size.
         upscaled_pixels: what the diffusion decoder made of the tokens, each (3, H, W) in [0, 1].
     """
 
@@ -49,6 +50,7 @@ class ResultImage:
     tokens: Tensor
     pixels: Tensor
     score: float | None = None
+    input_pixels: Tensor | None = None
     upscaled_pixels: tuple[Tensor, ...] = ()
 
     @property

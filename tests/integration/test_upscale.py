@@ -172,6 +172,24 @@ def test_published_weights(tiny_vae, folder, tmp_path, capsys):
     assert "attention_resolutions=" in fails(capsys, "--input", folder / "0.npy", *model, "--model_size", 256)
 
 
+def test_an_unconditional_unet_begins_with_the_image(tiny_vae, folder, tmp_path, capsys):
+    torch.save(small_unet(image_size=64, use_new_attention_order=False).state_dict(), tmp_path / "model.pt")
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    model = ("--model_path", tmp_path / "model.pt", "--vae_path", tmp_path / "vae")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save(tmp_path / "photo.png")
+    call("--input", tmp_path / "photo.png", *model, "--init_from", "image", "--skip_steps", 0.5)
+    assert Image.open(tmp_path / "photo-upscaled.png").size == (64, 64)
+    call("--input", folder / "0.npy", *model, "--skip_steps", 1, "--outputs_dir", tmp_path / "a")
+    call("--input", folder / "0.npy", *model, "--init_from", "tokens", "--skip_steps", "0.5", "--outputs_dir",
+         tmp_path / "b")  # fmt: skip
+    assert same(tmp_path / "a/0-upscaled.png", tmp_path / "b/0-upscaled.png")
+    for options, said in ((("--init_from", "image"), "is tokens"), (("--skip_steps", "2"), "cannot skip 2 of 2"),
+                          (("--init_scale", "1"), "guidance"), (("--class_label", "3"), "takes no class")):  # fmt: skip
+        capsys.readouterr()
+        assert said in fails(capsys, "--input", folder / "0.npy", "--steps", 2, *model, *options)
+    assert not (folder / "0-upscaled.png").exists()
+
+
 def test_samplers_are_those_of_the_package():
     from diffusion import samplers
 

@@ -31,7 +31,7 @@ class ConvertSettings(Settings):
                                   metavar="PATH")  # fmt: skip
     prior_flags: list = option([], "heads=16 for min-dalle and minDALL-E of unpublished sizes", kind=name_value,
                                nargs="+", metavar="NAME=VALUE")  # fmt: skip
-    model_size: int | None = option(None, "which published settings a U-Net has", choices=(64, 128, 256))
+    model_size: int | None = option(None, "which published settings a U-Net has", choices=(64, 128, 256, 512))
     unet_flags: list = option([], "guided-diffusion's flags for a U-Net, such as num_head_channels=64",
                               kind=name_value, nargs="+", metavar="NAME=VALUE")  # fmt: skip
     dtype: str = option("float32", "of the weights that are written", choices=("float32", "float16", "bfloat16"))

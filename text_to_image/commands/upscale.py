@@ -44,6 +44,17 @@ class _Sampling(Settings):
 
 
 @dataclass
+class _Start(Settings):
+    title: ClassVar[str] = "an image to begin with"
+    init_from: str | None = option(None, "begin with the VAE's image of the tokens, or with the input image, under "
+                                         "noise (default: tokens for a U-Net that does not know them, else noise "
+                                         "alone)", choices=("tokens", "image"))  # fmt: skip
+    skip_steps: str | None = option(None, "skip this number of the steps, or a fraction of them: the more, the nearer "
+                                          "to that image (default: 0.4)", metavar="K")  # fmt: skip
+    init_scale: float = option(0.0, "with --clip_guidance, holds the images near to it (usual: 1000)", low=0)
+
+
+@dataclass
 class _Guidance(Settings):
     title: ClassVar[str] = "guidance by CLIP"
     clip_guidance: bool = option(False, "guide the images towards the prompts")
@@ -67,14 +78,15 @@ class _Output(Settings):
 class _Models(Settings):
     title: ClassVar[str] = "models (without these, the default model)"
     model_path: str | None = option(None, "a native folder, or a .pt of guided-diffusion's")
-    model_size: int | None = option(None, "which published settings a .pt has", choices=(64, 128, 256))
+    model_size: int | None = option(None, "which published settings a .pt has", choices=(64, 128, 256, 512))
     unet_flags: list = option([], "guided-diffusion's flags for a .pt, such as num_head_channels=64", kind=name_value,
                               nargs="+", metavar="NAME=VALUE")  # fmt: skip
+    class_label: int | None = option(None, "the ImageNet class that it is conditioned on, if it is one of those",
+                                     low=0, high=999, metavar="N")  # fmt: skip
     super_res_path: str | None = option(None, "a super-resolution U-Net that draws the images at --output_size: a .pt "
                                               "of guided-diffusion's, or a native folder")  # fmt: skip
     super_res_flags: list = option([], "its flags, likewise", kind=name_value, nargs="+", metavar="NAME=VALUE")
-    super_res_class: int | None = option(None, "the ImageNet class that it is conditioned on, if it is one of those",
-                                         low=0, high=999, metavar="N")  # fmt: skip
+    super_res_class: int | None = option(None, "its ImageNet class, likewise", low=0, high=999, metavar="N")
     vae_path: str | None = option(None, "the VAE of the tokens: a native folder, or a VQGAN's .ckpt")
     vqgan_config_path: str | None = option(None, "its model.yaml")
     dvae_mode: bool = option(False, "--vae_path is a DiscreteVAE, a vae.pt (which is found out without this too)")
@@ -84,7 +96,7 @@ class _Models(Settings):
 
 
 @dataclass
-class UpscaleSettings(_Models, _Output, _Guidance, _Sampling, _Input):
+class UpscaleSettings(_Models, _Output, _Guidance, _Start, _Sampling, _Input):
     """Stage 2: the diffusion decoder redraws tokens or images, larger and finer.
 
     python upscale.py --input outputs/a_red_seven_on_brick --clip_guidance
@@ -130,8 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pipe = TextToImage.from_pretrained(
         device="cpu" if settings.cpu else settings.device, decoder=settings.model_path, model_size=settings.model_size,
-        unet_flags=dict(settings.unet_flags), super_resolution=settings.super_res_path,
-        super_res_flags=dict(settings.super_res_flags), super_res_class=settings.super_res_class,
+        unet_flags=dict(settings.unet_flags), class_label=settings.class_label,
+        super_resolution=settings.super_res_path, super_res_flags=dict(settings.super_res_flags),
+        super_res_class=settings.super_res_class,
         vae=settings.vae_path, vqgan_config_path=settings.vqgan_config_path, scorer=settings.clip_path,
     )  # fmt: skip
     per_input = settings.num_batches * settings.batch_size
@@ -147,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             inputs, per_input, batch_size=settings.batch_size * settings.inputs_per_batch, seed=settings.seed,
             num_inference_steps=settings.steps, sampler=settings.sampler, stop_at=settings.stop_at,
             output_size=settings.output_size, clip_guidance=guidance(settings, pipe) or False,
+            init_from=settings.init_from, skip_steps=settings.skip_steps, init_scale=settings.init_scale,
             callback=preview if settings.save_every else None, progress=bar,
         )  # fmt: skip
         make_writable(folder)

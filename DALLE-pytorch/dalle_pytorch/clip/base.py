@@ -20,6 +20,11 @@ class Scorer(Protocol):
         ...
 
 
+def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The squared distance (b,) of two lists of `visual_features`: the mean over patches and over layers."""
+    return torch.stack([(x - y).square().sum(-1).mean(-1) for x, y in zip(a, b, strict=True)]).mean(0)
+
+
 class CLIPModel(PretrainedModel, ABC):
     """A text encoder and an image encoder with a common feature space (arXiv:2103.00020).
 

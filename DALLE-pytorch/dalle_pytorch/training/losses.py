@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dalle_pytorch.clip.base import CLIPModel
+from dalle_pytorch.clip.base import CLIPModel, feature_distance
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.training.codebook import sum_over_processes
 
@@ -115,5 +115,4 @@ class PerceptualLoss:
         top, left = (int(torch.randint(max(1, side - size + 1), ())) for side in output.shape[-2:])
         pair = (images[..., top : top + size, left : left + size] for images in (images, output))
         wanted, found = (self.clip.visual_features(resize(images, size)) for images in pair)
-        distances = [(a - b).square().sum(-1).mean() for a, b in zip(wanted, found, strict=True)]
-        return torch.stack(distances).mean()
+        return feature_distance(wanted, found).mean()

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from factories import small_decoder
+from factories import small_decoder, small_unet
 from PIL import Image
 
 from dalle_pytorch.errors import UsageError, UserError
 from dalle_pytorch.files.images import image_to_tensor
+from diffusion.decoder import DiffusionDecoder
 from text_to_image import TextToImage
 from text_to_image.inputs import clean_prompt
 from text_to_image.results import claim_folder, safe_name
@@ -64,6 +65,34 @@ def test_batches_across_inputs_take_fewer_passes_and_draw_the_same(pipe):
     assert counts == [6, 3]
     assert (one[0].upscaled_pixels[0] - one[0].upscaled_pixels[1]).abs().max() > 0.05
     assert (one[0].upscaled_pixels[0] - one[1].upscaled_pixels[0]).abs().max() > 0.05
+
+
+def test_an_unconditional_unet_begins_with_tokens_or_the_image(tiny_bundle, tiny_vae):
+    decoder = DiffusionDecoder(small_unet(image_size=64), tiny_vae)
+    pipe = TextToImage.from_pretrained(tiny_bundle, "cpu", decoder=decoder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8))
+    tokens, starts = torch.randint(32, (256,), generator=torch.Generator().manual_seed(0)), []
+    decode = decoder.decode
+    decoder.decode = lambda *given, **options: starts.append(options["init_image"]) or decode(*given, **options)
+    options = {"num_inference_steps": 4, "skip_steps": 2, "seed": 3}
+    together = pipe.upscale([image, tokens], 2, **options)
+    alone = pipe.upscale(tokens, 1, **options)
+    torch.testing.assert_close(together[1].upscaled_pixels[0], alone[0].upscaled_pixels[0], atol=4e-3, rtol=0)
+    assert (together[1].upscaled_pixels[0] - together[1].upscaled_pixels[1]).abs().max() > 0.05
+    torch.testing.assert_close(starts[1], tiny_vae.decode_image(tokens[None]).detach())
+    pipe.upscale(image, init_from="image", **options)
+    torch.testing.assert_close(starts[2], image_to_tensor(image, 64))
+    told = []
+    pipe.upscale(tokens, progress=lambda done, total: told.append((done, total)), **options)
+    assert told == [(1, 2), (2, 2)]
+    guided = pipe.upscale(image, clip_guidance=pipe.guidance(PROMPT), init_scale=1e5, **options)
+    plain = pipe.upscale(image, clip_guidance=pipe.guidance(PROMPT), **options)
+    assert not torch.equal(guided[0].upscaled_pixels[0], plain[0].upscaled_pixels[0])
+    for wrong, said in (({"init_from": "image"}, "input 0 is tokens"), ({"init_from": "noise"}, "got 'noise'"),
+                        ({"init_scale": 1.0}, "guidance by CLIP"), ({"skip_steps": 4}, "cannot skip 4 of 4"),
+                        ({"stop_at": 3}, "from 1 to 2")):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            pipe.upscale(tokens, **options | wrong)
 
 
 def test_inputs_of_upscale(pipe, tmp_path):
