@@ -94,7 +94,7 @@ class ReportSettings(Settings):
     log_every: int = option(20, "steps between entries in metrics.jsonl", low=1, flags=["--log_interval"])
     sample_every: int = option(0, "steps between previews; 0 makes none", low=0)
     report_to: str | None = option(None, "tracker (default: wandb if named)", choices=["none", "tensorboard", "wandb"])
-    wandb_name: str | None = option(None, "Weights & Biases project")
+    wandb_name: str | None = option(None, "Weights & Biases project", kind=str)  # upstream's scripts give an empty one
     wandb_entity: str | None = option(None, "team or user that owns the project")
 
 
