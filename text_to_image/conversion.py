@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dalle_pytorch.clip.published import PublishedCLIP
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.pretrained import PretrainedModel
@@ -25,15 +26,19 @@ def open_any(
     vqgan_config_path: str | None = None,
     vae_path: str | None = None,
     unet_flags: Mapping[str, Any] | None = None,
+    clip_config: str | None = None,
     **prior_options: Any,
 ) -> PretrainedModel:
     """Whatever model the file, folder or hub name holds; a U-Net with its VAE is a `DiffusionDecoder`.
 
-    `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
+    `clip_config` is that of `load_clip`; `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
     """
     vae = load_vae(vae_path, vqgan_config_path=vqgan_config_path) if vae_path else None
     try:
-        return open_published(path, vqgan_config_path, vae, **prior_options)
+        model = open_published(path, vqgan_config_path, vae, clip_config, **prior_options)
+        if clip_config is not None and not isinstance(model, PublishedCLIP):
+            raise UsageError(f"--clip_config goes with a CLIP, and {path} is a {type(model).__name__}")
+        return model
     except UnknownFormatError as error:
         if "time_embed.0.weight" not in error.entries:
             raise

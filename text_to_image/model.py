@@ -21,6 +21,7 @@ from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.boundary import opening
 from dalle_pytorch.files.documents import read_json
+from dalle_pytorch.files.downloads import CLIPS, RESNET_CLIPS
 from dalle_pytorch.pretrained import PretrainedModel, is_hub_name, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.published.clip import load_clip
@@ -61,7 +62,8 @@ class Parts:
         tokenizer: a YouTokenToMe `.model`, a `tokenizer.json`, or CLIP's vocabulary, in place of the prior's own.
         hug: `tokenizer` is a `tokenizer.json` whatever its name.
         chinese: the BERT Chinese tokenizer.
-        scorer: the CLIP that ranks and guides: a native folder, OpenAI's file or name, a Hugging Face folder.
+        scorer: the CLIP that ranks and guides, see `load_clip`.
+        clip_config: what the files of `scorer` do not tell, see `load_clip`.
         decoder: a native folder, or guided-diffusion's `.pt`.
         model_size: which published settings (64, 128, 256, 512) a `.pt` in `decoder` has.
         unet_flags: guided-diffusion's flags of a `.pt` in `decoder`.
@@ -82,6 +84,7 @@ class Parts:
     hug: bool = False
     chinese: bool = False
     scorer: CLIPModel | Source | None = None
+    clip_config: Source | None = None
     decoder: DiffusionDecoder | Source | None = None
     model_size: int | None = None
     unet_flags: Mapping[str, Any] = field(default_factory=dict)
@@ -100,6 +103,8 @@ class Parts:
             if path == "":
                 raise CheckpointError("an empty path names no model")
             if not isinstance(path, Source) or Path(path).exists() or is_named(path):
+                continue
+            if str(path) in (*CLIPS, *RESNET_CLIPS):
                 continue
             if path in files or is_file(path) or not is_hub_name(path):
                 raise CheckpointError(f"{path} is missing")
@@ -181,7 +186,7 @@ class Model:
         """The CLIP that ranks and guides; OpenAI's ViT-B/32 where none is given."""
         given = self.parts.scorer
         if given is None or isinstance(given, Source):
-            return self._frozen(load_clip(given or self._bundled("clip")))
+            return self._frozen(load_clip(given or self._bundled("clip"), self.parts.clip_config))
         return given.to(self.device)
 
     @cached_property

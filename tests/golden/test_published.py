@@ -196,7 +196,10 @@ def clip_folder(parity):
 
 def clip_state(folder):
     """The weights in the archive as PyTorch itself reads them."""
-    return dict(torch.jit.load(folder / "clip_jit.pt", map_location="cpu").state_dict())
+    state = dict(torch.jit.load(folder / "clip_jit.pt", map_location="cpu").state_dict())
+    # Numbers beside the weights in OpenAI's own archives.
+    sizes = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(77), "vocab_size": torch.tensor(600)}
+    return {**state, **sizes}
 
 
 @pytest.mark.parametrize("name", ["clip_jit.pt", "clip_state_dict.pt"])
@@ -241,7 +244,9 @@ def test_clip_that_is_none(clip_folder, tmp_path):
     message = one_line(load_clip, tmp_path / "clip.pt")
     assert "lacks model.visual_projection.weight" in message and "has unknown model.more" in message
     torch.save({"a": torch.ones(1)}, tmp_path / "clip.pt")
-    assert "is not a CLIP of OpenAI's: missing 'token_embedding.weight'" in one_line(load_clip, tmp_path / "clip.pt")
+    assert "is not a CLIP of OpenAI's or open_clip's: missing 'token_embedding.weight'" in one_line(
+        load_clip, tmp_path / "clip.pt"
+    )
     assert "is missing" in one_line(load_clip, tmp_path / "none.pt")
 
 

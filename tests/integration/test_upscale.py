@@ -53,7 +53,7 @@ def model(tiny_vae, tmp_path, monkeypatch):
     small_decoder(tiny_vae).save_pretrained(tmp_path / "model/decoder")
     monkeypatch.setattr(text_to_image.model, "DEFAULT_MODEL", tmp_path / "model")
     clip = BrightClip()
-    monkeypatch.setattr(text_to_image.model, "load_clip", lambda path: clip)
+    monkeypatch.setattr(text_to_image.model, "load_clip", lambda path, clip_config=None: clip)
     return tmp_path / "model"
 
 

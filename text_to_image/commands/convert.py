@@ -34,6 +34,8 @@ class ConvertSettings(Settings):
     model_size: int | None = option(None, "which published settings a U-Net has", choices=(64, 128, 256, 512))
     unet_flags: list = option([], "guided-diffusion's flags for a U-Net, such as num_head_channels=64",
                               kind=name_value, nargs="+", metavar="NAME=VALUE")  # fmt: skip
+    clip_config: str | None = option(None, "open_clip's architecture of a CLIP that does not tell it, such as "
+                                           "ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
     dtype: str = option("float32", "of the weights that are written", choices=("float32", "float16", "bfloat16"))
 
     def __post_init__(self) -> None:
@@ -59,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     dtype = getattr(torch, settings.dtype)
     flags = {**(MODEL_SIZES[settings.model_size] if settings.model_size else {}), **dict(settings.unet_flags)}
-    model = open_any(settings.file, settings.vqgan_config_path, settings.vae_path, flags, dtype=dtype,
-                     **dict(settings.prior_flags))  # fmt: skip
+    model = open_any(settings.file, settings.vqgan_config_path, settings.vae_path, flags, settings.clip_config,
+                     dtype=dtype, **dict(settings.prior_flags))  # fmt: skip
     print(f"{settings.file}:", *describe(model, "  "), sep="\n")
     if settings.folder is not None:
         write_native(model, settings.folder, dtype, flags)

@@ -59,7 +59,10 @@ class _Models(Settings):
     bpe_path: str | None = option(None, "tokenizer: a .model of YouTokenToMe, or with --hug a tokenizer.json")
     hug: bool = option(False, "--bpe_path is a tokenizer.json")
     chinese: bool = option(False, "the BERT Chinese tokenizer")
-    clip_path: str | None = option(None, "the CLIP that ranks: a native folder, an OpenAI file, a hub name")
+    clip_path: str | None = option(None, "the CLIP that ranks: a native folder, OpenAI's or open_clip's file, a hub "
+                                         "name")  # fmt: skip
+    clip_config: str | None = option(None, "open_clip's architecture of --clip_path where its files do not tell it, "
+                                           "such as ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -77,6 +80,8 @@ class GenerateSettings(_Models, _Output, _Sampling, _Prompts):
             raise UsageError("--num_init_img_tokens goes with --image")
         if self.vqgan_config_path and not self.vqgan_model_path:
             raise UsageError("--vqgan_config_path goes with --vqgan_model_path")
+        if self.clip_config and not self.clip_path:
+            raise UsageError("--clip_config goes with --clip_path")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -93,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         prior_flags=dict(settings.prior_flags), vae=settings.vqgan_model_path,
         vqgan_config_path=settings.vqgan_config_path, taming=settings.taming, tokenizer=settings.bpe_path,
         hug=settings.hug, chinese=settings.chinese, scorer=settings.clip_path,
+        clip_config=settings.clip_config,
     )  # fmt: skip
     pipe.model.open("prior", *(["scorer"] if settings.clip_sort else []))
     sampling = {name: vars(settings)[name] for name in ("top_k", "top_p", "temperature", "cond_scale")}

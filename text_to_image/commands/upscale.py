@@ -90,7 +90,10 @@ class _Models(Settings):
     vae_path: str | None = option(None, "the VAE of the tokens: a native folder, or a VQGAN's .ckpt")
     vqgan_config_path: str | None = option(None, "its model.yaml")
     dvae_mode: bool = option(False, "--vae_path is a DiscreteVAE, a vae.pt (which is found out without this too)")
-    clip_path: str | None = option(None, "the CLIP that guides: a native folder, an OpenAI file, a hub name")
+    clip_path: str | None = option(None, "the CLIP that guides: a native folder, OpenAI's or open_clip's file, a hub "
+                                         "name")  # fmt: skip
+    clip_config: str | None = option(None, "open_clip's architecture of --clip_path where its files do not tell it, "
+                                           "such as ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     cpu: bool = option(False, "the same as --device cpu")
 
@@ -107,6 +110,8 @@ class UpscaleSettings(_Models, _Output, _Guidance, _Start, _Sampling, _Input):
             raise UsageError("--dvae_mode and --vqgan_config_path go with --vae_path")
         if (self.super_res_flags or self.super_res_class is not None) and not self.super_res_path:
             raise UsageError("--super_res_flags and --super_res_class go with --super_res_path")
+        if self.clip_config and not self.clip_path:
+            raise UsageError("--clip_config goes with --clip_path")
 
 
 def guidance(settings: UpscaleSettings, pipe: TextToImage) -> ClipGuidance | None:
@@ -146,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         super_resolution=settings.super_res_path, super_res_flags=dict(settings.super_res_flags),
         super_res_class=settings.super_res_class,
         vae=settings.vae_path, vqgan_config_path=settings.vqgan_config_path, scorer=settings.clip_path,
+        clip_config=settings.clip_config,
     )  # fmt: skip
     per_input = settings.num_batches * settings.batch_size
 

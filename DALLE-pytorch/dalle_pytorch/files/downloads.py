@@ -37,6 +37,7 @@ class PublicFile:
         url: its address.
         sha256, md5: hashes of its content, if known. A SHA-256 that Hugging Face's hub sends with it is checked too.
         terms: license and size of the model that it is a part of.
+        architecture: open_clip's name of it, for a CLIP that does not tell.
     """
 
     name: str
@@ -44,6 +45,7 @@ class PublicFile:
     sha256: str | None = None
     md5: str | None = None
     terms: str = ""
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,22 @@ def _clip(name: str, sha256: str) -> PublicFile:
     return PublicFile(f"{name}.pt", f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt", sha256)
 
 
-#: OpenAI's CLIPs by the names in its package
+def _hps(version: str) -> PublicFile:
+    name = f"HPS_{version}_compressed.pt"
+    return PublicFile(name, f"https://huggingface.co/xswu/HPSv2/resolve/main/{name}",
+                      terms="HPSv2: 1.8 GiB, Apache 2.0 license", architecture="ViT-H-14")  # fmt: skip
+
+
+#: OpenAI's CLIPs by the names in its package, and HPSv2
 CLIPS = {
     "ViT-B/32": _clip("ViT-B-32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B/16": _clip("ViT-B-16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": _clip("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": _clip("ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+    "HPSv2": _hps("v2"),
+    "HPSv2.1": _hps("v2.1"),
 }
+RESNET_CLIPS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")  # OpenAI's names of those that are not supported
 
 
 def _min_dalle(suffix: str, terms: str) -> PublicModel:

@@ -9,12 +9,13 @@ import torch
 
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.boundary import opens
-from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, default_model
+from dalle_pytorch.files.downloads import CLIPS, DVAE_ENCODER, PRIORS, RESNET_CLIPS, default_model
 from dalle_pytorch.pretrained import PretrainedModel, read_config, resolve_folder
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.min_dalle import PYPI
-from dalle_pytorch.published.clip import load_clip, open_clip, open_trainable_clip
-from dalle_pytorch.published.common import TRAINING_STATE, as_checkpoint, is_file
+from dalle_pytorch.published.clip import is_clip, load_clip, open_clip, open_trainable_clip, read_clip_file
+from dalle_pytorch.published.clip_config import OPEN_CLIP_CONFIG
+from dalle_pytorch.published.common import as_checkpoint, is_file
 from dalle_pytorch.published.dalle import (
     AUXILIARY_NAME,
     find_auxiliary,
@@ -25,7 +26,7 @@ from dalle_pytorch.published.dalle import (
     published_vqgan,
 )
 from dalle_pytorch.published.priors import find_published_prior, open_published_prior
-from dalle_pytorch.published.unpickler import ForeignObject, read_torch
+from dalle_pytorch.published.unpickler import ForeignObject
 from dalle_pytorch.published.vaes import load_openai_dvae, load_vqgan, open_discrete_vae, open_vqgan
 from dalle_pytorch.vae.base import ImageTokenizer
 from dalle_pytorch.vae.vqgan import VQGanVAE
@@ -44,20 +45,21 @@ class UnknownFormatError(CheckpointError):
 @opens
 def open_published(
     path: str | os.PathLike, config_path: str | os.PathLike | None = None, vae: ImageTokenizer | None = None,
-    **prior_options: Any,
+    clip_config: str | os.PathLike | None = None, **prior_options: Any,
 ) -> PretrainedModel:  # fmt: skip
     """Opens a prior, VAE or CLIP of any kind: a published file or folder, a native folder, or a hub name.
 
     A folder may be DeepSpeed's, with its `auxiliary.pt`; hold min-dalle's or minDALL-E's files, a dVAE's two, or a
     VQGAN's; or be Hugging Face's. `config_path` is a VQGAN's model.yaml; `vae` overrides the one that a prior names;
-    `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
+    `clip_config` is that of `load_clip`; `prior_options` are those of `load_prior` for min-dalle and minDALL-E.
     """
     path = Path(path)
     if is_named(path) or find_published_prior(path):
         return load_prior(path, vae, **prior_options)
     if not path.exists() and not is_file(path):
-        if str(path) in CLIPS or "class" not in read_config(resolve_folder(path, ["config.json"])):
-            return load_clip(path)
+        known = str(path) in (*CLIPS, *RESNET_CLIPS)
+        if known or not _is_native(resolve_folder(path, ["config.json", OPEN_CLIP_CONFIG])):
+            return load_clip(path, clip_config)
         return PretrainedModel.from_pretrained(path, vae=vae)
     if path.is_dir():
         if (path / AUXILIARY_NAME).is_file():
@@ -66,15 +68,17 @@ def open_published(
             return load_openai_dvae(path / DVAE_ENCODER.name)
         if (path / "last.ckpt").is_file():
             return load_vqgan(path / "last.ckpt", config_path)
-        if "class" not in read_config(path):
-            return load_clip(path)
+        if not _is_native(path):
+            return load_clip(path, clip_config)
         return PretrainedModel.from_pretrained(path, vae=vae)
     if path.name == AUXILIARY_NAME:
         return load_dalle(path, vae)
-    content = read_torch(path, TRAINING_STATE)
+    content = read_clip_file(path)
     if isinstance(content, ForeignObject):
         halves = {"dall_e.encoder.Encoder": (path, None), "dall_e.decoder.Decoder": (None, path)}
-        return load_openai_dvae(*halves[content.name]) if content.name in halves else open_clip(path, content)
+        return (
+            load_openai_dvae(*halves[content.name]) if content.name in halves else open_clip(path, content, clip_config)
+        )
     keys = content.keys() if isinstance(content, dict) else ()
     if "hparams" in keys:
         checkpoint = as_checkpoint(path, content)
@@ -83,13 +87,20 @@ def open_published(
         if "codebook.weight" in checkpoint["weights"]:
             return open_discrete_vae(path, checkpoint)
         return open_dalle(path, checkpoint, vae)
-    if "token_embedding.weight" in keys:
-        return open_clip(path, content)
+    if is_clip(content):
+        return open_clip(path, content, clip_config)
     if "state_dict" in keys or "encoder.conv_in.weight" in keys:
         return open_vqgan(path, content, config_path)
     if keys and find_auxiliary(path) is not None:
         return load_dalle(path, vae)
     raise UnknownFormatError(f"{path} is not a prior, VAE or CLIP of a known format", keys)
+
+
+def _is_native(folder: Path) -> bool:
+    """Whether this is a native folder, and not one of Hugging Face's or open_clip's."""
+    if (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / "config.json").exists():
+        return False
+    return "class" in read_config(folder)
 
 
 def is_named(path: str | os.PathLike) -> bool:

@@ -32,7 +32,7 @@ def clips(monkeypatch):
     """The paths of the CLIPs that are opened, which are none."""
     paths = []
 
-    def load_clip(path):
+    def load_clip(path, clip_config=None):
         paths.append(path)
         return torch.nn.Identity()
 

@@ -57,6 +57,8 @@ class TrainVQGanSettings(VQGanArchitecture, ImageSettings, TrainingSettings):
     perceptual_weight: float = option(1.0, "weight of the perceptual loss", low=0)
     perceptual_clip: str | None = option(None, "CLIP of the perceptual loss (default: no such loss)", metavar="PATH",
                                          part="CLIP")  # fmt: skip
+    clip_config: str | None = option(None, "its open_clip architecture where its files do not tell it, such as "
+                                           "ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         discriminator = PatchDiscriminator(ch=settings.disc_ch, num_layers=settings.disc_num_layers)
         adversary = Adversary(discriminator, settings.disc_weight)
     if settings.perceptual_clip and settings.perceptual_weight > 0:
-        perceptual = PerceptualLoss(load_clip(settings.perceptual_clip))
+        perceptual = PerceptualLoss(load_clip(settings.perceptual_clip, settings.clip_config))
     dataset = open_dataset(settings.image_text_folder, settings.image_size, captions=False,
                            **settings.dataset_options())  # fmt: skip
     steps, start = total_steps(settings, dataset), settings.disc_start
