@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from factories import small_unet
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,10 +17,12 @@ import clip_twins
 import judge
 import measures
 import quality
+import skip_table
 import sweep
 import sweep_guidance
 
 from dalle_pytorch import scenes as glyphs
+from diffusion.decoder import DiffusionDecoder
 
 
 def test_best_of_equals_the_mean_over_all_subsets():
@@ -173,3 +176,32 @@ def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
     weak, strong = json.loads((tmp_path / "sweep_guidance.json").read_text())
     assert abs(weak["nats"]["mean"]) < 1e-3 < abs(strong["nats"]["mean"])
     assert weak["nats"]["count"] == 2 and "| 100000 | 1 |" in capsys.readouterr().out
+
+
+def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):
+    small = DiffusionDecoder(small_unet(image_size=64), tiny_vae)
+    small.save_pretrained(tmp_path / "unconditional")
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    skip_table.main(["--unconditional", str(tmp_path / "unconditional"), "--model", str(model), "--count", "1",
+                     "--skip_steps", "0", "0.5", "--steps", "2", "--clip_guidance", "--device", "cpu",
+                     "--output_dir", str(tmp_path)])  # fmt: skip
+    rows = json.loads((tmp_path / "skip_table.json").read_text())
+    ways = [f"{decoder} {skip}" for decoder in ("conditioned", "unconditional") for skip in ("0", "0.5")]
+    assert list(rows) == ["drawn", "enlarged", *ways]
+    assert all(row["attributes"]["count"] == 2 and row["frechet"] is None for row in rows.values())
+    assert "| unconditional 0.5 | " in capsys.readouterr().out
+
+
+def test_summary_of_skipped_steps():
+    def one(right, features):
+        return {"right": right, "features": features}
+
+    generator = np.random.default_rng(0)
+    drawn = generator.standard_normal((50, 2)).tolist()
+    opinions = [{"drawn": one({"count": True, "colour": True}, f),
+                 "moved": one({"count": i % 2 == 0, "colour": True}, [f[0] + 3, f[1]])}
+                for i, f in enumerate(drawn)]  # fmt: skip
+    rows = skip_table.summarize(opinions)
+    assert (rows["moved"]["attributes"]["mean"], rows["moved"]["everything"]["mean"]) == (0.75, 0.5)
+    assert rows["drawn"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert rows["moved"]["frechet"] == pytest.approx(9)

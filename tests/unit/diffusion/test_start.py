@@ -15,6 +15,7 @@ from diffusion.guidance import ClipGuidance, _lpips, init_loss
 from diffusion.published import load_decoder
 from diffusion.samplers import SAMPLERS, Noise, generator
 from diffusion.schedule import Schedule, skipped_steps
+from diffusion.tasks import DecoderTask
 
 SPACINGS = ("200", "quad200", "ddim200", "60,70,70")
 
@@ -82,6 +83,15 @@ def test_the_first_step_is_the_vaes_image_under_its_noise(unconditional, tiny_va
     alpha_bar = schedule.alphas_cumprod[14].item()
     expected = alpha_bar**0.5 * (2 * tiny_vae.decode_image(tokens) - 1) + (1 - alpha_bar) ** 0.5 * noise()
     torch.testing.assert_close(x, expected.detach())
+
+
+def test_it_is_trained_as_a_decoder_is(unconditional):
+    task = DecoderTask(unconditional, crop_size=32, full_share=0.0).train()
+    shapes = []
+    unconditional.unet.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    loss, _ = task({"image": torch.full((2, 3, 64, 64), 200, dtype=torch.uint8)})
+    loss.backward()
+    assert shapes == [(2, 3, 32, 32)] and loss.isfinite()
 
 
 def test_a_decoder_of_tokens_begins_with_an_image_too(tiny_vae):

@@ -1,0 +1,104 @@
+"""What a decoder keeps of the VQGAN's image, by the steps it skips: `python benchmarks/skip_table.py --help`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from jobs import shared_by
+from measures import frechet_distance
+from quality import GROUPS, Models, Record, with_interval
+from tqdm import tqdm
+
+from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.cli import run
+from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.files.images import resize
+from dalle_pytorch.settings import Settings, option
+from text_to_image import TextToImage
+from text_to_image.model import DEFAULT_MODEL
+
+
+@dataclass
+class SkipSettings(Settings):
+    """What is kept of the tokens of drawn scenes by a U-Net that does not know them, and by one that does: attributes
+    that the judge reads as the caption says, and the Fréchet distance to the drawn scenes on the judge's features.
+
+    python diffusion/train.py --image_text_folder glyphs --vae_path models/default/vae --steps 3000
+        --emb_condition False --low_res_condition False --output_dir runs/unconditional
+    python benchmarks/skip_table.py --unconditional runs/unconditional/decoder
+
+    Both begin with the VQGAN's image, from the same noise. Prints the table in Markdown and writes `skip_table.json`.
+    """
+
+    unconditional: Path = option(help="folder of the decoder that does not know the tokens")
+    model: Path = option(DEFAULT_MODEL, "folder of the model, with the decoder that does")
+    count: int = option(100, "captions of each kind", low=1)
+    skip_steps: list[float] = option([0, 0.25, 0.4, 0.5, 0.75], "fractions of the steps", low=0, high=0.99, nargs="+")
+    clip_guidance: bool = option(False, "guide both by the caption")
+    steps: str = option("25", "diffusion steps")
+    output_dir: Path = option(Path("outputs/skip"), "where the table goes")
+    device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
+    jobs: int = option(1, "as in quality.py", low=1)
+
+
+class Decoders(Models):
+    """`Models` with a second pipeline, of the decoder that does not know the tokens."""
+
+    def __init__(self, settings: SkipSettings):
+        super().__init__(settings.model, settings.device)
+        other = TextToImage.from_pretrained(settings.model, settings.device, decoder=settings.unconditional)
+        self.decoders = {"conditioned": self.pipe, "unconditional": other}
+
+
+def redraw(decoders: Decoders, num_subjects: int, index: int, *, settings: SkipSettings) -> dict[str, Record]:
+    """The judge's opinion of a drawn scene, of its VQGAN image enlarged, and of each decoder's image by skip."""
+    scene = glyphs.make_scene(index, "test", num_subjects=num_subjects)
+    drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
+    decoder = decoders.pipe.model.decoder
+    tokens = decoder.vae.get_codebook_indices(resize(drawn, decoder.vae.image_size).to(decoder.device))[0].cpu()
+    images = {"drawn": drawn, "enlarged": resize(decoders.pipe.read(tokens)[0].pixels[None], 256)}
+    guidance = decoders.pipe.guidance(scene.caption) if settings.clip_guidance else False
+    for (name, pipe), skip in product(decoders.decoders.items(), settings.skip_steps):
+        result = pipe.upscale(tokens, init_from="tokens", skip_steps=skip, num_inference_steps=settings.steps,
+                              clip_guidance=guidance)  # fmt: skip
+        images[f"{name} {skip:g}"] = result[0].upscaled_pixels[0][None]
+    return {name: decoders.opinion(scene, image) for name, image in images.items()}
+
+
+def summarize(opinions: Sequence[dict[str, Record]]) -> dict[str, Record]:
+    """Of each way: the share of attributes kept, and of images with all of them, and the distance to the drawn ones."""
+    features = {name: np.asarray([one[name]["features"] for one in opinions]) for name in opinions[0]}
+    return {
+        name: {
+            "attributes": with_interval([float(np.mean([*one[name]["right"].values()])) for one in opinions]),
+            "everything": with_interval([float(all(one[name]["right"].values())) for one in opinions]),
+            # Of no more images than features the covariance says nothing.
+            "frechet": frechet_distance(values, features["drawn"]) if len(values) > values.shape[1] else None,
+        }
+        for name, values in features.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = SkipSettings.parse(argv)
+    captions = [*product(GROUPS.values(), range(settings.count))]
+    with shared_by(settings.jobs, partial(Decoders, settings)) as in_jobs:
+        opinions = [*tqdm(in_jobs(partial(redraw, settings=settings), captions), "captions", len(captions))]
+    rows = summarize(opinions)
+    print(f"{len(captions)} drawn scenes, from their tokens, {settings.steps} steps")
+    print("| decoder, skip_steps | attributes kept | everything kept | Fréchet distance |\n|---|---|---|---|")
+    for name, row in rows.items():
+        shares = (
+            f"{s['mean']:.1%} ({s['low']:.1%} to {s['high']:.1%})" for s in (row["attributes"], row["everything"])
+        )
+        print(f"| {name} | {' | '.join(shares)} | {'–' if row['frechet'] is None else format(row['frechet'], '.2f')} |")
+    write_text(settings.output_dir / "skip_table.json", json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
