@@ -8,9 +8,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 MEMORY = 2 * 2**30  # bytes that a case may use beyond what was there before it
 SECONDS = 20  # of processor time
@@ -51,10 +53,11 @@ class Outcome:
 
 
 def run_command(command: list[str]) -> int:
-    """The exit code of `dalle COMMAND …` in this process; a bug's traceback is printed, and its exit code is 1."""
+    """The exit code of `dalle COMMAND …` in this forked process; a bug's traceback is printed, its exit code is 1."""
     from dalle_pytorch.cli import run
     from text_to_image.__main__ import dispatch
 
+    torch.set_num_threads(1)  # threads are not forked: OpenMP would wait for those that it began before
     sys.argv = ["dalle", *command]
     try:
         run(dispatch, command)
@@ -86,7 +89,7 @@ def start(command: list[str], folder: Path, log: Path, fresh: bool = False) -> i
         if fresh:
             os.execv(sys.executable, [sys.executable, "-m", "text_to_image", *command])
         # Beyond this a fault would take the machine with it; some room, so that it is seen as one.
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + 2 * MEMORY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (_statm()[0] + 2 * MEMORY, resource.RLIM_INFINITY))
         code = run_command(command)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -94,8 +97,10 @@ def start(command: list[str], folder: Path, log: Path, fresh: bool = False) -> i
         os._exit(code)
 
 
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+def _statm() -> list[int]:
+    """This process's address space, what of it is in memory, and what of that is shared, in bytes (man 5 proc)."""
+    pages = Path("/proc/self/statm").read_text().split()[:3]
+    return [int(number) * os.sysconf("SC_PAGE_SIZE") for number in pages]
 
 
 def wait(pid: int, seconds: float = WALL_SECONDS) -> tuple[int, resource.struct_rusage, bool]:
@@ -114,10 +119,10 @@ def wait(pid: int, seconds: float = WALL_SECONDS) -> tuple[int, resource.struct_
 
 def finish(name: str, folder: Path, pid: int, log: Path, ended: int | None = None) -> Outcome:
     """Waits for a process that `start` began in `folder`, and looks for faults. `ended` is the signal sent to it."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, resident, shared = _statm()  # a forked process begins with what is not shared
     code, usage, late = wait(pid)
     errors = log.with_suffix(".err").read_text("utf-8", "replace")
-    seconds, memory = usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss - before) * 1024
+    seconds, memory = usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - (resident - shared))
     outcome = Outcome(name, code, errors, seconds, memory)
     outcome.faults = [name for name, found in (
         ("code run", any(folder.rglob(CANARY))),
@@ -175,14 +180,17 @@ def is_one_line(errors: str) -> bool:
     return not before and 0 < len(last) <= LONGEST_LINE and last.isprintable()
 
 
-def import_all(models: Path) -> None:
-    """Imports what the commands import, so that a forked case need not: each is run once, and its modules are told."""
+def import_all(models: Path, names: Sequence[str] = ()) -> None:
+    """Imports what the commands (`names` of them, or all) import, so that a forked case need not: each is run once,
+    and its modules are told."""
     import tempfile
     from importlib import import_module
 
     from faults.models import commands
 
-    for command in commands(models).values():
+    all_commands = commands(models)
+    for name in names or all_commands:
+        command = all_commands[name]
         with tempfile.TemporaryDirectory() as folder:
             told = Path(folder) / "modules.json"
             pid = os.fork()
@@ -195,9 +203,9 @@ def import_all(models: Path) -> None:
                 os._exit(code)
             if wait(pid)[0]:
                 raise RuntimeError(f"a command that should succeed does not: {' '.join(command)}")
-            for name in json.loads(told.read_text()):
-                if name not in sys.modules and not name.startswith(("__", "_")):
+            for module in json.loads(told.read_text()):
+                if module not in sys.modules and not module.startswith("_"):
                     try:
-                        import_module(name)
+                        import_module(module)
                     except Exception:  # a module made while running
                         continue
