@@ -10,17 +10,24 @@ def shorten(text: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[:longest].rstrip()}…"
 
 
+LONGEST_WORD = 240  # characters of a path or value that a message repeats
+
+
 def as_message(text: object, longest: int) -> str:
     """A text in one line of at most `longest` characters: its middle left out if need be, control characters escaped.
 
+    The middle of a longer word than `LONGEST_WORD` is left out too, so that what the message says of it stays.
     Characters are those that Unicode calls printable; surrogates, which no terminal takes, are escaped too.
     """
-    line = " ".join(str(text).split())
+    line = " ".join(_without_middle(word, LONGEST_WORD) for word in str(text).split())
     for _ in range(2):  # escaping makes it longer
-        if len(line) > longest:
-            line = f"{line[: longest - longest // 3 - 1]}…{line[-(longest // 3) :]}"
+        line = _without_middle(line, longest)
         line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in line)
     return line[:longest]
+
+
+def _without_middle(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - longest // 3 - 1]}…{text[-(longest // 3) :]}"
 
 
 class UserError(ValueError):

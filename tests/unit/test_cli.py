@@ -39,6 +39,8 @@ def outcome(error, capsys):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/gone"), "/gone: No such file"),
         (MemoryError(), "--batch_size"),
         (torch.OutOfMemoryError("CUDA out of memory"), "--batch_size"),
+        (UsageError("no " + "x" * 900 + " in y"), "error: no " + "x" * 159 + "…" + "x" * 80 + " in y\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "z" * 900), "z" * 159 + "…" + "z" * 79 + ": File name"),
     ],
 )
 def test_mistakes_are_one_line(error, said, capsys):
