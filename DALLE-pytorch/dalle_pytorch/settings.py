@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from jsonargparse import ArgumentParser as JsonArgumentParser
 
 from dalle_pytorch.errors import UsageError, UserError, as_message
+from dalle_pytorch.files.boundary import opening
 
 USER_ERROR = 2
 DEBUG = "--debug"
@@ -297,7 +298,6 @@ def _spell_out(fields: Iterable[dataclasses.Field], argv: Sequence[str]) -> list
 
 def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
     """The options in a YAML file, checked as those of a command line. A mistake names the file and exits."""
-    from dalle_pytorch.files.boundary import opening
     from dalle_pytorch.files.documents import read_yaml
 
     try:
@@ -309,8 +309,6 @@ def _read_yaml(path: str, fields: Iterable[dataclasses.Field], parser: ArgumentP
 
 
 def _options(path: str, content: Any, fields: Iterable[dataclasses.Field], parser: ArgumentParser) -> dict[str, Any]:
-    from dalle_pytorch.files.boundary import opening
-
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no settings (lines of `option: value`)")
     spellings, values = _spellings(fields), {}

@@ -52,6 +52,8 @@ class ShardStream(SampleStream):
         self.urls, self.resolution, self.caption_key = list_shards(urls, commands), resolution, caption_key
         self.image_suffixes = image_suffix.split(";")
         self.caption_suffixes = caption_suffix.split(";") if caption_suffix else []
+        # The longest first: of "0001.seg.png" the suffix is "seg.png", if that is one of them.
+        self.suffixes = sorted((*self.image_suffixes, *self.caption_suffixes), key=len, reverse=True)
         self.crop_ratio, self.transparent, self.caption_problem = crop_ratio, transparent, caption_problem
         self.shuffle_buffer = shuffle_buffer
 
@@ -119,7 +121,7 @@ class ShardStream(SampleStream):
 
     def _split(self, name: str) -> tuple[str, str] | None:
         """The key and suffix of a file, None for one that is hidden or belongs to no sample. A key may have dots."""
-        for suffix in sorted((*self.image_suffixes, *self.caption_suffixes), key=len, reverse=True):
+        for suffix in self.suffixes:
             key = name[: -len(suffix) - 1]
             if name.lower().endswith(f".{suffix}") and not os.path.basename(name).startswith("."):
                 return key, suffix

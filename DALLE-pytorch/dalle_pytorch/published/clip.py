@@ -82,13 +82,17 @@ def load_clip(
             model.bpe_path = find_vocabulary(folder)
         return model
     config = read_config(folder)
-    if clip_config is not None:
-        raise CheckpointError(f"{path} says all of its settings, and clip_config cannot be set")
+    _refuse_config(path, clip_config)
     if config.get("class") == "CLIP":
         return CLIP.from_pretrained(path)
     if "class" in config:
         return PublishedCLIP.from_pretrained(path)
     return _open_hugging_face_clip(_find_weights(path, _HUGGING_FACE_WEIGHTS), config)
+
+
+def _refuse_config(path: str | os.PathLike, clip_config: str | os.PathLike | None) -> None:
+    if clip_config is not None:
+        raise CheckpointError(f"{path} says all of its settings, and clip_config cannot be set")
 
 
 def read_clip_file(path: str | os.PathLike) -> Any:
@@ -129,8 +133,7 @@ def open_clip(
 ) -> CLIP | PublishedCLIP:
     """`load_clip` of the content of a file."""
     if isinstance(content, dict) and "hparams" in content:
-        if clip_config is not None:
-            raise CheckpointError(f"{path} says all of its settings, and clip_config cannot be set")
+        _refuse_config(path, clip_config)
         return open_trainable_clip(path, as_checkpoint(path, content))
     state = as_state(path, _weights(content))
     state = strip_prefix(state, "module.") if all(key.startswith("module.") for key in state) else state

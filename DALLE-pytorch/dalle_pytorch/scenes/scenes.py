@@ -69,7 +69,7 @@ def _draw_lots(rng: np.random.Generator, num_subjects: int, left_open: Mapping[s
     background = str(rng.choice(world.BACKGROUNDS))
     kinds = rng.choice(mixture.kinds, num_subjects, replace=False, p=mixture.weights)
     colours = rng.choice(list(world.COLOURS), num_subjects, replace=False)
-    if mixture.natural or mixture.made or mixture.kinds != world.GLYPHS:
+    if mixture.kinds != world.GLYPHS:  # which have no other colours
         colours = [_colour(rng, kind, colour, mixture) for kind, colour in zip(kinds, colours, strict=True)]
     place = relation = None
     if num_subjects == 1:

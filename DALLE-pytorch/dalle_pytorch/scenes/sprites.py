@@ -23,7 +23,7 @@ def _sheet() -> Image.Image:
 def sprite(kind: str, cells: int, cell: int) -> np.ndarray:
     """(side, side, 4) float32, RGB in 0 … 255 and alpha in 0 … 1: a thing of `cells` grid cells a side, `cell` pixels
     each, with a margin of one cell all around."""
-    column, row = list(THINGS).index(kind) % COLUMNS, list(THINGS).index(kind) // COLUMNS
+    row, column = divmod(list(THINGS).index(kind), COLUMNS)
     box = column * SPRITE, row * SPRITE, (column + 1) * SPRITE, (row + 1) * SPRITE
     picture = _sheet().crop(box).resize((cells * cell, cells * cell), Image.Resampling.LANCZOS)
     return np.pad(np.asarray(picture, np.float32), ((cell, cell), (cell, cell), (0, 0))) / (1, 1, 1, 255)

@@ -283,7 +283,7 @@ def save_file(content: dict[str, Any], path: Path) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's own, at the end of a file that could not be written
-            raise error.__context__ or error if isinstance(error.__context__, OSError) else error from None
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load_sharded(accelerator: Accelerator, model: Any, optimizers: Sequence[Any], folder: Path) -> None:
