@@ -111,6 +111,9 @@ class DiffusionTask(TrainingTask):
         """The conditioning of images (b, 3, h, w) in [0, 1]: maps, each a whole number of cells a side."""
         raise NotImplementedError
 
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.denoiser.network]
+
     def forward(self, batch: Batch) -> Loss:
         images = batch["image"].float() / 255
         with torch.no_grad():

@@ -41,7 +41,10 @@ def rotary_table(dim_head: int, text_len: int, image_fmap_size: int) -> Tensor:
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring pairs of channels. `x` is (b, n, heads, dim_head), `table` (n, dim_head // 2, 2)."""
-    # One complex product is several times faster on a CPU than real ones.
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # which knows no complex numbers
+        (even, odd), (cos, sin) = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1), table.to(dtype)[:, None].unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    # One complex product is several times faster on a CPU than real ones.
     pairs, rotation = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))), torch.view_as_complex(table.to(dtype))
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)

@@ -105,7 +105,7 @@ def with_caption(scene: Scene, rng: np.random.Generator, left_open: Mapping[str,
 
 
 def _article(words: str) -> str:
-    return "an" if words[0] in "aeiou" and not words.startswith(("unicorn", "ufo")) else "a"
+    return "an" if words[0] in "aeiou" and not words.startswith(("unicorn", "ufo", "one")) else "a"
 
 
 def states_place(scene: Scene) -> bool:
@@ -172,6 +172,9 @@ def change_caption(scene: Scene, seed: int = 0) -> str:
         # With its subject, for "black" may be said of the background too.
         for name in (*NAMES[subject.kind], FAMILY[subject.kind]):
             wrong.append(in_place_of([f"{subject.colour} {name}"], [f"{colour} {name}" for colour in colours]))
+        if not any(f" {name} " in caption for name in NAMES[subject.kind]):  # said by its family
+            families = {FAMILY[kind] for kind in alike(subject.kind)} - {FAMILY[each.kind] for each in scene.subjects}
+            wrong.append(in_place_of([FAMILY[subject.kind]], sorted(families)))
         if subject.colour == NATURAL:
             for name in NAMES[subject.kind]:
                 wrong.append(in_place_of([name], [f"{colour} {name}" for colour in colours]))

@@ -41,7 +41,7 @@ MIXTURES = {
     "things": Mixture(tuple(THINGS), natural=1.0),
     "recoloured": Mixture(tuple(THINGS)),
     "made": Mixture(world.SUBJECTS, things=0.7, made=1.0),
-    "everything": Mixture(world.SUBJECTS, things=0.75, natural=0.85, made=0.05),
+    "everything": Mixture(world.SUBJECTS, things=0.75, natural=0.65, made=0.08),
 }
 
 

@@ -26,7 +26,8 @@ def sprite(kind: str, cells: int, cell: int) -> np.ndarray:
     row, column = divmod(list(THINGS).index(kind), COLUMNS)
     box = column * SPRITE, row * SPRITE, (column + 1) * SPRITE, (row + 1) * SPRITE
     picture = _sheet().crop(box).resize((cells * cell, cells * cell), Image.Resampling.LANCZOS)
-    return np.pad(np.asarray(picture, np.float32), ((cell, cell), (cell, cell), (0, 0))) / (1, 1, 1, 255)
+    padded = np.pad(np.asarray(picture, np.float32), ((cell, cell), (cell, cell), (0, 0)))
+    return padded / np.array((1, 1, 1, 255), np.float32)
 
 
 def dilate(alpha: np.ndarray, radius: float) -> np.ndarray:

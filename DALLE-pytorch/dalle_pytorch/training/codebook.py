@@ -24,8 +24,8 @@ def count_codes(tokens: Tensor, num_tokens: int) -> Tensor:
 
 
 def unused_codes(counts: Tensor) -> Tensor:
-    """Which codes (num_tokens,) have less than a twentieth of the mean of `counts` (num_tokens,)."""
-    return counts < 0.05 * counts.mean()
+    """Which codes (num_tokens,) have less than a fiftieth of the mean of `counts` (num_tokens,)."""
+    return counts < 0.02 * counts.mean()
 
 
 def codebook_use(counts: Tensor) -> dict[str, Tensor]:

@@ -54,6 +54,8 @@ def make_accelerator(settings: TrainingSettings, task: TrainingTask) -> Accelera
     _check_precision(precision)
     if settings.activation_checkpointing:
         _checkpoint_activations(task)
+    if settings.compile:
+        _compile(task)
 
     if backend != DDP:
         for parameter in task.parameters():
@@ -149,6 +151,14 @@ def _checkpoint_activations(task: TrainingTask) -> None:
         raise UsageError("--activation_checkpointing is for transformer layers, and this network has none")
     for module in modules:
         module.activation_checkpointing = True
+
+
+def _compile(task: TrainingTask) -> None:
+    parts = task.compiled_parts()
+    if not parts:
+        raise UsageError("--compile does nothing for this training")
+    for part in parts:
+        part.compile()
 
 
 def _fsdp_accelerator(task: TrainingTask, precision: str, arguments: dict[str, Any]) -> Accelerator:

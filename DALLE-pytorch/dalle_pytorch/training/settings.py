@@ -67,6 +67,7 @@ class PrecisionSettings(Settings):
                                   choices=["no", "fp16", "bf16"],
                                   flags=["--fp16=fp16", "--amp=fp16", "--bf16=bf16"])  # fmt: skip
     activation_checkpointing: bool = option(False, "recompute layers in the backward pass", flags=["--use_checkpoint"])
+    compile: bool = option(False, "compile the network with torch.compile: a minute or two before the first step")
 
 
 @dataclass

@@ -87,6 +87,10 @@ class ImageTokenizer(PretrainedModel, metaclass=_OpensFiles):
         f = 2**self.num_layers
         if image.shape[-2] % f or image.shape[-1] % f:
             raise ValueError(f"image sides must be multiples of {f} pixels, got {tuple(image.shape[-2:])}")
+        return self.most_likely(image)
+
+    def most_likely(self, image: Tensor) -> Tensor:
+        """What `get_codebook_indices` returns, for sides that are multiples of f."""
         return self.encode_logits(image).argmax(dim=1).flatten(1)
 
     def embed(self, tokens: Tensor) -> Tensor:

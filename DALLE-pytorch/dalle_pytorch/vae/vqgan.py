@@ -302,6 +302,13 @@ class VQGanVAE(ImageTokenizer):
     def encode_logits(self, image: Tensor) -> Tensor:
         return self.quantize.logits(self.encode(image))
 
+    def most_likely(self, image: Tensor) -> Tensor:
+        z = self.encode(image)
+        # As many squares at a time as have logits of 4 MiB: they stay in a CPU's cache, which is four times as fast.
+        squares = rearrange(z, "b c h w -> (b h w) c 1 1").split(max(1, 2**20 // self.num_tokens))
+        tokens = torch.cat([self.quantize.logits(part).flatten(1).argmax(1) for part in squares])
+        return tokens.unflatten(0, (len(z), -1))
+
     def decode_embeddings(self, rows: Tensor) -> Tensor:
         """Images, about [0, 1] and not clipped, of codebook rows (b, embed_dim, h, w)."""
         pixels = self.decoder(self.post_quant_conv(rows))

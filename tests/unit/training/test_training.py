@@ -54,6 +54,27 @@ def test_accumulated_batches_are_one_big_batch(tmp_path):
     torch.testing.assert_close(weights(one), weights(two))
 
 
+def test_compiled_parts_compute_the_same(tmp_path, monkeypatch):
+    class Compiled(Task):
+        def compiled_parts(self):
+            return [self.net]
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=backend))
+    plain = train(Task(), Numbers(), few_steps(tmp_path / "plain"))
+    assert not graphs
+    compiled = train(Compiled(), Numbers(), few_steps(tmp_path / "compiled", compile=True))
+    assert graphs and torch.equal(weights(plain), weights(compiled))
+    with pytest.raises(UsageError, match="--compile does nothing"):
+        train(Task(), Numbers(), few_steps(tmp_path / "none", compile=True))
+
+
 def test_native_folder_holds_the_averaged_weights(tmp_path):
     class Exact(Task):
         native_dtype = torch.float32

@@ -46,6 +46,8 @@ class TrainClipSettings(ClipArchitecture, CaptionSettings, ImageSettings, Traini
     batch_size: int = again(TrainingSettings, "batch_size", 128)
     learning_rate: float = again(TrainingSettings, "learning_rate", 1e-3)
 
+    clip_path: str | None = option(None, "CLIP to continue from, a native folder; its architecture counts, not that of "
+                                         "the options")  # fmt: skip
     layer_scale: float | None = option(None, "initial scale of every residual branch (default: 0.1 in the first 18 "
                                              "layers; 1 learns faster with few layers)", low=0, above=True)  # fmt: skip
 
@@ -62,14 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch.training.tasks.clip import ClipTask
 
     torch.manual_seed(settings.seed)
-    tokenizer = load_tokenizer(settings.bpe_path, hug=settings.hug, chinese=settings.chinese)
-    clip = CLIP(num_text_tokens=tokenizer.vocab_size, **settings.values(ClipArchitecture))
+    tokenizer = load_tokenizer(settings.bpe_path, hug=settings.hug, chinese=settings.chinese, beside=settings.clip_path)
+    if settings.clip_path is not None:
+        clip = CLIP.from_pretrained(settings.clip_path)
+    else:
+        clip = CLIP(num_text_tokens=tokenizer.vocab_size, **settings.values(ClipArchitecture))
+        if settings.layer_scale is not None:
+            clip.text_transformer.set_layer_scale(settings.layer_scale)
+            clip.visual_transformer.set_layer_scale(settings.layer_scale)
+        clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
     clip.tokenizer = tokenizer
-    if settings.layer_scale is not None:
-        clip.text_transformer.set_layer_scale(settings.layer_scale)
-        clip.visual_transformer.set_layer_scale(settings.layer_scale)
-    clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
-    caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, settings.text_seq_len)
-    dataset = open_dataset(settings.image_text_folder, settings.visual_image_size, caption_problem=caption_problem,
+    caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, clip.text_seq_len)
+    dataset = open_dataset(settings.image_text_folder, clip.image_size, caption_problem=caption_problem,
                            **settings.dataset_options())  # fmt: skip
     run_training("CLIP", ClipTask(clip), dataset, settings)

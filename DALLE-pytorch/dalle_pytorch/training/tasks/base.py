@@ -37,6 +37,10 @@ class TrainingTask(nn.Module, ABC):
         """Fingerprints of what the training uses and does not train, by name; it is resumed with the same only."""
         return {}
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """The networks whose calls `torch.compile` is worth its time for."""
+        return []
+
     def write_companions(self, folder: Path) -> None:
         """Writes into a native folder what belongs beside the weights, such as a tokenizer."""
 

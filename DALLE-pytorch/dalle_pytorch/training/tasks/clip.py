@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.pretrained import PretrainedModel
@@ -48,6 +48,9 @@ class ClipTask(TrainingTask):
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"clip": self.clip}
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.clip.text_transformer, self.clip.visual_transformer, self.clip.patch_emb]
 
     def write_companions(self, folder: Path) -> None:
         if self.clip.tokenizer is not None:

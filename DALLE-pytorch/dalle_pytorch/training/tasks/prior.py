@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.pretrained import PretrainedModel
@@ -37,7 +37,7 @@ class DalleTask(TrainingTask):
         self.null_cond_prob, self.subject_weight, self.image_noise = null_cond_prob, subject_weight, image_noise
 
     def forward(self, batch: Batch) -> Loss:
-        image = batch["tokens"] if "tokens" in batch else batch["image"].float() / 255
+        image = batch["tokens"] if "tokens" in batch else self.dalle.encode_image(batch["image"].float() / 255)
         weights = None
         if self.subject_weight != 1 and "mask" in batch:
             covered = F.adaptive_max_pool2d(batch["mask"][:, None], self.dalle.image_fmap_size).flatten(1) > 0
@@ -55,6 +55,9 @@ class DalleTask(TrainingTask):
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {self.name: self.dalle}
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.dalle]
 
     def write_companions(self, folder: Path) -> None:
         write_tokenizer(self.tokenizer, folder)

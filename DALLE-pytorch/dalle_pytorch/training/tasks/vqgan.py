@@ -3,13 +3,14 @@
 Codes are drawn by the Gumbel-max trick from logits that are minus squared distances, at a temperature that falls to
 zero (Jang et al. 2017); the gradient goes straight through (van den Oord et al. 2017). The codebook is not learned by
 gradient: it is the moving average of the encodings that chose each code, starts from k-means, and a code that nothing
-chooses any more is moved to a random encoding: a Gumbel quantizer whose projection is tied to its codebook.
+chooses any more is moved to an encoding, the sooner the farther that is from its code (Arthur and Vassilvitskii 2007):
+a Gumbel quantizer whose projection is tied to its codebook.
 """
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.data.loading import random_crops
 from dalle_pytorch.pretrained import PretrainedModel
@@ -19,6 +20,7 @@ from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from dalle_pytorch.vae.vqgan import GumbelQuantizer, VQGanVAE
 
 PREVIEWS = 8  # images of a batch in a preview
+NEWBORN = 0.2  # of the mean count: what a code that is moved starts with, to be used or moved again
 
 
 class VQGanTask(TrainingTask):
@@ -96,6 +98,10 @@ class VQGanTask(TrainingTask):
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"vae": self.vae}
 
+    def compiled_parts(self) -> list[nn.Module]:
+        assert self.vae.encoder is not None
+        return [self.vae.encoder, self.vae.decoder]
+
     def preview(self, batch: Batch) -> Preview:
         """Each image over its reconstruction: from tokens, or while there is no codebook from the encoding."""
         images = batch["image"][:PREVIEWS].float() / 255
@@ -142,8 +148,10 @@ class VQGanTask(TrainingTask):
             sums = _sums(flat, nearest, len(centres))
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], _pick(flat, len(centres)))
         if centres.isfinite().all():
-            self.counts.fill_(1.0)
-            self.sums.copy_(centres)
+            # Of equal centres only one is ever nearest, and the others count as unused from the first.
+            nearest = (2 * flat @ centres.T - centres.square().sum(1)).argmax(1)
+            self.counts.copy_(codebook.count_codes(nearest, len(centres)).clamp(min=1e-5))
+            self.sums.copy_(centres * self.counts[:, None])
             self._set_codebook(centres)
 
     @torch.no_grad()
@@ -155,8 +163,10 @@ class VQGanTask(TrainingTask):
         self.sums.lerp_(sums, 1 - self.codebook_decay)
         dead = codebook.unused_codes(self.counts)
         if dead.any() and step % 20 == 0 and step < 0.8 * self.steps:
-            self.sums[dead] = _pick(flat, int(dead.sum())) * self.counts.mean()
-            self.counts[dead] = self.counts.mean()
+            errors = (flat - self.vae.codebook_weight[tokens]).square().sum(1)
+            count = NEWBORN * self.counts.mean()
+            self.sums[dead] = _pick(flat, int(dead.sum()), errors) * count
+            self.counts[dead] = count
         self._set_codebook(self.sums / self.counts.clamp(min=1e-5)[:, None])
 
     def _set_codebook(self, codes: Tensor) -> None:
@@ -164,9 +174,11 @@ class VQGanTask(TrainingTask):
         self.vae.quantize.set_codebook(codes)
 
 
-def _pick(flat: Tensor, count: int) -> Tensor:
-    """(count, dim) encodings at random: the same in all processes."""
-    return codebook.from_first_process(flat[torch.randint(len(flat), (count,), device=flat.device)])
+def _pick(flat: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """(count, dim) encodings at random, with `weights` (n,) or evenly: the same in all processes."""
+    if weights is None or not weights.any():
+        weights = flat.new_ones(len(flat))
+    return codebook.from_first_process(flat[torch.multinomial(weights, count, replacement=True)])
 
 
 def _sums(flat: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
