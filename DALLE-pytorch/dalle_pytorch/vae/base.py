@@ -71,8 +71,13 @@ class ImageTokenizer(PretrainedModel, metaclass=_OpensFiles):
         """Logits of the codes, (b, num_tokens, h / f, w / f), of images (b, channels, h, w) in [0, 1]."""
 
     @abstractmethod
+    def decode_embeddings(self, rows: Tensor) -> Tensor:
+        """Images (b, channels, h·f, w·f), about [0, 1] and not clipped, of codebook rows (b, codebook_dim, h, w), or of
+        what lies between them."""
+
     def decode_image(self, tokens: Tensor) -> Tensor:
-        """Images (b, channels, side·f, side·f) in [0, 1] of tokens (b, side²)."""
+        """Images (b, channels, h·f, w·f) in [0, 1] of tokens, see `embed`."""
+        return self.decode_embeddings(self.embed(tokens)).clamp(0, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of tokens (b, side²), in the range in which the upstream class returns them."""
@@ -94,11 +99,13 @@ class ImageTokenizer(PretrainedModel, metaclass=_OpensFiles):
         return self.encode_logits(image).argmax(dim=1).flatten(1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Codebook rows (b, codebook_dim, side, side) of tokens (b, side²)."""
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"expected the tokens of a square grid, got {tokens.shape[1]}")
-        return F.embedding(tokens, self.codebook_weight).transpose(1, 2).unflatten(2, (side, side))
+        """Codebook rows (b, codebook_dim, h, w) of tokens (b, side²) of a square grid, or (b, h, w)."""
+        if tokens.ndim == 2:
+            side = math.isqrt(tokens.shape[1])
+            if side * side != tokens.shape[1]:
+                raise ValueError(f"expected the tokens of a square grid, got {tokens.shape[1]}")
+            tokens = tokens.unflatten(1, (side, side))
+        return F.embedding(tokens, self.codebook_weight).permute(0, 3, 1, 2)
 
     def rename_upstream(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of this tokenizer, from the names they have in a checkpoint of DALLE-pytorch's DALLE."""

@@ -93,8 +93,8 @@ class DiscreteVAE(ImageTokenizer):
         """Images (b, channels, h, w) in the normalised space, [-1, 1] by default, of tokens (b, side²)."""
         return self.decoder(self.embed(tokens))
 
-    def decode_image(self, tokens: Tensor) -> Tensor:
-        return (self.decode(tokens) * self.std + self.mean).clamp(0, 1)
+    def decode_embeddings(self, rows: Tensor) -> Tensor:
+        return self.decoder(rows) * self.std + self.mean
 
     def encode_logits(self, image: Tensor) -> Tensor:
         return self.encoder((image - self.mean) / self.std)

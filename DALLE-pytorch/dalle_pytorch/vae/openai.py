@@ -121,9 +121,9 @@ class OpenAIDiscreteVAE(ImageTokenizer):
     def encode_logits(self, image: Tensor) -> Tensor:
         return self.encoder(self.encoder.conv_in((1 - 2 * PIXEL_MARGIN) * image + PIXEL_MARGIN))
 
-    def decode_image(self, tokens: Tensor) -> Tensor:
-        pixels = self.decoder(self.embed(tokens))[:, : self.channels].sigmoid()
-        return ((pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+    def decode_embeddings(self, rows: Tensor) -> Tensor:
+        pixels = self.decoder(rows)[:, : self.channels].sigmoid()
+        return (pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)
 
 
 def rename_halves(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> State:

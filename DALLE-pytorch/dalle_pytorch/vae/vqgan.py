@@ -310,9 +310,5 @@ class VQGanVAE(ImageTokenizer):
         return tokens.unflatten(0, (len(z), -1))
 
     def decode_embeddings(self, rows: Tensor) -> Tensor:
-        """Images, about [0, 1] and not clipped, of codebook rows (b, embed_dim, h, w)."""
         pixels = self.decoder(self.post_quant_conv(rows))
         return pixels if self.unit_range else (pixels + 1) / 2
-
-    def decode_image(self, tokens: Tensor) -> Tensor:
-        return self.decode_embeddings(self.embed(tokens)).clamp(0, 1)
