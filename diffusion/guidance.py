@@ -20,26 +20,27 @@ from diffusion.schedule import at
 LARGEST_WEIGHT = 1e12  # of a prompt, as of the options of a command line
 
 
-def parse_prompts(text: str) -> list[tuple[str, float]]:
+def parse_prompts(text: str, default_weight: float = 1.0) -> list[tuple[str, float]]:
     """`a seven:2|brick` → [("a seven", 2.0), ("brick", 1.0)]; a colon without a number belongs to the prompt."""
     prompts = []
     for part in filter(None, (part.strip() for part in text.split("|"))):
         prompt, colon, weight = part.rpartition(":")
         try:
-            prompts.append((prompt.strip(), float(weight)) if colon and prompt.strip() else (part, 1.0))
+            prompts.append((prompt.strip(), float(weight)) if colon and prompt.strip() else (part, default_weight))
         except ValueError:
-            prompts.append((part, 1.0))
+            prompts.append((part, default_weight))
     return prompts
 
 
-def make_cutouts(image: Tensor, size: int, count: int, power: float, random: torch.Generator) -> Tensor:
+def make_cutouts(image: Tensor, size: int, count: int, power: float, random: torch.Generator,
+                 sides: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
     """`count` random squares of one (3, h, w) image, averaged down to `size` pixels a side: (count, 3, size, size).
 
-    A cutout's side lies a fraction u^power of the way from `size` to the image's side, for a uniform u: a small power
-    favours large cutouts, and 0 always takes the largest.
+    A cutout's side lies a fraction u^power of the way from the first to the second of `sides`, by default `size` and
+    the image's side, for a uniform u: a small power favours large cutouts, and 0 always takes the largest.
     """
     height, width = image.shape[-2:]
-    largest, smallest = min(height, width), min(height, width, size)
+    smallest, largest = (min(height, width, side) for side in sides or (size, max(height, width)))
     cutouts = []
     for u, v, w in torch.rand(count, 3, generator=random).tolist():
         side = int(smallest + u**power * (largest - smallest))
@@ -91,6 +92,31 @@ def _lpips() -> nn.Module | None:
     return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
 
+def encode_prompts(
+    clip: CLIPModel, prompts: Sequence[tuple[str, float]], image_prompts: Sequence[tuple[Tensor, float]] = (),
+    cutn: int = 16, cut_pow: float = 1.0,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """CLIP's features (n, dim) of weighted prompts, and the n weights. An image prompt, (3, h, w) in [0, 1], has
+    `cutn` of them, of its cutouts.
+
+    Raises `UsageError` without a prompt, and for a weight that is not finite or too large.
+    """
+    if not prompts and not image_prompts:
+        raise UsageError("CLIP guidance needs a prompt: a text or an image")
+    if wrong := [weight for _, weight in (*prompts, *image_prompts) if not abs(weight) <= LARGEST_WEIGHT]:
+        raise UsageError(f"expected weights of prompts of at most {LARGEST_WEIGHT:g}, got {wrong[0]:g}")
+    targets, weights, device = [], [], clip.device
+    with torch.no_grad():
+        for prompt, weight in prompts:
+            targets.append(clip.encode_text(clip.tokenize([prompt]).to(device)))
+            weights += [weight]
+        for i, (image, weight) in enumerate(image_prompts):
+            cutouts = make_cutouts(image.to(device), clip.image_size, cutn, cut_pow, generator("image prompt", i))
+            targets.append(clip.encode_image(cutouts))
+            weights += [weight / cutn] * cutn
+    return torch.cat([target.float() for target in targets]), weights
+
+
 class ClipGuidance:
     """Guides a batch of images towards prompts.
 
@@ -111,20 +137,7 @@ class ClipGuidance:
         self.clip = clip
         self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
         self.cutn, self.cut_pow = cutn, cut_pow
-        if not prompts and not image_prompts:
-            raise UsageError("CLIP guidance needs a prompt: a text or an image")
-        if wrong := [weight for _, weight in (*prompts, *image_prompts) if not abs(weight) <= LARGEST_WEIGHT]:
-            raise UsageError(f"expected weights of prompts of at most {LARGEST_WEIGHT:g}, got {wrong[0]:g}")
-        targets, weights, device = [], [], clip.device
-        with torch.no_grad():
-            for prompt, weight in prompts:
-                targets.append(clip.encode_text(clip.tokenize([prompt]).to(device)))
-                weights += [weight]
-            for i, (image, weight) in enumerate(image_prompts):
-                cutouts = make_cutouts(image.to(device), clip.image_size, cutn, cut_pow, generator("image prompt", i))
-                targets.append(clip.encode_image(cutouts))
-                weights += [weight / cutn] * cutn
-        self.targets = torch.cat([target.float() for target in targets])
+        self.targets, weights = encode_prompts(clip, prompts, image_prompts, cutn, cut_pow)
         total = sum(weights)
         if abs(total) < 1e-3:
             raise UsageError(f"the weights of the prompts cancel out: their sum is {total:g}")

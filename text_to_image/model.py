@@ -41,6 +41,7 @@ DEFAULT_MODEL = next(
     (folder for folder in (_HERE.parent / "models/default", _HERE / "default_model") if folder.is_dir()),
     _HERE / "default_model",
 )
+GENERATORS = ("vqgan", "dvae")  # the published ones
 SAMPLING_NAME, WORDS_NAME = "sampling.json", "words.json"
 
 Source = str | os.PathLike
@@ -57,7 +58,9 @@ class Parts:
         prior_flags: what the files of `prior` do not tell, or is to be another, see `open_published_prior`.
         low_memory: the prior holds its text encoder, where it has one, for a prompt's pass only.
         vae: the image tokenizer, in place of the one that an opened prior or decoder names.
-        vqgan_config_path: the `model.yaml` of a VQGAN in `vae`.
+        vqgan_config_path: the `model.yaml` of a VQGAN in `vae` or `generator`.
+        generator: the image tokenizer whose latents `optimize` moves, in place of the one of the folder; or "vqgan" or
+            "dvae", taming's VQGAN and OpenAI's dVAE, which are downloaded.
         taming: the published VQGAN that fits the prior, in place of the one that it names.
         tokenizer: a YouTokenToMe `.model`, a `tokenizer.json`, or CLIP's vocabulary, in place of the prior's own.
         hug: `tokenizer` is a `tokenizer.json` whatever its name.
@@ -79,6 +82,7 @@ class Parts:
     low_memory: bool = False
     vae: ImageTokenizer | Source | None = None
     vqgan_config_path: Source | None = None
+    generator: ImageTokenizer | Source | None = None
     taming: bool = False
     tokenizer: Tokenizer | Source | None = None
     hug: bool = False
@@ -99,6 +103,7 @@ class Parts:
         """Raises `CheckpointError` for a path to nothing, whether it would be opened or not."""
         files = [self.vqgan_config_path, None if self.chinese else self.tokenizer]
         others = [self.prior, self.vae, self.scorer, self.decoder, self.super_resolution]
+        others += [] if self.generator in GENERATORS else [self.generator]
         for path in (*files, *others):
             if path == "":
                 raise CheckpointError("an empty path names no model")
@@ -128,7 +133,7 @@ class Model:
     ) -> Model:
         """Opens a folder or hub name, with `parts` (see `Parts`) in place of its own.
 
-        Without a name it is the default model, unless a prior or decoder is given: those are not mixed with parts of
+        Without a name it is the default model, unless a prior, decoder or generator is given: those are not mixed with parts of
         the default model, whose CLIP has seen nothing but its world. Raises `CheckpointError` for a name that is none.
         """
         given = Parts(**parts)
@@ -136,7 +141,8 @@ class Model:
         if name is not None:
             folder = resolve_folder(name)
         else:
-            folder = DEFAULT_MODEL if given.prior is None and given.decoder is None else None
+            own = (given.prior, given.decoder, given.generator)
+            folder = DEFAULT_MODEL if all(part is None for part in own) else None
         return cls(given, folder, device)
 
     def open(self, *names: str) -> Model:
@@ -182,11 +188,24 @@ class Model:
         return load_vae(given, vqgan_config_path=self.parts.vqgan_config_path)
 
     @cached_property
+    def generator(self) -> ImageTokenizer:
+        """The image tokenizer whose latents `optimize` moves."""
+        given, config_path = self.parts.generator or self._bundled("vae"), self.parts.vqgan_config_path
+        if isinstance(given, ImageTokenizer):
+            return self._frozen(given).eval()
+        if given in GENERATORS and not Path(given).exists():
+            return self._frozen(load_vae(taming=given == "vqgan"))
+        return self._frozen(load_vae(self._source(given, "vae", "generator"), vqgan_config_path=config_path))
+
+    @cached_property
     def scorer(self) -> CLIPModel:
         """The CLIP that ranks and guides; OpenAI's ViT-B/32 where none is given."""
-        given = self.parts.scorer
+        return self.clip(self.parts.scorer or self._bundled("clip"), self.parts.clip_config)
+
+    def clip(self, given: CLIPModel | Source | None, clip_config: Source | None = None) -> CLIPModel:
+        """A CLIP, or the one of a path or name, see `load_clip`, on the device of this model."""
         if given is None or isinstance(given, Source):
-            return self._frozen(load_clip(given or self._bundled("clip"), self.parts.clip_config))
+            return self._frozen(load_clip(given, clip_config))
         return given.to(self.device)
 
     @cached_property

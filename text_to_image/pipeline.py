@@ -18,17 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.images import image_to_tensor, read_image, resize
 from dalle_pytorch.files.tokens import load_tokens
 from dalle_pytorch.sampling.candidates import generate_candidates
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.vae.base import ImageTokenizer
-from diffusion.guidance import ClipGuidance
+from diffusion.guidance import ClipGuidance, parse_prompts
 from diffusion.schedule import spaced_steps
 from text_to_image.inputs import clean_prompt
+from text_to_image.latents import Chapter, Optimization, start_tokens
 from text_to_image.model import Model, Source
 from text_to_image.results import Result, ResultImage
+from text_to_image.settings import INIT_NOISES, OptimizationSettings
 
 LARGEST_PROMPT = 2048  # longer side of an image as a prompt, in pixels: CLIP sees it smaller still
 
@@ -260,6 +263,58 @@ class TextToImage:
 
         return draw()
 
+    def optimize(self, prompts: str | Sequence[tuple[str, float]] = "", *, progress: Progress | None = None,
+                 **options: Any) -> Result:  # fmt: skip
+        """Images by CLIP alone, without prior and decoder: see `optimization`, which is run to its end.
+
+        `progress` is called with the iterations done, and with all.
+        """
+        run = self.optimization(prompts, **options)
+        return run.run(progress and (lambda run: progress(run.iteration, run.iterations)))
+
+    def optimization(
+        self,
+        prompts: str | Sequence[tuple[str, float]] = "",
+        *,
+        image_prompts: Sequence[tuple[ImageInput, float]] = (),
+        add: str = "",
+        remove: str = "",
+        clips: Sequence[CLIPModel | Source] = (),
+        size: tuple[int, int] | None = None,
+        init_image: ImageInput | None = None,
+        init_noise: str = "codes",
+        **options: Any,
+    ) -> Optimization:
+        """A run in which CLIP's gradient moves the latents of the model's `generator`, see `text_to_image.latents`.
+
+        Args:
+            prompts: weighted texts, or "a seven:2|brick:-1"; "a ^ b" is a story of two images, each of which begins
+                with the one before.
+            image_prompts: images with weights.
+            add, remove: more texts, likewise, for all of a story; those to remove weigh 0.5 unless given.
+            clips: in place of the model's own, one or several at once.
+            size: width and height in pixels, rounded down to whole tokens; the generator's own unless given.
+            init_image: what to begin with, cut to the proportions of `size`.
+            init_noise: what to begin with otherwise: random "codes", "pixels" or a colour "gradient".
+            options: see `OptimizationSettings`.
+
+        Raises `UsageError` for what is out of range and does not fit the memory, before the first iteration.
+        """
+        settings = OptimizationSettings(**options)
+        if init_noise not in INIT_NOISES:
+            raise UsageError(f"expected init_noise as one of {', '.join(INIT_NOISES)}, got {init_noise!r}")
+        if isinstance(prompts, str):
+            story = [parse_prompts(part) for part in prompts.lower().split("^")]
+        else:
+            story = [list(prompts)]
+        more = parse_prompts(add.lower()) + [(text, -weight) for text, weight in parse_prompts(remove.lower(), 0.5)]
+        images = [(_prompt_image(image), weight) for image, weight in image_prompts]
+        chapters = [Chapter([*texts, *more], images) for texts in story if texts] or [Chapter(more, images)]
+        vae = self.model.generator
+        first = None if init_image is None else read_image(init_image)
+        start = start_tokens(vae, size or (vae.image_size, vae.image_size), first, init_noise, settings.seed)
+        return Optimization(vae, [self.model.clip(clip) for clip in clips] or [self.model.scorer], chapters, start, settings)
+
     def guidance(
         self,
         prompts: str | Sequence[tuple[str, float]],
@@ -273,7 +328,7 @@ class TextToImage:
         scale = self.model.clip_guidance_scale if clip_guidance_scale is None else clip_guidance_scale
         if scale is not None:
             options["clip_guidance_scale"] = scale
-        images = [(image_to_tensor(_reduced(read_image(image)))[0], weight) for image, weight in image_prompts]
+        images = [(_prompt_image(image), weight) for image, weight in image_prompts]
         prompts = [(prompts, 1.0)] if isinstance(prompts, str) else prompts
         return ClipGuidance(self.model.scorer, prompts, images, **options)
 
@@ -322,8 +377,8 @@ def check_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
     return tokens
 
 
-def _reduced(image: Image.Image) -> Image.Image:
-    """An image of at most `LARGEST_PROMPT` pixels a side, in proportion."""
-    image = image.copy()
+def _prompt_image(image: ImageInput) -> Tensor:
+    """An image as a prompt, (3, h, w) in [0, 1], of at most `LARGEST_PROMPT` pixels a side, in proportion."""
+    image = read_image(image).copy()
     image.thumbnail((LARGEST_PROMPT, LARGEST_PROMPT))
-    return image
+    return image_to_tensor(image)[0]

@@ -22,7 +22,7 @@ CASES = ["full_rotary_shift", "full_learned_pos", "axial_conv", "reversible", "s
 class Grid(ImageTokenizer):
     """An image tokenizer that only has sizes."""
 
-    codebook_weight = encode_logits = decode_image = None
+    codebook_weight = encode_logits = decode_embeddings = None
 
     def __init__(self, image_size: int = 32, num_layers: int = 3, num_tokens: int = 40):
         super().__init__()
