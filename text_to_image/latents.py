@@ -406,8 +406,14 @@ class Optimization:
             images.append(ResultImage(i, tokens, self.latents.image(value).cpu(), score))
         return Result(images, self.caption)
 
+    def lost_texts(self) -> list[str]:
+        """What the CLIPs do not read of the prompts, which are too long for them."""
+        texts = [text for chapter in self.chapters for text, _ in chapter.prompts]
+        return list(dict.fromkeys(filter(None, (clip.lost_text(text) for clip in self.clips for text in texts))))
+
     @property
     def caption(self) -> str:
+        """The texts that the images are led to, the chapters separated by ^."""
         return " ^ ".join(filter(None, (chapter.caption for chapter in self.chapters))) or "images"
 
     # Saving

@@ -282,7 +282,7 @@ class TextToImage:
         clips: Sequence[CLIPModel | Source] = (),
         size: tuple[int, int] | None = None,
         init_image: ImageInput | None = None,
-        init_noise: str = "codes",
+        init_noise: str = "gradient",
         **options: Any,
     ) -> Optimization:
         """A run in which CLIP's gradient moves the latents of the model's `generator`, see `text_to_image.latents`.
@@ -295,7 +295,7 @@ class TextToImage:
             clips: in place of the model's own, one or several at once.
             size: width and height in pixels, rounded down to whole tokens; the generator's own unless given.
             init_image: what to begin with, cut to the proportions of `size`.
-            init_noise: what to begin with otherwise: random "codes", "pixels" or a colour "gradient".
+            init_noise: what to begin with otherwise: a colour "gradient", random "pixels" or random "codes".
             options: see `OptimizationSettings`.
 
         Raises `UsageError` for what is out of range and does not fit the memory, before the first iteration.

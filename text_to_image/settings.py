@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dalle_pytorch.errors import UsageError
-from dalle_pytorch.settings import Settings, number, option
+from dalle_pytorch.settings import Settings, listed, number, option
 
 OPTIMIZERS = ("Adam", "AdamW", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
-INIT_NOISES = ("codes", "pixels", "gradient")
+INIT_NOISES = ("gradient", "pixels", "codes")
 LATENTS = ("codes", "soft", "one_hot")
 AUGMENTS = {"Fl": "flip", "Af": "affine", "Ji": "colour", "Er": "erasing"}  # the short names are VQGAN+CLIP's
 #: what `plain` sets
@@ -18,9 +18,9 @@ PLAIN: dict[str, Any] = {"optimizer": "Adam", "lr_decay": False, "ema_decay": 0.
 
 def _augment(name: Any) -> str:
     name = AUGMENTS.get(str(name), str(name))
-    if name not in (*AUGMENTS.values(), "none"):
+    if name not in AUGMENTS.values():
         known = ", ".join(f"{short} or {long}" for short, long in AUGMENTS.items())
-        raise argparse.ArgumentTypeError(f"expected {known}, or none, got {name[:40]!r}")
+        raise argparse.ArgumentTypeError(f"expected {known}, got {name[:40]!r}")
     return name
 
 
@@ -32,8 +32,8 @@ class OptimizationSettings(Settings):
     """
 
     title: ClassVar[str] = "optimization"
-    iterations: int = option(300, "steps, for each prompt of a story", low=1)
-    learning_rate: float = option(0.2, "in standard deviations of the codebook, or in logits of one-hot latents", low=0,
+    iterations: int = option(200, "steps, for each prompt of a story", low=1)
+    learning_rate: float = option(0.3, "in standard deviations of the codebook, or in logits of one-hot latents", low=0,
                                   above=True, high=1e3)  # fmt: skip
     lr_decay: bool = option(True, "let the learning rate fall to a tenth, along a half cosine")
     optimizer: str = option("Adam", "one of " + ", ".join(OPTIMIZERS), choices=OPTIMIZERS)
@@ -43,17 +43,17 @@ class OptimizationSettings(Settings):
                                        "codes for a VQGAN, else one_hot)", choices=LATENTS)  # fmt: skip
     init_weight: float = option(0.0, "holds the latents near to those of the start", low=0)
     patience: int | None = option(None, "end after N iterations in which the score has not risen", low=1, metavar="N")
-    seed: int = option(0, "the same seed gives the same image", high=2**64)
-    cutn: int = option(8, "cutouts that each CLIP sees a step", low=1, high=4096)
+    seed: int = option(0, "the same seed gives the same image", low=0, high=2**64)
+    cutn: int = option(4, "cutouts that each CLIP sees a step", low=1, high=4096)
     cut_pow: float = option(1.0, "small for large cutouts: their side goes with u^cut_pow, for a uniform u", low=0,
                             high=100)  # fmt: skip
-    cut_size: list[float] = option([0.7, 1.0], "the smallest and the largest cutout, in sides of the image; one "
+    cut_size: list[float] = option([0.8, 1.0], "the smallest and the largest cutout, in sides of the image; one "
                                                "number for a single size", low=0.01, high=1, nargs="+")  # fmt: skip
-    cut_padding: float = option(0.1, "of the image, by its margin, before it is cut, in sides", low=0, high=1)
-    cut_noise: float = option(0.1, "the largest standard deviation of the noise on a cutout", low=0, high=10)
-    augments: list[str] = option(["affine", "colour"], "changes of the cutouts: "
-                                 + ", ".join(f"{short} or {long}" for short, long in AUGMENTS.items()) + ", or none",
-                                 kind=_augment, nargs="+")  # fmt: skip
+    cut_padding: float = option(0.05, "of the image, by its margin, before it is cut, in sides", low=0, high=1)
+    cut_noise: float = option(0.0, "the largest standard deviation of noise on a cutout", low=0, high=10)
+    augments: list[str] = option([], "changes of the cutouts: "
+                                 + ", ".join(f"{short} or {long}" for short, long in AUGMENTS.items()),
+                                 kind=listed(_augment), nargs="+", metavar="NAME")  # fmt: skip
     plain: bool = option(False, "the plain scheme, for comparison: Adam at a constant rate, cutouts of one size, no "
                                 "padding, noise or augmentation, no average; sets those options")  # fmt: skip
 
@@ -61,16 +61,16 @@ class OptimizationSettings(Settings):
         super().__post_init__()
         if self.plain:
             vars(self).update(PLAIN)
-        kinds = {"int": int, "int | None": int, "float": float}
-        try:
-            self.augments = [name for name in map(_augment, self.augments) if name != "none"]
-            for field in fields(OptimizationSettings):
-                value, bounds = getattr(self, field.name), field.metadata["bounds"]
-                if field.type in kinds and value is not None:
-                    number(kinds[field.type], *bounds)(value)
-                if field.type == "list[float]":
-                    [number(float, *bounds)(item) for item in value]
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{field.name}: {error}") from None
+        for field in fields(OptimizationSettings):
+            value = getattr(self, field.name)
+            kind = {int: int, int | None: int, float: float, list[float]: float}.get(field.type)  # pyright: ignore
+            try:
+                if field.name == "augments":
+                    self.augments = [_augment(name) for name in value]
+                elif kind is not None and value is not None:
+                    parse = number(kind, *field.metadata["bounds"])
+                    [parse(item) for item in (value if isinstance(value, list) else [value])]
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"{field.name}: {error}") from None
         if not 1 <= len(self.cut_size) <= 2 or self.cut_size != sorted(self.cut_size):
             raise UsageError(f"expected cut_size as the smallest and the largest of at most 2, got {self.cut_size}")
