@@ -43,7 +43,7 @@ from text_to_image.settings import OptimizationSettings
 EVALUATE_EVERY = 10  # iterations between two scores of the image, of which the best is kept
 LAST_TEMPERATURE = 0.1  # of one-hot latents, from 1
 LARGEST_SIDE = 8192  # of an image, in pixels
-WORKSPACE = 1.3  # memory that a step takes, in that of the tensors it keeps for its gradient
+WORKSPACE = 1.5  # memory that a step takes, in that of the tensors it keeps for its gradient
 
 
 @dataclass(frozen=True)
@@ -289,16 +289,17 @@ class Optimization:
         self._begin(value)
 
     def _check_memory(self, value: Tensor) -> None:
-        f, size = 2**self.vae.num_layers, self.settings.cutn
-        height, width = (side * f for side in value.shape[-2:])
-        rows = (1, self.latents.codebook.shape[1], *value.shape[-2:])
-        needed = kept_bytes(self.vae, self.vae.decode_embeddings, rows) + 12 * value.nbytes
-        needed += sum(kept_bytes(clip, clip.encode_image, (size, 3, clip.image_size, clip.image_size)) for clip in self.clips)
-        needed, free = int(WORKSPACE * needed), free_bytes(self.vae.device)
+        height, width = (side * 2**self.vae.num_layers for side in value.shape[-2:])
+        needed = kept_bytes(self.vae, self.vae.decode_embeddings, (1, self.vae.codebook_dim, *value.shape[-2:]))
+        for clip in self.clips:
+            cutouts = (self.settings.cutn, 3, clip.image_size, clip.image_size)
+            needed += kept_bytes(clip, clip.encode_image, cutouts) + 4 * 4 * math.prod(cutouts)
+        needed = WORKSPACE * (needed + 8 * value.nbytes + 4 * 4 * 3 * height * width) / 2**30
+        free = free_bytes(self.vae.device) / 2**30
         if needed > free:
-            raise UsageError(f"an image of {width}×{height} pixels and {size} cutouts need about {needed / 2**30:.1f} GiB "
-                             f"of memory with these models, and {free / 2**30:.1f} are free; a smaller size, or fewer "
-                             "cutouts (cutn), need less")  # fmt: skip
+            raise UsageError(f"an image of {width}×{height} pixels and {self.settings.cutn} cutouts need about "
+                             f"{needed:.1f} GiB of memory with these models, and {free:.1f} are free; a smaller size, or "
+                             "fewer cutouts (cutn), need less")  # fmt: skip
 
     def _begin(self, value: Tensor) -> None:
         """Begins a chapter with these latents."""
@@ -438,7 +439,7 @@ class Optimization:
         tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
         numbers = {name: vars(state)[name] for name in _NUMBERS}
         metadata = {"made_with": json.dumps(self.made_with), "state": json.dumps(numbers)}
-        write_bytes(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata))
+        write_bytes(path, save({name: value.cpu().clone() for name, value in tensors.items()}, metadata))
 
     def load(self, path: str | os.PathLike) -> None:
         """Goes on from what `save` wrote. Raises `CheckpointError` if that is of other settings, prompts or models."""

@@ -39,8 +39,8 @@ class ResultImage:
 
     Attributes:
         index: its number among the candidates of the prompt, or among the inputs of `upscale`.
-        tokens: (side²,) int64, row by row.
-        pixels: (3, h, w) in [0, 1], as the image tokenizer decodes the tokens.
+        tokens: (side²,) int64, row by row; (rows, columns) of an image that is not square.
+        pixels: (3, h, w) in [0, 1], as the image tokenizer decodes the tokens, or soft latents, see `optimize`.
         score: cosine similarity to the prompt, if it was ranked.
         input_pixels: the image that was given to `upscale`, if it was one, (3, h, w) in [0, 1] at the decoder's size.
         upscaled_pixels: what the diffusion decoder made of the tokens, each (3, H, W) in [0, 1].
