@@ -281,7 +281,7 @@ class Optimization:
         self.vae, self.clips, self.chapters, self.settings = vae, clips, chapters, settings
         self.start_tokens = start
         self.latents = Latents(vae, settings.latents or ("codes" if isinstance(vae, VQGanVAE) else "one_hot"))
-        value = self.latents.encode(start)
+        value = self.latents.encode(start).contiguous()  # as one that is read again
         self._check_memory(value)
         self.targets = [[Target(clip, chapter) for clip in clips] for chapter in chapters]
         self.start = self.latents.rows(value) if settings.init_weight else None
