@@ -4,9 +4,9 @@ The scheme of VQGAN+CLIP (Crowson et al. 2022, arXiv:2204.08583), for any image 
 
     latents ─▶ codebook rows ─decoder─▶ image ─cutouts─▶ CLIP ─▶ spherical distance to the prompts ─gradient─▶ latents
 
-The rows are those of the nearest codes, with a straight-through gradient ("codes"); the latents as they are ("soft"); or
-the codebook weighed by the softmax of the latents, which sharpens in the course of the run ("one_hot", as for OpenAI's
-dVAE). The image is made of an average of the latents (EMA), and the best one by CLIP's score is kept.
+The rows are those of the nearest codes, with a straight-through gradient ("codes"); the latents as they are ("soft");
+or the codebook weighed by the softmax of the latents, which sharpens in the course of the run ("one_hot", as for
+OpenAI's dVAE). The image is made of an average of the latents (EMA), and the best one by CLIP's score is kept.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class Latents:
 
     def encode(self, tokens: Tensor) -> Tensor:
         """The latents of tokens (rows, columns)."""
-        if self.kind == "one_hot":  # half of the softmax is the token's
-            return math.log(len(self.codebook)) * F.one_hot(tokens[None], len(self.codebook)).permute(0, 3, 1, 2).float()
+        if self.kind == "one_hot":
+            chosen = F.one_hot(tokens[None], len(self.codebook)).permute(0, 3, 1, 2).float()
+            return math.log(len(self.codebook)) * chosen  # of the softmax, half is the token's
         return (self.codebook[tokens[None]].permute(0, 3, 1, 2) - self.mean) / self.std
 
     def rows(self, value: Tensor, temperature: float = 1.0) -> Tensor:
@@ -298,8 +299,8 @@ class Optimization:
         free = free_bytes(self.vae.device) / 2**30
         if needed > free:
             raise UsageError(f"an image of {width}×{height} pixels and {self.settings.cutn} cutouts need about "
-                             f"{needed:.1f} GiB of memory with these models, and {free:.1f} are free; a smaller size, or "
-                             "fewer cutouts (cutn), need less")  # fmt: skip
+                             f"{needed:.1f} GiB of memory with these models, and {free:.1f} are free; a smaller size, "
+                             "or fewer cutouts (cutn), need less")  # fmt: skip
 
     def _begin(self, value: Tensor) -> None:
         """Begins a chapter with these latents."""
@@ -438,22 +439,21 @@ class Optimization:
         moments = self.optimizer.state_dict()["state"].get(0, {})
         tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
         numbers = {name: vars(state)[name] for name in _NUMBERS}
-        metadata = {"made_with": json.dumps(self.made_with), "state": json.dumps(numbers)}
-        write_bytes(path, save({name: value.cpu().clone() for name, value in tensors.items()}, metadata))
+        run = json.dumps({"made_with": self.made_with, "state": numbers})
+        write_bytes(path, save({name: value.cpu().clone() for name, value in tensors.items()}, {"run": run}))
 
     def load(self, path: str | os.PathLike) -> None:
         """Goes on from what `save` wrote. Raises `CheckpointError` if that is of other settings, prompts or models."""
         with opening(path, "is not the state of a run of optimize"):
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+                saved = json.loads((file.metadata() or {})["run"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            recorded, numbers = json.loads(metadata["made_with"]), json.loads(metadata["state"])
-            given = json.loads(json.dumps(self.made_with))
+            recorded, given = saved["made_with"], json.loads(json.dumps(self.made_with))
             recorded, given = ({**made.pop("settings"), **made} for made in (recorded, given))
             other = sorted(name for name in given.keys() | recorded.keys() if given.get(name) != recorded.get(name))
             if other:
-                raise CheckpointError(f"{path} is of a run with other {', '.join(other)}; leave out --resume to begin anew")
-            self._restore(tensors, numbers)
+                raise CheckpointError(f"{path} is of a run with other {', '.join(other)}; begin anew without resuming")
+            self._restore(tensors, saved["state"])
 
     def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         shape, names = self.state.value.shape, [f"finished.{i}" for i in range(len(numbers["finished_scores"]))]

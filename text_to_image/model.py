@@ -133,8 +133,9 @@ class Model:
     ) -> Model:
         """Opens a folder or hub name, with `parts` (see `Parts`) in place of its own.
 
-        Without a name it is the default model, unless a prior, decoder or generator is given: those are not mixed with parts of
-        the default model, whose CLIP has seen nothing but its world. Raises `CheckpointError` for a name that is none.
+        Without a name it is the default model, unless a prior, decoder or generator is given: those are not mixed with
+        parts of the default model, whose CLIP has seen nothing but its world. Raises `CheckpointError` for a name that
+        is none.
         """
         given = Parts(**parts)
         given.check_paths()

@@ -313,7 +313,8 @@ class TextToImage:
         vae = self.model.generator
         first = None if init_image is None else read_image(init_image)
         start = start_tokens(vae, size or (vae.image_size, vae.image_size), first, init_noise, settings.seed)
-        return Optimization(vae, [self.model.clip(clip) for clip in clips] or [self.model.scorer], chapters, start, settings)
+        models = [self.model.clip(clip) for clip in clips] or [self.model.scorer]
+        return Optimization(vae, models, chapters, start, settings)
 
     def guidance(
         self,
@@ -379,6 +380,6 @@ def check_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
 
 def _prompt_image(image: ImageInput) -> Tensor:
     """An image as a prompt, (3, h, w) in [0, 1], of at most `LARGEST_PROMPT` pixels a side, in proportion."""
-    image = read_image(image).copy()
-    image.thumbnail((LARGEST_PROMPT, LARGEST_PROMPT))
-    return image_to_tensor(image)[0]
+    reduced = read_image(image).copy()
+    reduced.thumbnail((LARGEST_PROMPT, LARGEST_PROMPT))
+    return image_to_tensor(reduced)[0]

@@ -17,10 +17,11 @@ LAST_SECONDS = 2  # for which the last image stays
 
 def check_extras(video: str | None, plot: bool) -> None:
     """Raises `UsageError`, which says what to install, if a package is missing for a video or a plot."""
-    for wanted, name, package in ((video == "mp4", "imageio_ffmpeg", "imageio-ffmpeg"), (plot, "matplotlib", "matplotlib")):
-        if wanted and find_spec(name) is None:
-            otherwise = ", or make a webp or gif" if package == "imageio-ffmpeg" else ""
-            raise UsageError(f"{package} is missing: pip install 'dalle-diffusion[optimize]'{otherwise}")
+    install = "is missing: pip install 'dalle-diffusion[optimize]'"
+    if video == "mp4" and find_spec("imageio_ffmpeg") is None:
+        raise UsageError(f"imageio-ffmpeg {install}, or make a webp or gif")
+    if plot and find_spec("matplotlib") is None:
+        raise UsageError(f"matplotlib {install}")
 
 
 def write_video(path: str | os.PathLike, frames: Sequence[str | os.PathLike], kind: str) -> None:

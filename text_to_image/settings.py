@@ -12,8 +12,8 @@ INIT_NOISES = ("gradient", "pixels", "codes")
 LATENTS = ("codes", "soft", "one_hot")
 AUGMENTS = {"Fl": "flip", "Af": "affine", "Ji": "colour", "Er": "erasing"}  # the short names are VQGAN+CLIP's
 #: what `plain` sets
-PLAIN: dict[str, Any] = {"optimizer": "Adam", "lr_decay": False, "ema_decay": 0.0, "cut_size": [0.75], "cut_padding": 0.0,
-                         "cut_noise": 0.0, "augments": []}  # fmt: skip
+PLAIN: dict[str, Any] = {"optimizer": "Adam", "lr_decay": False, "ema_decay": 0.0, "cut_size": [0.75],
+                         "cut_padding": 0.0, "cut_noise": 0.0, "augments": []}  # fmt: skip
 
 
 def _augment(name: Any) -> str:
@@ -39,8 +39,8 @@ class OptimizationSettings(Settings):
     optimizer: str = option("Adam", "one of " + ", ".join(OPTIMIZERS), choices=OPTIMIZERS)
     ema_decay: float = option(0.9, "of the average of the latents that the image is made of; 0 takes the last ones",
                               low=0, high=0.9999)  # fmt: skip
-    latents: str | None = option(None, "codes (straight-through), soft (between the codes), one_hot (relaxed) (default: "
-                                       "codes for a VQGAN, else one_hot)", choices=LATENTS)  # fmt: skip
+    latents: str | None = option(None, "codes (straight-through), soft (between the codes), or one_hot, relaxed "
+                                       "(default: codes for a VQGAN, else one_hot)", choices=LATENTS)  # fmt: skip
     init_weight: float = option(0.0, "holds the latents near to those of the start", low=0)
     patience: int | None = option(None, "end after N iterations in which the score has not risen", low=1, metavar="N")
     seed: int = option(0, "the same seed gives the same image", low=0, high=2**64)

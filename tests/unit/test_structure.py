@@ -13,7 +13,7 @@ PACKAGES = {  # lowest first: a package imports those before it
 }
 COMMAND_LINE = (  # these may parse and print
     "dalle_pytorch.cli", "dalle_pytorch.settings", "dalle_pytorch.training.settings", "dalle_pytorch.training.commands",
-    "text_to_image.commands", "text_to_image.__main__",
+    "text_to_image.commands", "text_to_image.settings", "text_to_image.__main__",
 )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ STATE_NAME, PREVIEWS_NAME = "state.safetensors", "previews"
 @dataclass
 class _Prompts(Settings):
     title: ClassVar[str] = "what to draw"
-    prompts: str = option("", "texts, separated by |, each with a weight if wanted, text:weight, which may be negative; ^ "
-                              "separates the parts of a story")  # fmt: skip
+    prompts: str = option("", "texts, separated by |, each with a weight if wanted, text:weight, which may be "
+                              "negative; ^ separates the parts of a story")  # fmt: skip
     image_prompts: str = option("", "images as prompts, likewise")
     add_text: str = option("", "more texts, for all parts of a story")
     remove_text: str = option("", "texts to lead away from, each by half unless a weight is given")
@@ -45,8 +45,8 @@ class _Start(Settings):
 class _Output(Settings):
     title: ClassVar[str] = "output"
     outputs_dir: Path = option(Path("outputs/optimize"), "a folder for the prompts is made here")
-    save_every: int | None = option(None, "write a preview, and the state for --resume, every N iterations (default: 50, "
-                                          "or 5 with --video)", low=1, metavar="N")  # fmt: skip
+    save_every: int | None = option(None, "write a preview, and the state for --resume, every N iterations (default: "
+                                          "50, or 5 with --video)", low=1, metavar="N")  # fmt: skip
     resume: bool = option(False, "go on with the run of the same prompts and settings that was interrupted")
     video: str | None = option(None, "a video of the previews: mp4, which needs imageio-ffmpeg, webp or gif",
                                choices=("mp4", "webp", "gif"))  # fmt: skip
@@ -58,13 +58,14 @@ class _Models(Settings):
     title: ClassVar[str] = "models (without these, the default model)"
     generator: str | None = option(None, "a published image tokenizer: taming's vqgan, OpenAI's dvae",
                                    choices=("vqgan", "dvae"))  # fmt: skip
-    vae_path: str | None = option(None, "or one's own: a native folder, a VQGAN's .ckpt, a vae.pt, a folder of encoder.pkl "
-                                        "and decoder.pkl", flags=("--vqgan_checkpoint",))  # fmt: skip
+    vae_path: str | None = option(None, "or one's own: a native folder, a VQGAN's .ckpt, a vae.pt, a folder of "
+                                        "encoder.pkl and decoder.pkl", flags=("--vqgan_checkpoint",))  # fmt: skip
     vqgan_config_path: str | None = option(None, "the model.yaml of a .ckpt", flags=("--vqgan_config",))
     clip_path: list[str] = option([], "one or several CLIPs: native folders, OpenAI's or open_clip's files, hub names",
                                   nargs="+", metavar="PATH")  # fmt: skip
-    clip_config: str | None = option(None, "open_clip's architecture of a single --clip_path where its files do not tell "
-                                           "it, such as ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
+    clip_config: str | None = option(None, "open_clip's architecture of a single --clip_path where its files do not "
+                                           "tell it, such as ViT-H-14, or its JSON file",
+                                     metavar="NAME|FILE")  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -96,14 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from text_to_image.results import claim_folder, make_writable
 
     check_extras(settings.video, settings.plot)
-    first, *others = settings.clip_path or [None]
+    clips = settings.clip_path
     pipe = TextToImage.from_pretrained(
         device=settings.device, generator=settings.vae_path or settings.generator,
-        vqgan_config_path=settings.vqgan_config_path, scorer=first, clip_config=settings.clip_config,
+        vqgan_config_path=settings.vqgan_config_path, scorer=clips[0] if len(clips) == 1 else None,
+        clip_config=settings.clip_config,
     )  # fmt: skip
     run = pipe.optimization(
         settings.prompts, image_prompts=parse_prompts(settings.image_prompts), add=settings.add_text,
-        remove=settings.remove_text, clips=[pipe.model.scorer, *others] if others else (),
+        remove=settings.remove_text, clips=clips if len(clips) > 1 else (),
         size=(settings.size[0], settings.size[-1]) if settings.size else None, init_image=settings.init_image,
         init_noise=settings.init_noise, **settings.values(OptimizationSettings),
     )  # fmt: skip

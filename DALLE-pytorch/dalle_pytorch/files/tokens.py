@@ -13,7 +13,7 @@ from dalle_pytorch.files.boundary import opening
 
 
 def save_tokens(path: str | os.PathLike, tokens: Tensor) -> None:
-    """Writes a grid of image tokens as `.npy`: int64, row-major, shape (side²,); (rows, columns) if it is not square."""
+    """Writes a grid of image tokens as `.npy`: int64, row-major, shape (side²,), or (rows, columns) if not square."""
     grid = tokens if tokens.ndim == 2 and tokens.shape[0] != tokens.shape[1] else tokens.reshape(-1)
     buffer = io.BytesIO()
     np.save(buffer, grid.detach().cpu().numpy().astype(np.int64), allow_pickle=False)
