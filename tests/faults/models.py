@@ -62,6 +62,8 @@ def commands(models: Path) -> dict[str, list[str]]:
                      "--outputs_dir", "out", "--dalle_path", f"{models}/dalle", "--clip_path", f"{models}/clip"],
         "upscale": ["upscale", "--input", f"{models}/tokens.npy", "--outputs_dir", "out", "--steps", "3",
                     "--model_path", f"{models}/decoder"],
+        "optimize": ["optimize", "--prompts", CAPTIONS[0], "--iterations", "2", "--outputs_dir", "out", "--vae_path",
+                     f"{models}/vae", "--clip_path", f"{models}/clip"],
         "convert": ["convert", f"{models}/dalle", "out"],
         "train_tokenizer": ["train_tokenizer", "--image_text_folder", f"{models}/pictures", "--vocab_size", "50",
                             "--output", "out/tokenizer.json"],
