@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from dalle_pytorch.files.images import contact_sheet, image_to_tensor, read_imag
 from dalle_pytorch.settings import Settings, option
 from text_to_image.latents import Optimization
 from text_to_image.model import DEFAULT_MODEL
+from text_to_image.settings import OptimizationSettings
 
 SCHEMES = ("ours", "plain")
 SHOWN = 8  # captions on the sheet
@@ -35,14 +36,15 @@ class BenchmarkSettings(Settings):
 
     Whether the likelihood that the judge gives to what the caption says rises from the first image to the last; and
     when our scheme reaches the CLIP score with which the plain one ends (Adam at a constant rate, cutouts of one size,
-    no average), from the same start and with as many iterations and cutouts. Time is the processor's, and on a GPU the
-    clock's. Prints both, writes `optimize.json` and the images, and goes on with the captions that are missing.
+    no average), from the same start and with as many iterations. Time is the processor's, and on a GPU the clock's.
+    Prints both, writes `optimize.json` and the images, and goes on with the captions that are missing.
     """
 
     model: Path = option(DEFAULT_MODEL, "folder of the model")
     count: int = option(40, "captions", low=2)
     iterations: int = option(200, "of either scheme", low=10)
-    cutn: int = option(4, "cutouts of either scheme", low=1)
+    cutn: int = option(2, "cutouts of our scheme", low=1)
+    plain_cutn: int = option(4, "cutouts of the plain scheme", low=1)
     split: str = option("test", "captions that training never showed, or others", choices=glyphs.world.SPLITS)
     seed: int = option(0, "of the start and the cutouts")
     output_dir: Path = option(Path("outputs/optimize_benchmark"), "where the records and images go")
@@ -72,13 +74,15 @@ def measure(models: Models, num_subjects: int, index: int, *, settings: Benchmar
     """Both schemes on one caption."""
     scene = glyphs.make_scene(index, settings.split, num_subjects=num_subjects)
     folder = settings.output_dir / f"{num_subjects}-{index:03}"
-    made_with = {"caption": scene.caption, "iterations": settings.iterations, "cutn": settings.cutn,
-                 "seed": settings.seed, "models": models.pipe.model.fingerprints("generator", "scorer")}  # fmt: skip
+    options = {"iterations": settings.iterations, "seed": settings.seed}
+    schemes = {"ours": OptimizationSettings(cutn=settings.cutn, **options),
+               "plain": OptimizationSettings(cutn=settings.plain_cutn, plain=True, **options)}  # fmt: skip
+    made_with = {"caption": scene.caption, "models": models.pipe.model.fingerprints("generator", "scorer"),
+                 **{name: asdict(scheme) for name, scheme in schemes.items()}}  # fmt: skip
     path = folder / "record.json"
     if path.exists() and (record := json.loads(path.read_text()))["made_with"] == made_with:
         return record
-    options = {"iterations": settings.iterations, "cutn": settings.cutn, "seed": settings.seed}
-    found = {name: follow(models, scene, folder, name, plain=name == "plain", **options) for name in SCHEMES}
+    found = {name: follow(models, scene, folder, name, **asdict(scheme)) for name, scheme in schemes.items()}
     record = {"made_with": made_with, **found}
     write_text(path, json.dumps(record, indent=1) + "\n")
     return record
@@ -113,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     low, high = summary["nats"][1:]
     print(f"{summary['captions']} captions: the judge's likelihood rises for {summary['rises']:.1%}, by "
           f"{summary['nats'][0]:.2f} nats on average ({low:.2f} to {high:.2f})")  # fmt: skip
-    print(
-        f"final score {summary['final_score']['ours']:.4f}, of the plain scheme {summary['final_score']['plain']:.4f}"
-    )
+    final = summary["final_score"]
+    print(f"final score {final['ours']:.4f}, of the plain scheme {final['plain']:.4f}")
     print(f"ours reaches the plain scheme's final score in {summary['median_time']:.2f} of its time (median), for "
           f"{summary['in_half']:.1%} in at most half and for {summary['reached']:.1%} at all; the mean score in "
           f"{summary['mean_curves_time']:.2f}")  # fmt: skip

@@ -12,15 +12,15 @@ INIT_NOISES = ("gradient", "pixels", "codes")
 LATENTS = ("codes", "soft", "one_hot")
 AUGMENTS = {"Fl": "flip", "Af": "affine", "Ji": "colour", "Er": "erasing"}  # the short names are VQGAN+CLIP's
 #: what `plain` sets
-PLAIN: dict[str, Any] = {"optimizer": "Adam", "lr_decay": False, "ema_decay": 0.0, "cut_size": [0.75],
-                         "cut_padding": 0.0, "cut_noise": 0.0, "augments": []}  # fmt: skip
+PLAIN: dict[str, Any] = {"optimizer": "Adam", "learning_rate": 0.3, "lr_decay": False, "ema_decay": 0.0,
+                         "cut_size": [0.75], "cut_padding": 0.0, "cut_noise": 0.0, "augments": []}  # fmt: skip
 
 
 def _augment(name: Any) -> str:
     name = AUGMENTS.get(str(name), str(name))
-    if name not in AUGMENTS.values():
+    if name not in ("none", *AUGMENTS.values()):
         known = ", ".join(f"{short} or {long}" for short, long in AUGMENTS.items())
-        raise argparse.ArgumentTypeError(f"expected {known}, got {name[:40]!r}")
+        raise argparse.ArgumentTypeError(f"expected none, {known}, got {name[:40]!r}")
     return name
 
 
@@ -33,26 +33,26 @@ class OptimizationSettings(Settings):
 
     title: ClassVar[str] = "optimization"
     iterations: int = option(200, "steps, for each prompt of a story", low=1)
-    learning_rate: float = option(0.3, "in standard deviations of the codebook, or in logits of one-hot latents", low=0,
+    learning_rate: float = option(0.7, "in standard deviations of the codebook, or in logits of one-hot latents", low=0,
                                   above=True, high=1e3)  # fmt: skip
     lr_decay: bool = option(True, "let the learning rate fall to a tenth, along a half cosine")
     optimizer: str = option("Adam", "one of " + ", ".join(OPTIMIZERS), choices=OPTIMIZERS)
-    ema_decay: float = option(0.9, "of the average of the latents that the image is made of; 0 takes the last ones",
+    ema_decay: float = option(0.8, "of the average of the latents that the image is made of; 0 takes the last ones",
                               low=0, high=0.9999)  # fmt: skip
     latents: str | None = option(None, "codes (straight-through), soft (between the codes), or one_hot, relaxed "
                                        "(default: codes for a VQGAN, else one_hot)", choices=LATENTS)  # fmt: skip
     init_weight: float = option(0.0, "holds the latents near to those of the start", low=0)
     patience: int | None = option(None, "end after N iterations in which the score has not risen", low=1, metavar="N")
     seed: int = option(0, "the same seed gives the same image", low=0, high=2**64)
-    cutn: int = option(4, "cutouts that each CLIP sees a step", low=1, high=4096)
+    cutn: int = option(2, "cutouts that each CLIP sees a step", low=1, high=4096)
     cut_pow: float = option(1.0, "small for large cutouts: their side goes with u^cut_pow, for a uniform u", low=0,
                             high=100)  # fmt: skip
-    cut_size: list[float] = option([0.8, 1.0], "the smallest and the largest cutout, in sides of the image; one "
+    cut_size: list[float] = option([0.9, 1.0], "the smallest and the largest cutout, in sides of the image; one "
                                                "number for a single size", low=0.01, high=1, nargs="+")  # fmt: skip
     cut_padding: float = option(0.05, "of the image, by its margin, before it is cut, in sides", low=0, high=1)
-    cut_noise: float = option(0.0, "the largest standard deviation of noise on a cutout", low=0, high=10)
-    augments: list[str] = option([], "changes of the cutouts: "
-                                 + ", ".join(f"{short} or {long}" for short, long in AUGMENTS.items()),
+    cut_noise: float = option(0.1, "the largest standard deviation of noise on a cutout", low=0, high=10)
+    augments: list[str] = option(["affine", "colour", "erasing"], "changes of the cutouts: none, or "
+                                 + ", ".join(f"{short} ({long})" for short, long in AUGMENTS.items()),
                                  kind=listed(_augment), nargs="+", metavar="NAME")  # fmt: skip
     plain: bool = option(False, "the plain scheme, for comparison: Adam at a constant rate, cutouts of one size, no "
                                 "padding, noise or augmentation, no average; sets those options")  # fmt: skip
@@ -66,7 +66,7 @@ class OptimizationSettings(Settings):
             kind = {int: int, int | None: int, float: float, list[float]: float}.get(field.type)  # pyright: ignore
             try:
                 if field.name == "augments":
-                    self.augments = [_augment(name) for name in value]
+                    self.augments = [name for name in map(_augment, value) if name != "none"]
                 elif kind is not None and value is not None:
                     parse = number(kind, *field.metadata["bounds"])
                     [parse(item) for item in (value if isinstance(value, list) else [value])]

@@ -223,7 +223,7 @@ def test_bad_input_is_told_in_one_line(model, tmp_path, options, message, capsys
 def test_a_size_that_does_not_fit_the_memory(model, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "free_bytes", lambda device: 2**25)
     monkeypatch.setattr(latents.Optimization, "_step", lambda self: pytest.fail("a step was made"))
-    with pytest.raises(UsageError, match="an image of 1024×1024 pixels and 4 cutouts need about"):
+    with pytest.raises(UsageError, match="an image of 1024×1024 pixels and 2 cutouts need about"):
         call(tmp_path, "--size", 1024)
 
 

@@ -73,7 +73,9 @@ class ColourClip(CLIPModel):
 def make_run(prompts="red", vae=None, clips=None, size=(16, 16), start=None, **options):
     """Parts of a story are separated by blanks, here and below."""
     vae = vae or Palette()
-    settings = OptimizationSettings(**{"iterations": 20, "latents": "codes", **options})
+    options = {"iterations": 20, "latents": "codes", "learning_rate": 0.3, "cutn": 4, "cut_size": [0.8, 1.0],
+               "cut_noise": 0.0, "augments": [], **options}  # fmt: skip
+    settings = OptimizationSettings(**options)
     chapters = [Chapter([(part, 1.0)]) if isinstance(part, str) else part for part in
                 (prompts.split() if isinstance(prompts, str) else prompts)]  # fmt: skip
     start = start_tokens(vae, size, noise="codes") if start is None else start
@@ -388,12 +390,19 @@ def test_settings_out_of_range():
         with pytest.raises(UsageError, match=name):
             OptimizationSettings(**{name: value})
     assert OptimizationSettings(augments=["Af", "flip"]).augments == ["affine", "flip"]
+    assert OptimizationSettings(augments=["none"]).augments == []
 
 
 def test_the_plain_scheme():
     plain = OptimizationSettings(plain=True, augments=["Af"], cutn=9)
-    assert (plain.ema_decay, plain.lr_decay, plain.cut_size, plain.cut_padding, plain.augments, plain.cutn) == (
-        0.0, False, [0.75], 0.0, [], 9)  # fmt: skip
+    assert (plain.ema_decay, plain.lr_decay, plain.cut_size, plain.cut_padding, plain.cut_noise) == (
+        0,
+        False,
+        [0.75],
+        0,
+        0,
+    )
+    assert plain.augments == [] and plain.cutn == 9
 
 
 # --------------------------------------------------------------------------------------------------
