@@ -55,7 +55,7 @@ OPTIMIZERS, TRAINING = "dalle_pytorch/training/optimizers.py", "dalle_pytorch/tr
 LR_SCHEDULE = "dalle_pytorch/training/lr_schedule.py"
 LOADING, SAMPLES = "dalle_pytorch/data/loading.py", "dalle_pytorch/data/samples.py"
 DENOISER, SAMPLERS, SCHEDULE = "diffusion/denoiser.py", "diffusion/samplers.py", "diffusion/schedule.py"
-MIN_DALLE = "dalle_pytorch/priors/min_dalle.py"
+MIN_DALLE, LATENTS = "dalle_pytorch/priors/min_dalle.py", "text_to_image/latents.py"
 CACHED = "test_sampling::test_cached_logits_equal_the_plain_forward"
 
 BREAKAGES = [
@@ -86,6 +86,43 @@ BREAKAGES = [
              "heapq.nlargest(keep, candidates, key=lambda candidate: candidate.score or 0.0)",
              "sorted(candidates, key=lambda candidate: candidate.score or 0.0)[::-1][:keep]",
              "test_generation::test_best_first_and_earlier_of_equals_first"),
+    # Latents moved by CLIP
+    Breakage("no gradient goes straight through the codes", LATENTS,
+             "return rows + (self.vae.embed(self.tokens(value)[None]) - rows).detach()",
+             "return self.vae.embed(self.tokens(value)[None]) + 0 * rows",
+             "test_latents::test_codes_are_the_nearest_with_a_gradient_that_goes_straight_through"),
+    Breakage("negative prompts attract", LATENTS, "torch.tensor(weights, device=self.features.device) / total",
+             "torch.tensor(weights, device=self.features.device).abs() / total",
+             "test_latents::test_weights_and_negative_weights"),
+    Breakage("the image is of the last latents", LATENTS, "1 - decay if settings.ema_decay else 1.0", "1.0",
+             "test_latents::test_the_average_of_the_latents"),
+    Breakage("the last image is kept, not the best", LATENTS, "if score > state.best_score:", "if score > -1:",
+             "test_latents::test_the_best_image_is_kept"),
+    Breakage("latents leave the range of the codebook", LATENTS, "value.clamp_(self.low, self.high)", "pass",
+             "test_latents::test_latents_stay_in_the_range_of_the_codebook"),
+    Breakage("every part of a story begins anew", LATENTS, "self._begin(state.best)",
+             "self._begin(self.latents.encode(self.start_tokens))",
+             "test_latents::test_a_story_goes_on_from_image_to_image"),
+    Breakage("the optimizer's moments are not resumed", LATENTS, "        if moments:", "        if not moments:",
+             "test_latents::test_a_resumed_run_is_the_uninterrupted_one"),
+    Breakage("a stalled run goes on", LATENTS, "stalled = settings.patience and", "stalled = None and",
+             "test_latents::test_a_run_ends_where_the_score_stalls"),
+    Breakage("all iterations have the same cutouts", LATENTS, "state.chapter, state.iteration) for", "0) for",
+             "test_latents::test_every_iteration_has_its_own_cutouts"),
+    Breakage("the size of cutouts has no effect", "diffusion/guidance.py", "in sides or (size,", "in (size,",
+             "test_latents::test_cutouts_of_a_run"),
+    Breakage("the image is cut without its margin", LATENTS, "make_cutouts(padded,", "make_cutouts(image,",
+             "test_latents::test_cutouts_of_a_run"),
+    Breakage("only the first CLIP is followed", LATENTS, "for target, random in pairs]).mean()",
+             "for target, random in pairs])[0]", "test_latents::test_several_clips_are_followed_together"),
+    Breakage("weights of networks count as memory of a step", LATENTS,
+             "kept.pop(value.untyped_storage()._cdata, None)", "pass",
+             "test_latents::test_memory_is_told_without_taking_it"),
+    Breakage("texts to remove are added", "text_to_image/pipeline.py", "(text, -weight) for", "(text, weight) for",
+             "test_latents::test_prompts_of_the_pipeline"),
+    Breakage("previews after the state stay when a run is resumed", "text_to_image/commands/optimize.py",
+             "if not settings.resume or int(path.stem) > run.iteration:", "if not settings.resume:",
+             "test_optimize::test_a_resumed_run_writes_what_an_uninterrupted_one_does"),
     # The transformer
     Breakage("attention is not causal", "dalle_pytorch/nn/attention.py", "is_causal = self.causal and",
              "is_causal = False and", "test_dalle::test_no_position_sees_what_follows"),

@@ -236,25 +236,33 @@ def test_turned_cutouts_keep_their_proportions():
     assert (widths - heights).abs().max() <= 1 and widths.unique().numel() > 1
 
 
-def test_cutouts_of_a_run(monkeypatch):
-    seen = []
-    clip = ColourClip()
-    clip.encode_image = lambda image: seen.append(image) or ColourClip.encode_image(clip, image)
-    for options, white in (({"cut_padding": 0.5, "cut_size": [0.5]}, False), ({"cut_noise": 0.3}, True)):
-        seen.clear()
-        run = make_run(clips=[clip], cutn=5, start=torch.full((8, 8), 7), **options)
-        run._step()
-        cutouts = next(image for image in seen if len(image) == 5 and image.device.type != "meta")
-        assert ((cutouts == 1).all().item() is False) == white
-    borders = torch.full((8, 8), 7)
-    borders[2:6, 2:6] = 0
-    images = []
-    for size in ([0.25], [1.0]):
-        seen.clear()
-        make_run(clips=[clip], cutn=5, start=borders, cut_size=size, cut_padding=0.0)._step()
-        images.append(next(image for image in seen if len(image) == 5 and image.device.type != "meta"))
-    assert all(torch.equal(images[1][0], image) for image in images[1])  # the whole image
-    assert any(not torch.equal(images[0][0], image) for image in images[0])
+def cutouts_of_a_step(start, **options):
+    """What CLIP sees in the first step of a run."""
+    clip, seen = ColourClip(), []
+    run = make_run(clips=[clip], cutn=5, start=start, **{"cut_padding": 0.0, **options})
+    clip.encode_image = lambda image: seen.append(image.detach()) or ColourClip.encode_image(clip, image)
+    run._step()
+    return seen[0]
+
+
+def test_cutouts_of_a_run():
+    framed = torch.zeros(8, 8, dtype=torch.long)  # black, with a white frame two pixels wide
+    framed[0], framed[-1], framed[:, 0], framed[:, -1] = 7, 7, 7, 7
+    whole = cutouts_of_a_step(framed, cut_size=[1.0])
+    assert whole.shape == (5, 3, 8, 8) and all(torch.equal(whole[0], cutout) for cutout in whole)
+    small = cutouts_of_a_step(framed, cut_size=[0.25])
+    assert any(not torch.equal(small[0], cutout) for cutout in small)
+    assert all((cutout == 0).any() for cutout in small)
+    margin = cutouts_of_a_step(framed, cut_size=[0.25], cut_padding=1.0)
+    assert any((cutout == 1).all() for cutout in margin)
+    assert not torch.equal(cutouts_of_a_step(framed, cut_size=[1.0], cut_noise=0.1), whole)
+    assert not torch.equal(cutouts_of_a_step(framed, cut_size=[1.0], augments=["affine"]), whole)
+
+
+def test_every_iteration_has_its_own_cutouts():
+    run = make_run(learning_rate=1e-9, iterations=5)
+    run.run()
+    assert len({loss for _, loss, _ in run.state.history}) == 5
 
 
 # --------------------------------------------------------------------------------------------------
