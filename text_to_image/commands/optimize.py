@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -135,9 +134,8 @@ def optimize(run: Optimization, settings: OptimizeSettings, folder: Path, watch:
 
     every, previews = settings.save_every or (5 if settings.video else 50), folder / PREVIEWS_NAME
     for path in previews.glob("*.png"):  # of another run, or written after the state that is resumed
-        if not settings.resume or int(path.stem) > run.iteration:
-            with contextlib.suppress(ValueError):
-                path.unlink()
+        if not settings.resume or path.stem > f"{run.iteration:06}":
+            path.unlink()
 
     def each(run: Optimization) -> None:
         bar(run.iteration, run.iterations)
