@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jobs import shared_by
 from measures import interval
-from quality import GROUPS, Models, Record
+from quality import Models, Record
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
@@ -25,6 +25,7 @@ from text_to_image.model import DEFAULT_MODEL
 from text_to_image.settings import OptimizationSettings
 
 SCHEMES = ("ours", "plain")
+SUBJECTS = (1, 2)  # in a caption
 SHOWN = 8  # captions on the sheet
 
 
@@ -110,7 +111,7 @@ def mean_curves_time(records: Sequence[Record]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = BenchmarkSettings.parse(argv)
-    captions = [*product(GROUPS.values(), range(-(-settings.count // len(GROUPS))))][: settings.count]
+    captions = [*product(SUBJECTS, range(-(-settings.count // len(SUBJECTS))))][: settings.count]
     with shared_by(settings.jobs, partial(Models, settings.model, settings.device)) as in_jobs:
         records = [*tqdm(in_jobs(partial(measure, settings=settings), captions), "captions", len(captions))]
     summary = summarise(records)
