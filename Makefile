@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Two processes of one thread each; a module's tests stay together, for what they share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
-PROMPT ?= a red seven to the left of a blue star on brick
+PROMPT ?= an avocado to the left of a chair on wood
 
 .PHONY: demo test test-all faults breakages lint quality clean
 

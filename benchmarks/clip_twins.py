@@ -32,6 +32,7 @@ class TwinSettings(Settings):
 
     clip_path: Path | None = option(None, "a CLIP (default: the default model's)")
     count: int = option(1500, "pairs of scenes", low=1)
+    of: str = option("everything", "the scenes", choices=glyphs.MIXTURES)
     output_dir: Path = option(Path("outputs/clip_twins"), "where the table goes")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clip = Model.from_pretrained(device=settings.device, scorer=settings.clip_path).scorer
     told = defaultdict(list)
     for index in trange(settings.count, desc="pairs"):
-        *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation"), index)
+        *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation", of=settings.of), index)
         told[len(scenes[0].subjects), fact].append(tell_apart(clip, scenes))
     print("| subjects | changed | pairs | caption told | picture told |")
     print("|---|---|---|---|---|")

@@ -22,14 +22,18 @@ from dalle_pytorch.settings import again
 from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.commands.progress import run_training
 
+# What a subject can be painted in: one of the colours, its own, or a material.
+PAINTS = (*glyphs.world.COLOURS, glyphs.world.NATURAL, *glyphs.world.MATERIALS)
+# Scenes to train on, in turn: what is rare in those of the other trainings must be read just as well.
+MIXTURES = ("everything", "things", "recoloured", "made", "glyphs", "everything")
 # What is asked of a scene, and the possible answers. The first subject is the left or upper one.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "count": ("1", "2"),
     "background": glyphs.world.BACKGROUNDS,
-    "kind": glyphs.world.GLYPHS,
-    "colour": tuple(glyphs.world.COLOURS),
-    "second_kind": glyphs.world.GLYPHS,
-    "second_colour": tuple(glyphs.world.COLOURS),
+    "kind": glyphs.world.SUBJECTS,
+    "colour": PAINTS,
+    "second_kind": glyphs.world.SUBJECTS,
+    "second_colour": PAINTS,
     "size": tuple(glyphs.world.SIZES),
     "place": glyphs.world.PLACES,
     "relation": glyphs.world.RELATIONS,
@@ -103,7 +107,7 @@ class Judge(PretrainedModel):
     """Pictures (b, 3, h, w) in [0, 1], enlarged to 256 pixels if they are smaller, to logits for every question."""
 
     @records_config
-    def __init__(self, channels: int = 64, hidden: int = 64):
+    def __init__(self, channels: int = 64, hidden: int = 128):
         super().__init__()
         widths = [192 + 3, channels, channels * 3 // 2, channels * 2, channels * 2]
         strides = [1, 2, 1, 2]
@@ -115,7 +119,7 @@ class Judge(PretrainedModel):
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(options)) for name, options in QUESTIONS.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """(b, 3, h, w) in [0, 1] → (b, 64): what all answers are read from."""
+        """(b, 3, h, w) in [0, 1] → (b, hidden): what all answers are read from."""
         if images.shape[-1] != IMAGE_SIZE:
             images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         # How strong the grain is, a number for each square of 8 pixels: convolutions are slow to see a variance.
@@ -124,7 +128,7 @@ class Judge(PretrainedModel):
         return self.hidden(self.trunk(torch.cat([folded, 16 * grain], dim=1)))
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
-        """Features (b, 64) to logits (b, number of answers) for every question."""
+        """Features (b, hidden) to logits (b, number of answers) for every question."""
         return {name: head(features) for name, head in self.heads.items()}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -178,18 +182,19 @@ class QuestionDataset(SampleDataset):
         return 10_000_000
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = glyphs.make_scene(index, "train")
+        scene = glyphs.make_scene(index, "train", of=MIXTURES[index % len(MIXTURES)])
         facts = answers(scene) | {"detail": "fine"}
         indices = [options.index(facts[name]) if name in facts else NOT_ASKED for name, options in QUESTIONS.items()]
         image = torch.from_numpy(glyphs.draw(scene, IMAGE_SIZE)).permute(2, 0, 1)
         return {"image": image, "answers": torch.tensor(indices)}
 
 
-def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAGE_SIZE // 2) -> float:
+def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAGE_SIZE // 2,
+                         of: str = "everything") -> float:  # fmt: skip
     """The share of the first `count` drawn test scenes of which the judge reads everything that the caption says."""
     right = 0
     for start in range(0, count, 100):
-        scenes = [glyphs.make_scene(i, "test") for i in range(start, min(start + 100, count))]
+        scenes = [glyphs.make_scene(i, "test", of=of) for i in range(start, min(start + 100, count))]
         images = torch.stack([torch.from_numpy(glyphs.draw(scene, resolution)).permute(2, 0, 1) for scene in scenes])
         seen = judge.read(images.float() / 255)
         right += sum(all(judge_by_attribute(*pair).values()) for pair in zip(scenes, seen, strict=True))

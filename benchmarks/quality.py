@@ -29,7 +29,11 @@ from text_to_image import TextToImage
 from text_to_image.model import DEFAULT_MODEL
 from text_to_image.results import ResultImage
 
-GROUPS = {"one subject": 1, "two subjects": 2}
+# Kinds of caption: the scenes that they are of (glyphs.MIXTURES), and how many subjects they have.
+GROUPS = {
+    "a glyph": ("glyphs", 1), "a thing": ("things", 1), "recoloured": ("recoloured", 1), "made of": ("made", 1),
+    "two glyphs": ("glyphs", 2), "two subjects": ("everything", 2),
+}  # fmt: skip
 ATTRIBUTES = ("count", "subject", "colour", "background", "size", "place")
 FRECHET = {
     "own_diffused": "tokens of the drawn scenes: diffusion decoder",
@@ -37,7 +41,7 @@ FRECHET = {
     "diffused": "best sampled tokens: diffusion decoder",
     "enlarged": "best sampled tokens: VQGAN's picture enlarged",
 }
-PICTURES_ON_SHEET = 12
+PICTURES_ON_SHEET = 24
 
 Record = dict[str, Any]
 
@@ -55,11 +59,11 @@ class QualitySettings(Settings):
     """
 
     model: Path = option(DEFAULT_MODEL, "folder of dalle, vae, clip, decoder, judge")
-    count: int = option(500, "captions with one subject, and as many with two", low=1)
+    count: int = option(150, "captions of each kind", low=1)
     num_images: int = option(16, "candidates that CLIP ranks", low=1)
-    curve_count: int = option(50, "captions of each group that get --curve_images candidates", low=0)
+    curve_count: int = option(20, "captions of each kind that get --curve_images candidates", low=0)
     curve_images: int = option(64, "where the curve ends", low=1)
-    guided_count: int = option(50, "captions of each group also diffused with CLIP guidance", low=0)
+    guided_count: int = option(20, "captions of each kind also diffused with CLIP guidance", low=0)
     top_p: float | None = option(None, "(default: the model's own)", low=0, high=1, above=True)
     temperature: float | None = option(None, "(default: the model's own)", low=0)
     cond_scale: float | None = option(None, "(default: the model's own)", low=0)
@@ -113,6 +117,12 @@ class Models:
                 "features": [round(x, 4) for x in features[0].tolist()]}  # fmt: skip
 
 
+def scene_of(group: str, index: int, split: str) -> glyphs.Scene:
+    """The scene number `index` of a kind of caption."""
+    of, num_subjects = GROUPS[group]
+    return glyphs.make_scene(index, split, num_subjects, of)
+
+
 def clip_choice(found: Sequence[ResultImage]) -> ResultImage:
     """The candidate that CLIP scores highest; of equals the first drawn."""
     return max(found, key=lambda candidate: (candidate.score, -candidate.index))
@@ -120,7 +130,7 @@ def clip_choice(found: Sequence[ResultImage]) -> ResultImage:
 
 def measure(settings: QualitySettings, models: Models, group: str, index: int) -> Record:
     """Draws one caption in every way, writes its strip of pictures, and returns what was seen."""
-    scene = glyphs.make_scene(index, settings.split, num_subjects=GROUPS[group])
+    scene = scene_of(group, index, settings.split)
     longest = max(settings.num_images, settings.curve_images)
     count = longest if index < settings.curve_count else settings.num_images
     record, found = models.candidates(scene, count, settings.seed)
@@ -248,23 +258,25 @@ def frechet(records: list[Record]) -> Record:
 
 
 def print_tables(figures: Record) -> None:
-    def cell(value: Record) -> str:
-        return f"{value['mean']:6.1%} ({value['low']:.1%} to {value['high']:.1%})"
+    """Tables in Markdown."""
 
-    groups = figures["groups"]
-    print(f"\n{'everything right':24}" + "".join(f"{name:>30}" for name in groups))
-    for way in next(iter(groups.values()))["shares"]:
-        print(f"{way:24}" + "".join(f"{cell(group['shares'][way]):>30}" for group in groups.values()))
-    for name, group in groups.items():
-        print(f"\n{name:24}" + "".join(f"{attribute:>12}" for attribute in ATTRIBUTES))
-        for way, values in group["attributes"].items():
-            texts = ("–" if np.isnan(values[a]) else f"{values[a]:.1%}" for a in ATTRIBUTES)
-            print(f"{way:24}" + "".join(f"{text:>12}" for text in texts))
+    def cell(value: Record) -> str:
+        return f"{value['mean']:.0%} ({value['low']:.0%} to {value['high']:.0%})"
+
+    def table(*rows: Sequence[str]) -> None:
+        head, *body = (f"| {' | '.join(row)} |" for row in rows)
+        print("\n" + "\n".join([head, "|---" * len(rows[0]) + "|", *body]))
+
+    groups: Record = figures["groups"]
+    ways = [*next(iter(groups.values()))["shares"]]
+    table(["everything right", *ways], *([name, *map(cell, g["shares"].values())] for name, g in groups.items()))
+    rows = [[f"{name}, {way}", *("–" if np.isnan(values[a]) else f"{values[a]:.1%}" for a in ATTRIBUTES)]
+            for name, group in groups.items() for way, values in group["attributes"].items()]  # fmt: skip
+    table(["right by attribute", *ATTRIBUTES], *rows)
     if distances := figures["frechet"]:
-        print(f"\nFréchet distance to {distances['pictures']} drawn scenes, on the judge's features")
-        for name, words in FRECHET.items():
-            values = distances[name]
-            print(f"{words:56}{values['distance']:10.2f}  ({values['low']:.2f} to {values['high']:.2f})")
+        rows = [[words, f"{d['distance']:.2f} ({d['low']:.2f} to {d['high']:.2f})"]
+                for words, d in ((words, distances[name]) for name, words in FRECHET.items())]  # fmt: skip
+        table([f"Fréchet distance to {distances['pictures']} drawn scenes, on the judge's features", ""], *rows)
     if figures["guidance"]:
         nats, right = figures["guidance"]["nats"], figures["guidance"]["right"]
         print(f"\nCLIP guidance on minus off, {figures['guidance']['captions']} captions: "
@@ -278,8 +290,8 @@ def plot_curves(path: Path, groups: Record) -> None:
     except ImportError:
         print("no best_of.png: pip install matplotlib")
         return
-    figure = Figure(figsize=(5.2 * len(groups), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(groups), sharey=True)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, -(-len(groups) // 2), sharey=True).flatten()
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
         curve = group["best_of"]
         for attribute in ("everything", *ATTRIBUTES):
@@ -289,11 +301,12 @@ def plot_curves(path: Path, groups: Record) -> None:
                 colour = "black" if thick else f"C{ATTRIBUTES.index(attribute)}"
                 axis.plot(curve["N"], [100 * y for y in curve[attribute]], label=attribute, marker="o", markersize=3,
                           linewidth=2.5 if thick else 1, color=colour)  # fmt: skip
-        axis.set(title=f"{name} ({curve['captions']} captions)", xlabel="N: CLIP's best of N", xscale="log")
+        axis.set(title=f"{name} ({curve['captions']} captions)", xlabel="CLIP's best of N", xscale="log")
         axis.set_xticks(curve["N"], curve["N"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("right, %")
+    for axis in axes[:: len(axes) // 2]:
+        axis.set_ylabel("right, %")
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,12 +314,12 @@ def plot_curves(path: Path, groups: Record) -> None:
 
 
 def write_sheet(path: Path, records: list[Record], folder: Path) -> None:
-    """Strips of the drawn scene, the best candidate enlarged, and that one diffused, two captions a row."""
+    """Strips of the drawn scene, the best candidate enlarged, and that one diffused, four captions a row."""
     if not records:
         return
     strips = [image_to_tensor(read_image(strip_path(folder, record)))[0] for record in records]
     parts = [part[None] for strip in strips for part in strip.split(strip.shape[1], dim=2)[:3]]
-    save_image(path, contact_sheet([resize(part, 128)[0] for part in parts], columns=6))
+    save_image(path, contact_sheet([resize(part, 128)[0] for part in parts], columns=12))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jobs import shared_by
 from measures import frechet_distance
-from quality import GROUPS, Models, Record, with_interval
+from quality import GROUPS, Models, Record, scene_of, with_interval
 from tqdm import tqdm
 
 from dalle_pytorch import scenes as glyphs
@@ -55,9 +55,9 @@ class Decoders(Models):
         self.decoders = {"conditioned": self.pipe, "unconditional": other}
 
 
-def redraw(decoders: Decoders, num_subjects: int, index: int, *, settings: SkipSettings) -> dict[str, Record]:
+def redraw(decoders: Decoders, group: str, index: int, *, settings: SkipSettings) -> dict[str, Record]:
     """The judge's opinion of a drawn scene, of its VQGAN image enlarged, and of each decoder's image by skip."""
-    scene = glyphs.make_scene(index, "test", num_subjects=num_subjects)
+    scene = scene_of(group, index, "test")
     drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
     decoder = decoders.pipe.model.decoder
     tokens = decoder.vae.get_codebook_indices(resize(drawn, decoder.vae.image_size).to(decoder.device))[0].cpu()
@@ -86,7 +86,7 @@ def summarize(opinions: Sequence[dict[str, Record]]) -> dict[str, Record]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = SkipSettings.parse(argv)
-    captions = [*product(GROUPS.values(), range(settings.count))]
+    captions = [*product(GROUPS, range(settings.count))]
     with shared_by(settings.jobs, partial(Decoders, settings)) as in_jobs:
         opinions = [*tqdm(in_jobs(partial(redraw, settings=settings), captions), "captions", len(captions))]
     rows = summarize(opinions)

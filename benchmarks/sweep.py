@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from jobs import shared_by
 from measures import best_of
-from quality import GROUPS, Models, with_interval
+from quality import GROUPS, Models, scene_of, with_interval
 from tqdm import tqdm
 
-from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.settings import Settings, option
@@ -42,11 +41,11 @@ class SweepSettings(Settings):
     jobs: int = option(1, "as in quality.py", low=1)
 
 
-def draw_caption(models: Models, num_subjects: int, index: int, *, num_images: int,
+def draw_caption(models: Models, group: str, index: int, *, num_images: int,
                  **sampling: float) -> tuple[float, float]:  # fmt: skip
     """The share of a caption's candidates with everything right, and how often CLIP's best has."""
     models.sampling = sampling
-    scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
+    scene = scene_of(group, index, "validation")
     record, _ = models.candidates(scene, num_images, seed=0)
     right = [all(r.values()) for r in record["right"]]
     return float(np.mean(right)), best_of(record["scores"], right, num_images)
@@ -54,7 +53,7 @@ def draw_caption(models: Models, num_subjects: int, index: int, *, num_images: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = SweepSettings.parse(argv)
-    captions = [*product(GROUPS.values(), range(settings.count))]
+    captions = [*product(GROUPS, range(settings.count))]
     tried: dict[tuple[float, float, float], dict] = {}
 
     def share(top_p: float, temperature: float, cond_scale: float) -> float:

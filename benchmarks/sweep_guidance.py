@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from jobs import shared_by
-from quality import GROUPS, Models, Record, clip_choice, with_interval
+from quality import GROUPS, Models, Record, clip_choice, scene_of, with_interval
 from tqdm import tqdm
 
-from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.settings import Settings, option
@@ -40,10 +39,10 @@ class GuidanceSettings(Settings):
     jobs: int = option(1, "as in quality.py", low=1)
 
 
-def guide_caption(models: Models, num_subjects: int, index: int, *, num_images: int, steps: str,
+def guide_caption(models: Models, group: str, index: int, *, num_images: int, steps: str,
                   settings: Sequence[dict | None]) -> list[Record]:  # fmt: skip
     """The judge's opinion of a caption's image with every setting; None is without guidance."""
-    scene = glyphs.make_scene(index, "validation", num_subjects=num_subjects)
+    scene = scene_of(group, index, "validation")
     _, found = models.candidates(scene, num_images, seed=0)
     opinions = []
     for scales in settings:
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = product(arguments.clip_guidance_scale, arguments.cut_pow)
     settings = [{"clip_guidance_scale": scale, "cut_pow": cut_pow} for scale, cut_pow in grid]
     guide = partial(guide_caption, num_images=arguments.num_images, steps=arguments.steps, settings=[None, *settings])
-    captions = [*product(GROUPS.values(), range(arguments.count))]
+    captions = [*product(GROUPS, range(arguments.count))]
     with shared_by(arguments.jobs, partial(Models, arguments.model, arguments.device)) as in_jobs:
         opinions = [*tqdm(in_jobs(guide, captions), "captions", len(captions))]
     nats = np.asarray([[one["log_likelihood"] for one in row] for row in opinions])

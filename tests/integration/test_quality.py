@@ -113,11 +113,11 @@ def test_benchmark_runs_goes_on_and_refuses_other_settings(model, tmp_path, caps
     table = capsys.readouterr().out
     assert all(words in table for words in ("best of 3", "after diffusion", "CLIP guidance on minus off"))
     grown = [line for line in (tmp_path / "out/records.jsonl").read_text().splitlines() if line]
-    assert grown[: len(lines)] == lines and len(grown) == 5
+    assert grown[: len(lines)] == lines and len(grown) == 1 + 2 * len(quality.GROUPS)
     figures = json.loads((tmp_path / "out/quality.json").read_text())
-    shares = figures["groups"]["one subject"]["shares"]
+    shares = figures["groups"]["a glyph"]["shares"]
     records = [json.loads(line) for line in grown[1:]]
-    ones = [r for r in records if r["group"] == "one subject"]
+    ones = [r for r in records if r["group"] == "a glyph"]
     assert len(ones) == 2 and shares["best of 3"]["count"] == 2
     assert shares["best of 3"]["mean"] == np.mean([all(r["right"][r["best"]].values()) for r in ones])
     assert figures["groups"]["two subjects"]["best_of"]["captions"] == 1
@@ -135,7 +135,7 @@ def test_sweep_of_settings_marks_the_best(model, tmp_path, capsys):
     sweep.main(["--model", str(model), "--count", "1", "--num_images", "2", "--cond_scale", "1", "2", "--temperature",
                 "1", "--top_p", "0.9", "1", "--device", "cpu", "--output_dir", str(tmp_path)])  # fmt: skip
     rows = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(rows) == 3 and all(row["one"]["count"] == 2 for row in rows)
+    assert len(rows) == 3 and all(row["one"]["count"] == len(quality.GROUPS) for row in rows)
     best = max(rows, key=lambda row: row["one"]["mean"])
     assert f"| **{best['top_p']}** | **{best['temperature']}** | **{best['cond_scale']}** |" in capsys.readouterr().out
 
@@ -175,7 +175,7 @@ def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
                          "--output_dir", str(tmp_path)])  # fmt: skip
     weak, strong = json.loads((tmp_path / "sweep_guidance.json").read_text())
     assert abs(weak["nats"]["mean"]) < 1e-3 < abs(strong["nats"]["mean"])
-    assert weak["nats"]["count"] == 2 and "| 100000 | 1 |" in capsys.readouterr().out
+    assert weak["nats"]["count"] == len(quality.GROUPS) and "| 100000 | 1 |" in capsys.readouterr().out
 
 
 def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):
@@ -188,7 +188,7 @@ def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):
     rows = json.loads((tmp_path / "skip_table.json").read_text())
     ways = [f"{decoder} {skip}" for decoder in ("conditioned", "unconditional") for skip in ("0", "0.5")]
     assert list(rows) == ["drawn", "enlarged", *ways]
-    assert all(row["attributes"]["count"] == 2 and row["frechet"] is None for row in rows.values())
+    assert all(row["attributes"]["count"] == len(quality.GROUPS) and row["frechet"] is None for row in rows.values())
     assert "| unconditional 0.5 | " in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from text_to_image.commands import generate, upscale
 class DemoSettings(Settings):
     """The main job on the default model: sample, rank, export tokens, diffuse the best. `make demo` runs it."""
 
-    text: str = option("a red seven to the left of a blue star on brick", "what to draw")
+    text: str = option("an avocado to the left of a chair on wood", "what to draw")
     outputs_dir: Path = option(Path("outputs"), "a folder per prompt is made here")
 
 

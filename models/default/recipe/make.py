@@ -18,39 +18,40 @@ MODEL = Path(__file__).resolve().parents[1]
 ROOT = MODEL.parents[1]
 
 
-def stages(runs: Path, longer: float = 1.0) -> dict[str, list[str]]:
-    """The command of every stage, in order; `longer` multiplies the steps of training."""
+def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The command of every stage, in order; `longer` multiplies the steps of training, `options` go to every one."""
     tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
     scripts = "DALLE-pytorch"
-    captioned = "glyphs?terse_every=6"
-    contrasted = "glyphs?terse_every=2&wrong_captions=4&twins=true"
+    drawn = "glyphs?of=everything"
+    captioned = f"{drawn}&terse_every=6"
+    contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true"
 
-    def training(script: str, data: str, name: str, count: int) -> list[str]:
-        return [script, "--image_text_folder", data, "--output_dir", str(runs / name),
-                "--steps", str(round(count * longer))]  # fmt: skip
+    def training(script: str, name: str, count: int, data: str | None = drawn) -> list[str]:
+        folder = [] if data is None else ["--image_text_folder", data]
+        return [script, *folder, "--output_dir", str(runs / name), "--steps", str(round(count * longer)), *options]
 
     return {
-        "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", "glyphs", "--count", "20000",
-                      "--vocab_size", "384", "--output", tokenizer],
-        "vqgan": [*training(f"{scripts}/train_vqgan.py", "glyphs", "vqgan", 2500), "--learning_rate", "1.5e-3",
-                  "--num_tokens", "2048", "--local_encoder", "--disc_weight", "0", "--perceptual_weight", "0",
-                  "--save_every", "200"],
+        "tokenizer": [f"{scripts}/train_tokenizer.py", "--image_text_folder", drawn, "--count", "30000",
+                      "--vocab_size", "768", "--output", tokenizer],
+        "vqgan": [*training(f"{scripts}/train_vqgan.py", "vqgan", 3000), "--learning_rate", "1.5e-3",
+                  "--num_tokens", "8192", "--local_encoder", "--starting_temp", "0", "--disc_weight", "0",
+                  "--perceptual_weight", "0", "--save_every", "200"],
         # Tokens of other pictures among those it is shown: it learns to go by the caption rather than by what it drew.
-        "dalle": [*training(f"{scripts}/train_dalle.py", captioned, "dalle", 4000), "--vae_path", vae,
+        "dalle": [*training(f"{scripts}/train_dalle.py", "dalle", 6000, captioned), "--vae_path", vae,
                   "--bpe_path", tokenizer, "--batch_size", "16", "--learning_rate", "2e-3", "--dim", "192",
                   "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
-        "tuned": [*training(f"{scripts}/train_dalle.py", captioned, "tuned", 2400), "--vae_path", vae,
+        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, captioned), "--vae_path", vae,
                   "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--batch_size", "16",
                   "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
         # 32 scenes and their twins: 64 pictures a step.
-        "clip": [*training(f"{scripts}/train_clip.py", contrasted, "clip", 2400), "--bpe_path", tokenizer,
+        "clip": [*training(f"{scripts}/train_clip.py", "clip", 3000, contrasted), "--bpe_path", tokenizer,
                  "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", "1", "--batch_size", "32",
                  "--learning_rate", "1e-3", "--ema_decay", "0.99", "--muon", "--save_every", "100"],
-        "decoder": [*training("diffusion/train.py", "glyphs", "decoder", 3000), "--vae_path", vae,
+        "decoder": [*training("diffusion/train.py", "decoder", 4000), "--vae_path", vae,
                     "--save_every", "100"],
-        "judge": ["benchmarks/judge.py", "--output_dir", str(runs / "judge")],
+        "judge": [*training("benchmarks/judge.py", "judge", 3600, None)],
     }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def install(runs: Path) -> None:
     with atomic_write(MODEL / "tokenizer.json") as temporary:
         shutil.copy(runs / "tokenizer.json", temporary)
     # What it has never seen it cannot draw; generate.py warns of words that are not here.
-    write_text(MODEL / "words.json", json.dumps(sorted(glyphs.words())) + "\n")
+    write_text(MODEL / "words.json", json.dumps(sorted(glyphs.words(glyphs.world.SUBJECTS))) + "\n")
 
 
 @dataclass
@@ -87,11 +88,14 @@ class RecipeSettings(Settings):
     only: str | None = option(None, "run this stage alone")
     longer: float = option(1.0, "multiplies the steps of training: a GPU has time for more", low=0, above=True,
                            metavar="FACTOR")  # fmt: skip
+    mixed_precision: str = option("no", "of all trainings", choices=["no", "bf16"], flags=["--bf16=bf16"])
+    compile: bool = option(False, "compile the networks of all trainings")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = RecipeSettings.parse(argv)
-    commands = stages(settings.runs, settings.longer)
+    options = ["--mixed_precision", settings.mixed_precision, *(["--compile"] if settings.compile else [])]
+    commands = stages(settings.runs, settings.longer, options)
     if settings.only and settings.only not in commands:
         raise UsageError(f"there is no stage {settings.only!r}; there are {', '.join(commands)}")
     settings.runs.mkdir(parents=True, exist_ok=True)
