@@ -13,8 +13,8 @@ from text_to_image.model import DEFAULT_MODEL
 # What the four ancestors show, in the words of the drawn world.
 CAPTIONS = (
     "an avocado to the left of a chair on wood", "a cat to the left of a rocket on a night sky", "a robot above a cake",
-    "a penguin to the left of a snowman on white", "a sunflower on grass", "a star made of water", "a cat made of brick",
-    "a red seven on brick",
+    "a penguin to the left of a snowman on white", "a sunflower on grass", "a star made of water",
+    "a cat made of brick", "a red seven on brick",
 )  # fmt: skip
 
 
