@@ -1,5 +1,6 @@
 """Loss and gradients of a tiny CLIP on eight pairs, a share in each process; under torchrun they go to FILE."""
 
+import os
 import sys
 
 import torch
@@ -37,4 +38,6 @@ if __name__ == "__main__":
     result = contrast_gradients(rank, torch.distributed.get_world_size())
     if rank == 0:
         torch.save(result, sys.argv[1])
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and then abort the interpreter at its end
