@@ -274,8 +274,8 @@ def print_tables(figures: Record) -> None:
             for name, group in groups.items() for way, values in group["attributes"].items()]  # fmt: skip
     table(["right by attribute", *ATTRIBUTES], *rows)
     if distances := figures["frechet"]:
-        rows = [[words, f"{d['distance']:.2f} ({d['low']:.2f} to {d['high']:.2f})"]
-                for words, d in ((words, distances[name]) for name, words in FRECHET.items())]  # fmt: skip
+        rows = [[words, "{distance:.2f} ({low:.2f} to {high:.2f})".format(**distances[name])]
+                for name, words in FRECHET.items()]  # fmt: skip
         table([f"Fréchet distance to {distances['pictures']} drawn scenes, on the judge's features", ""], *rows)
     if figures["guidance"]:
         nats, right = figures["guidance"]["nats"], figures["guidance"]["right"]

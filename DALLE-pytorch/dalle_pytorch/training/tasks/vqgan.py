@@ -130,8 +130,7 @@ class VQGanTask(TrainingTask):
 
     def _draw(self, flat: Tensor, temperature: float) -> Tensor:
         """(n, dim) encodings → (n,) codes: the nearest, under Gumbel noise while the temperature is above 0."""
-        codes = self.vae.codebook_weight
-        logits = 2 * flat @ codes.T - codes.square().sum(1)
+        logits = _closeness(flat, self.vae.codebook_weight)
         if temperature > 0:
             # In units of the mean squared distance to the nearest code: the setting means the same at any scale.
             unit = (flat.square().sum(1) - logits.max(1).values).clamp(min=0).mean()
@@ -143,13 +142,13 @@ class VQGanTask(TrainingTask):
         """k-means over the encodings of all processes, each of which comes to the same centres."""
         centres = _pick(flat, len(self.counts))
         for _ in range(rounds):
-            nearest = (2 * flat @ centres.T - centres.square().sum(1)).argmax(1)
+            nearest = _closeness(flat, centres).argmax(1)
             counts = codebook.count_codes(nearest, len(centres))
             sums = _sums(flat, nearest, len(centres))
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], _pick(flat, len(centres)))
         if centres.isfinite().all():
             # Of equal centres only one is ever nearest, and the others count as unused from the first.
-            nearest = (2 * flat @ centres.T - centres.square().sum(1)).argmax(1)
+            nearest = _closeness(flat, centres).argmax(1)
             self.counts.copy_(codebook.count_codes(nearest, len(centres)).clamp(min=1e-5))
             self.sums.copy_(centres * self.counts[:, None])
             self._set_codebook(centres)
@@ -172,6 +171,11 @@ class VQGanTask(TrainingTask):
     def _set_codebook(self, codes: Tensor) -> None:
         assert isinstance(self.vae.quantize, GumbelQuantizer)
         self.vae.quantize.set_codebook(codes)
+
+
+def _closeness(flat: Tensor, codes: Tensor) -> Tensor:
+    """Minus the squared distances (n, num_tokens) of encodings (n, dim) to codes, up to a term common to all codes."""
+    return 2 * flat @ codes.T - codes.square().sum(1)
 
 
 def _pick(flat: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
