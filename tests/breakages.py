@@ -83,9 +83,11 @@ BREAKAGES = [
     Breakage("the key-value cache is written at its start", "dalle_pytorch/nn/cache.py",
              "self.keys[:, :, start : self.length] = keys", "self.keys[:, :, : keys.shape[2]] = keys", CACHED),
     Breakage("of equal scores the later candidate is kept", "dalle_pytorch/sampling/candidates.py",
-             "heapq.nlargest(keep, candidates, key=lambda candidate: candidate.score or 0.0)",
-             "sorted(candidates, key=lambda candidate: candidate.score or 0.0)[::-1][:keep]",
+             "heapq.nlargest(keep, best + batch, key=lambda candidate: candidate.score or 0.0)",
+             "sorted(best + batch, key=lambda candidate: candidate.score or 0.0)[::-1][:keep]",
              "test_generation::test_best_first_and_earlier_of_equals_first"),
+    Breakage("each batch replaces those before", "dalle_pytorch/sampling/candidates.py", "best + batch", "batch",
+             "test_pipeline::test_candidates_come_in_batches_best_first"),
     # Latents moved by CLIP
     Breakage("no gradient goes straight through the codes", LATENTS,
              "return rows + (self.vae.embed(self.tokens(value)[None]) - rows).detach()",

@@ -22,7 +22,7 @@ from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.images import image_to_tensor, read_image, resize
 from dalle_pytorch.files.tokens import load_tokens
-from dalle_pytorch.sampling.candidates import generate_candidates
+from dalle_pytorch.sampling.candidates import ranked_candidates
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.vae.base import ImageTokenizer
 from diffusion.guidance import ClipGuidance, parse_prompts
@@ -85,7 +85,12 @@ class TextToImage:
 
     # Stage 1
 
-    def generate(
+    def generate(self, prompt: str, num_images: int = 16, **options: Any) -> Result:
+        """Samples candidates for a prompt: the last value of `generate_batches`, with its options."""
+        *_, result = self.generate_batches(prompt, num_images, **options)
+        return result
+
+    def generate_batches(
         self,
         prompt: str,
         num_images: int = 16,
@@ -98,14 +103,17 @@ class TextToImage:
         num_init_image_tokens: int | None = None,
         progress: Progress | None = None,
         **sampling: float | None,
-    ) -> Result:
-        """Samples candidates for a prompt. For the arguments that are not here see `generate_candidates`.
+    ) -> Iterator[Result]:
+        """Yields, after each batch of candidates, the best of those so far. For the arguments that are not here see
+        `ranked_candidates`.
 
         Args:
             rank: orders the candidates by CLIP's score; without it they are the first ones, in order.
+            batch_size: candidates sampled at once, which does not change them.
             init_image: an image to complete, or the (k,) image tokens to begin with.
             num_init_image_tokens: how many of its tokens are kept, from the top; 7/16 of them unless given.
-            progress: called with the tokens sampled, and with those of all candidates.
+            progress: called with the tokens sampled, and with those of all candidates. What it raises ends the sampling
+                there.
             sampling: see `SamplingSettings`; the model's own unless given.
 
         Raises `UsageError` for an empty prompt and for what is out of range.
@@ -119,11 +127,11 @@ class TextToImage:
             if progress is not None:
                 progress(finished * sampled + tokens * min(batch_size, count - finished), count * sampled)
 
-        candidates = generate_candidates(
+        batches = ranked_candidates(
             prior, prompt, count, scorer=self.model.scorer if rank else None, keep=keep, batch_size=batch_size,
             seed=seed, init_image_tokens=init_image_tokens, settings=self.sampling(**sampling), progress=on_token,
         )  # fmt: skip
-        return Result([ResultImage(c.index, c.tokens, c.image, c.score) for c in candidates], prompt)
+        return (Result([ResultImage(c.index, c.tokens, c.image, c.score) for c in best], prompt) for best in batches)
 
     def made_with(self, prompt: str, num_images: int, *, keep: int | None, rank: bool, seed: int,
                   init_image_tokens: Tensor | None = None, **sampling: float | None) -> dict[str, Any]:  # fmt: skip

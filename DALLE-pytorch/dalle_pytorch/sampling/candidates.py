@@ -4,7 +4,6 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def candidate_batches(
         yield [Candidate(index, tokens.clone(), image.clone(), score) for index, tokens, image, score in batch]
 
 
-def generate_candidates(
+def ranked_candidates(
     prior: Prior,
     prompt: str,
     num_images: int,
@@ -93,8 +92,9 @@ def generate_candidates(
     scorer: Scorer | None = None,
     keep: int | None = None,
     **options: Any,
-) -> list[Candidate]:
-    """The best `keep` (all by default) of `num_images` candidates of a prompt, best first, the earlier of equals first.
+) -> Iterator[list[Candidate]]:
+    """Yields, after each batch, the best `keep` (all by default) of the candidates so far, best first, the earlier of
+    equals first. The last value is that of all `num_images`.
 
     Without a `scorer` these are the first ones, in order. Memory grows with `keep`, not with `num_images`. `options`
     are those of `candidate_batches`.
@@ -102,8 +102,15 @@ def generate_candidates(
     keep = num_images if keep is None else keep
     if min(num_images, keep) < 1:
         raise UsageError(f"num_images and keep must be at least 1, got {num_images} and {keep}")
-    keep = min(num_images, keep)
+    keep, best = min(num_images, keep), list[Candidate]()
     if scorer is None:
         num_images = keep
-    candidates = chain.from_iterable(candidate_batches(prior, prompt, num_images, scorer=scorer, **options))
-    return heapq.nlargest(keep, candidates, key=lambda candidate: candidate.score or 0.0)
+    for batch in candidate_batches(prior, prompt, num_images, scorer=scorer, **options):
+        best = heapq.nlargest(keep, best + batch, key=lambda candidate: candidate.score or 0.0)
+        yield best
+
+
+def generate_candidates(prior: Prior, prompt: str, num_images: int, **options: Any) -> list[Candidate]:
+    """The last value of `ranked_candidates`, with its options."""
+    *_, candidates = ranked_candidates(prior, prompt, num_images, **options)
+    return candidates

@@ -127,6 +127,33 @@ def test_progress_and_previews(pipe):
     assert torch.equal(seen[1][1][1], upscaled[1].upscaled_pixels[0])
 
 
+def test_candidates_come_in_batches_best_first(pipe):
+    expected, so_far = pipe.generate(PROMPT, 5), list(pipe.generate_batches(PROMPT, 5, batch_size=2))
+    assert [sorted(image.index for image in result) for result in so_far] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    for result in so_far:
+        assert [image.index for image in result] == [image.index for image in expected if image.index in
+                                                     {image.index for image in result}]  # fmt: skip
+    assert so_far[-1].prompt == PROMPT and all(map(torch.equal, (image.tokens for image in so_far[-1]),
+                                                   (image.tokens for image in expected)))  # fmt: skip
+    kept = list(pipe.generate_batches(PROMPT, 5, batch_size=2, keep=1))
+    assert [image[0].index for image in kept] == [result[0].index for result in so_far]
+
+
+def test_sampling_ends_where_it_is_told_to(pipe):
+    told = []
+
+    def cancelled(done, total):
+        told.append(done)
+        if len(told) == 300:
+            raise InterruptedError
+
+    batches = pipe.generate_batches(PROMPT, 4, batch_size=1, progress=cancelled)
+    assert len(next(batches)) == 1
+    with pytest.raises(InterruptedError):
+        next(batches)
+    assert told == list(range(1, 301))
+
+
 def test_an_image_is_completed(pipe):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     tokens = pipe.encode_init_image(image)
