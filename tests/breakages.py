@@ -47,6 +47,7 @@ class Breakage(NamedTuple):
 
 
 CLIP, DALLE = "dalle_pytorch/clip/trainable.py", "dalle_pytorch/priors/dalle.py"
+WEIGHTS = "dalle_pytorch/nn/attention_weights.py"
 MASKS, SHIFT, ROTARY = (f"dalle_pytorch/nn/{name}.py" for name in ("masks", "token_shift", "rotary"))
 FILTERS, LOOP = "dalle_pytorch/sampling/filters.py", "dalle_pytorch/sampling/loop.py"
 DISCRETE, VQGAN_TASK = "dalle_pytorch/vae/discrete.py", "dalle_pytorch/training/tasks/vqgan.py"
@@ -126,6 +127,12 @@ BREAKAGES = [
              "if not settings.resume or path.stem >", "if not settings.resume or path.stem <",
              "test_optimize::test_a_resumed_run_writes_what_an_uninterrupted_one_does"),
     # The transformer
+    Breakage("recorded attention weights are not causal", WEIGHTS, "        mask = torch.ones(",
+             "        torch.ones(", "test_attention_weights::test_the_output_is_made_of_these_weights"),
+    Breakage("recorded attention weights know no mask", WEIGHTS, "~mask, -torch.inf", "~mask, 0",
+             "test_attention_weights::test_the_output_is_made_of_these_weights"),
+    Breakage("attention is recorded for ever", WEIGHTS, "layer.recorded = None", "layer.recorded = recorded",
+             "test_attention_weights::test_layers_are_recorded_in_the_order_of_their_calls_and_no_longer_than_asked"),
     Breakage("attention is not causal", "dalle_pytorch/nn/attention.py", "is_causal = self.causal and",
              "is_causal = False and", "test_dalle::test_no_position_sees_what_follows"),
     Breakage("no norm of queries and keys", "dalle_pytorch/nn/attention.py",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.images import resize
+from dalle_pytorch.nn.attention_weights import DotProductAttention
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, is_upstream, rename
 from dalle_pytorch.pretrained import records_config
@@ -39,7 +40,7 @@ def convolutional_stem(channels: int, dim: int, patch_size: int) -> nn.Sequentia
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(DotProductAttention):
     """Attention pooling of tokens (b, n, dim) by a learned query in each head: (b, dim).
 
     The pooling of arXiv:2106.04560 without its feed-forward part. Unlike a mean, it does not dilute small subjects.
@@ -56,7 +57,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads, _, width = self.query.shape
         k, v = self.to_kv(self.norm(x)).unflatten(2, (2, heads, width)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1, -1), k, v).flatten(1)
+        return self.attend(self.query.expand(len(x), -1, -1, -1), k, v).flatten(1)
 
 
 class CLIP(CLIPModel):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_pytorch.nn.attention_weights import DotProductAttention
 from dalle_pytorch.nn.cache import KVCache
 from dalle_pytorch.nn.rotary import apply_rotary
 
@@ -15,7 +16,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class Attention(nn.Module):
+class Attention(DotProductAttention):
     """Multi-head attention; `qk_norm` adds an RMS norm on queries and keys (arXiv:2302.05442), before the rotation."""
 
     def __init__(
@@ -57,5 +58,5 @@ class Attention(nn.Module):
         elif key_mask is not None:
             mask = key_mask[:, None, None, :]
         is_causal = self.causal and mask is None and length > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        out = self.attend(q, k, v, mask, is_causal)
         return self.dropout(self.to_out(out.transpose(1, 2).reshape(batch, length, -1)))

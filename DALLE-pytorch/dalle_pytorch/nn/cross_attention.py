@@ -1,10 +1,11 @@
 """Multi-head attention with a projection each for queries, keys, values and output, as BART and GPT have it."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_pytorch.nn.attention_weights import DotProductAttention
 
-class CrossAttention(nn.Module):
+
+class CrossAttention(DotProductAttention):
     """Attention of one sequence to another, or to itself."""
 
     def __init__(self, dim: int, heads: int, bias: bool = False):
@@ -27,5 +28,5 @@ class CrossAttention(nn.Module):
         """`x` (b, n, dim) attends to keys and values (g, heads, m, dim / heads), each set of which serves b / g rows of
         `x` in a row. `mask` broadcasts to (g, heads, b / g · n, m) and is false at keys to ignore."""
         queries = self._split(self.q_proj(x.reshape(len(keys), -1, x.shape[-1])))
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+        out = self.attend(queries, keys, values, mask, is_causal)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
