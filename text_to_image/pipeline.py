@@ -30,13 +30,13 @@ from diffusion.schedule import spaced_steps
 from text_to_image.inputs import clean_prompt
 from text_to_image.latents import Chapter, Optimization, start_tokens
 from text_to_image.model import Model, Source
+from text_to_image.progress import Progress, as_progress
 from text_to_image.results import Result, ResultImage
 from text_to_image.settings import INIT_NOISES, OptimizationSettings
 
 LARGEST_PROMPT = 2048  # longer side of an image as a prompt, in pixels: CLIP sees it smaller still
 
 ImageInput = Image.Image | Source  # an image, or the path of one
-Progress = Callable[[int, int], object]  # called with what is done, and with all that is to do
 
 
 class Upscaled(NamedTuple):
@@ -70,6 +70,7 @@ class TextToImage:
         clip_guidance: bool = False,
         num_inference_steps: str | int = "quad25",
         seed: int = 0,
+        progress: Progress | bool | None = None,
         **options: Any,
     ) -> Result:
         """The best `keep` of `num_images` candidates, redrawn by the diffusion decoder with `upscale`.
@@ -78,10 +79,11 @@ class TextToImage:
         """
         if clip_guidance and not upscale:
             raise UsageError("clip_guidance goes with upscale")
-        result = self.generate(prompt, num_images, keep=keep, seed=seed, **options)
+        result = self.generate(prompt, num_images, keep=keep, seed=seed, progress=progress, **options)
         if not upscale:
             return result
-        return self.upscale(result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance)
+        return self.upscale(result, num_inference_steps=num_inference_steps, seed=seed, clip_guidance=clip_guidance,
+                            progress=progress)  # fmt: skip
 
     # Stage 1
 
@@ -101,7 +103,7 @@ class TextToImage:
         seed: int = 0,
         init_image: ImageInput | Tensor | None = None,
         num_init_image_tokens: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         **sampling: float | None,
     ) -> Iterator[Result]:
         """Yields, after each batch of candidates, the best of those so far. For the arguments that are not here see
@@ -112,20 +114,21 @@ class TextToImage:
             batch_size: candidates sampled at once, which does not change them.
             init_image: an image to complete, or the (k,) image tokens to begin with.
             num_init_image_tokens: how many of its tokens are kept, from the top; 7/16 of them unless given.
-            progress: called with the tokens sampled, and with those of all candidates. What it raises ends the sampling
-                there.
+            progress: called with the tokens sampled, and with those of all candidates; or whether to show a bar, see
+                `as_progress`. What it raises ends the sampling there.
             sampling: see `SamplingSettings`; the model's own unless given.
 
         Raises `UsageError` for an empty prompt and for what is out of range.
         """
         prompt, prior = clean_prompt(prompt), self.model.prior
+        told = as_progress(progress, prompt[:40], "token")
         init_image_tokens = None if init_image is None else self.encode_init_image(init_image, num_init_image_tokens)
         sampled = prior.image_seq_len - (0 if init_image_tokens is None else len(init_image_tokens))
         count = num_images if rank else min(num_images, keep or num_images)
 
         def on_token(finished: int, tokens: int) -> None:
-            if progress is not None:
-                progress(finished * sampled + tokens * min(batch_size, count - finished), count * sampled)
+            if told is not None:
+                told(finished * sampled + tokens * min(batch_size, count - finished), count * sampled)
 
         batches = ranked_candidates(
             prior, prompt, count, scorer=self.model.scorer if rank else None, keep=keep, batch_size=batch_size,
@@ -193,7 +196,7 @@ class TextToImage:
         skip_steps: str | float | None = None,
         init_scale: float = 0.0,
         callback: Callable[[int, Tensor, Sequence[tuple[int, int]]], object] | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Iterator[Upscaled]:
         """Yields the images of `upscale` as they are finished, in order.
 
@@ -210,7 +213,7 @@ class TextToImage:
             skip_steps, init_scale: with such an image, see `DiffusionDecoder.decode`.
             callback: called after each step with its number, from 1, the images (b, 3, h, w) predicted so far, and for
                 each of them the number of its input and which of that input's images it is.
-            progress: called with the steps done, and with those of all images.
+            progress: called with the steps done, and with those of all images; or whether to show a bar.
 
         Raises `UsageError` for what is out of range, before anything is drawn.
         """
@@ -239,13 +242,13 @@ class TextToImage:
                 raise UsageError("guidance by CLIP needs a prompt, and these inputs have none; give pipe.guidance(…)")
             clip_guidance = self.guidance(result.prompt)
         items = [(i, number) for i in range(len(result)) for number in range(num_images)]
-        total, done = len(items) * ((stop_at or steps) + more), 0
+        total, done, told = len(items) * ((stop_at or steps) + more), 0, as_progress(progress, "diffusing", "step")
 
         def step(batch: Sequence[tuple[int, int]], number: int = 0, images: Tensor | None = None) -> None:
             nonlocal done
             done += len(batch)
-            if progress is not None:
-                progress(done, total)
+            if told is not None:
+                told(done, total)
             if callback is not None and images is not None:
                 callback(number, resize(images.cpu(), size), batch)
 
@@ -271,14 +274,15 @@ class TextToImage:
 
         return draw()
 
-    def optimize(self, prompts: str | Sequence[tuple[str, float]] = "", *, progress: Progress | None = None,
+    def optimize(self, prompts: str | Sequence[tuple[str, float]] = "", *, progress: Progress | bool | None = None,
                  **options: Any) -> Result:  # fmt: skip
         """Images by CLIP alone, without prior and decoder: see `optimization`, which is run to its end.
 
-        `progress` is called with the iterations done, and with all.
+        `progress` is called with the iterations done, and with all; or whether to show a bar.
         """
         run = self.optimization(prompts, **options)
-        return run.run(progress and (lambda run: progress(run.iteration, run.iterations)))
+        told = as_progress(progress, run.caption[:40], "iteration")
+        return run.run(told and (lambda run: told(run.iteration, run.iterations)))
 
     def optimization(
         self,

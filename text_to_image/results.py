@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -47,11 +47,11 @@ class ResultImage:
     """
 
     index: int
-    tokens: Tensor
-    pixels: Tensor
+    tokens: Tensor = field(repr=False)
+    pixels: Tensor = field(repr=False)
     score: float | None = None
-    input_pixels: Tensor | None = None
-    upscaled_pixels: tuple[Tensor, ...] = ()
+    input_pixels: Tensor | None = field(default=None, repr=False)
+    upscaled_pixels: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
     def image(self) -> Image.Image:
@@ -61,6 +61,9 @@ class ResultImage:
     def upscaled(self) -> Image.Image | None:
         """The (first) image of the diffusion decoder, None before `upscale`."""
         return tensor_to_image(self.upscaled_pixels[0]) if self.upscaled_pixels else None
+
+    def _repr_html_(self) -> str:
+        return _figure(self, "" if self.score is None else f"{self.score:.4f}")
 
 
 class Result(Sequence[ResultImage]):
@@ -75,9 +78,18 @@ class Result(Sequence[ResultImage]):
     @overload
     def __getitem__(self, index: int) -> ResultImage: ...
     @overload
-    def __getitem__(self, index: slice) -> Result: ...
-    def __getitem__(self, index: int | slice) -> ResultImage | Result:
+    def __getitem__(self, index: slice | Sequence[int]) -> Result: ...
+    def __getitem__(self, index: int | slice | Sequence[int]) -> ResultImage | Result:
+        """An image by its rank, or the result of those in a slice or list of ranks."""
+        if isinstance(index, Sequence):
+            return Result([self.images[i] for i in index], self.prompt)
         return Result(self.images[index], self.prompt) if isinstance(index, slice) else self.images[index]
+
+    def __repr__(self) -> str:
+        scores = [image.score for image in self if image.score is not None]
+        ranked = f", scores {max(scores):.4f} to {min(scores):.4f}" if scores else ""
+        upscaled = ", upscaled" if any(image.upscaled_pixels for image in self) else ""
+        return f"<Result of {self.prompt!r}: {len(self)} image{'s' * (len(self) != 1)}{ranked}{upscaled}>"
 
     def with_upscaled(self, pixels: Sequence[Sequence[Tensor]]) -> Result:
         """The result with these images (3, H, W) of the diffusion decoder, some for each image."""
@@ -152,12 +164,26 @@ class Result(Sequence[ResultImage]):
         return stale
 
     def _repr_html_(self) -> str:
+        """The first images, each with its rank and score."""
+        figures = [
+            _figure(image, f"{rank}" if image.score is None else f"{rank} · {image.score:.4f}")
+            for rank, image in enumerate(self[:LARGEST_GRID])
+        ]
+        more = f"<p>and {len(self) - LARGEST_GRID} more</p>" if len(self) > LARGEST_GRID else ""
+        title = f"<p>{html.escape(self.prompt)}</p>" if self.prompt else ""
+        return f'{title}<div style="display: flex; flex-wrap: wrap; gap: 8px">{"".join(figures)}</div>{more}'
+
+
+def _figure(image: ResultImage, caption: str) -> str:
+    """The HTML of an image, before what it was upscaled to, at the same size."""
+    width = max(pixels.shape[-1] for pixels in (image.pixels, *image.upscaled_pixels))
+    shown = ""
+    for pixels in (image.pixels, *image.upscaled_pixels):
         buffer = io.BytesIO()
-        self.grid().save(buffer, "PNG")
+        tensor_to_image(pixels).save(buffer, "WEBP", quality=95)  # a tenth of a PNG, as notebooks keep their outputs
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        scores = ", ".join(f"{image.score:.4f}" for image in self if image.score is not None)
-        caption = html.escape(self.prompt or "") + (f" ({scores})" if scores else "")
-        return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+        shown += f'<img src="data:image/webp;base64,{data}" width="{width}" style="margin: 0 4px 0 0; display: inline">'
+    return f'<figure style="margin: 0">{shown}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def is_finished(folder: Path, made_with: Mapping[str, Any], tokens: bool) -> bool:

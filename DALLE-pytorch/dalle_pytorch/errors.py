@@ -38,6 +38,10 @@ class UserError(ValueError):
     def __init__(self, message: object = ""):
         super().__init__(as_message(message, self.longest))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the one line, not the traceback (`%debug` goes to where it was raised)."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(UserError):
     """Arguments or settings that are out of range or do not go together."""

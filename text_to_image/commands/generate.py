@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     settings = GenerateSettings.parse(argv)
     prompts = read_prompts(settings.text, settings.prompts)
 
-    from text_to_image.commands.progress import ProgressBar
     from text_to_image.pipeline import TextToImage
+    from text_to_image.progress import ProgressBar
     from text_to_image.results import claim_folder, find_folder, is_finished, make_writable
 
     pipe = TextToImage.from_pretrained(

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def optimize(run: Optimization, settings: OptimizeSettings, folder: Path, watch: SignalWatch) -> None:
     """Runs with previews; at the end, or after a signal, writes the state, the video and the plot."""
     from dalle_pytorch.files.images import save_image
-    from text_to_image.commands.progress import ProgressBar
+    from text_to_image.progress import ProgressBar
     from text_to_image.records import plot_loss, write_video
 
     every, previews = settings.save_every or (5 if settings.video else 50), folder / PREVIEWS_NAME

@@ -141,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = settings.outputs_dir or (settings.input if settings.input.is_dir() else settings.input.parent)
 
     from dalle_pytorch.files.images import save_image
-    from text_to_image.commands.progress import ProgressBar
     from text_to_image.pipeline import TextToImage
+    from text_to_image.progress import ProgressBar
     from text_to_image.results import LARGEST_COMPARISON, make_writable, upscaled_name
 
     pipe = TextToImage.from_pretrained(

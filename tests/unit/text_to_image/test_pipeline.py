@@ -1,5 +1,9 @@
 """`TextToImage` and `Result`: what a prompt becomes, that images belong to themselves, and what is refused."""
 
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,7 @@ from dalle_pytorch.files.images import image_to_tensor
 from diffusion.decoder import DiffusionDecoder
 from text_to_image import TextToImage
 from text_to_image.inputs import clean_prompt
-from text_to_image.results import claim_folder, safe_name
+from text_to_image.results import Result, claim_folder, safe_name
 
 PROMPT = "a red seven on brick"
 
@@ -43,8 +47,27 @@ def test_call(pipe, tmp_path):
 
 
 def test_a_notebook_shows_a_result(pipe):
-    shown = pipe.generate("a <b> seven", 2)._repr_html_()
-    assert '<img src="data:image/png;base64,' in shown and "a &lt;b&gt; seven" in shown and "<b>" not in shown
+    result = pipe.generate("a <b> seven", 3)
+    shown = result._repr_html_()
+    assert "a &lt;b&gt; seven" in shown and "<b>" not in shown
+    captions = re.findall("<figcaption>(.*?)</figcaption>", shown)
+    assert captions == [f"{rank} · {image.score:.4f}" for rank, image in enumerate(result)]
+    assert [image.size for image in images(shown)] == [(64, 64)] * 3
+    assert repr(result).startswith(f"<Result of 'a <b> seven': 3 images, scores {result[0].score:.4f} to ")
+    upscaled = pipe.upscale(result[[2, 0]], 2, num_inference_steps=1)
+    assert [image.index for image in upscaled] == [result[2].index, result[0].index]
+    assert upscaled.prompt == result.prompt
+    assert [image.size for image in images(upscaled._repr_html_())] == [(64, 64), (128, 128), (128, 128)] * 2
+    assert [image.size for image in images(upscaled[1]._repr_html_())] == [(64, 64), (128, 128), (128, 128)]
+    assert repr(upscaled).endswith("upscaled>") and "tensor" not in repr(upscaled[0])
+    assert "and 6 more" in Result([*result] * 23 + [result[0]], None)._repr_html_()
+
+
+def images(shown):
+    """The images in a piece of HTML."""
+    found = re.findall('<img src="data:image/webp;base64,([^"]*)" width="(?:64|128)"', shown)
+    assert len(found) == shown.count("<img")
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
 
 def test_batches_across_inputs_take_fewer_passes_and_draw_the_same(pipe):
@@ -152,6 +175,17 @@ def test_sampling_ends_where_it_is_told_to(pipe):
     with pytest.raises(InterruptedError):
         next(batches)
     assert told == list(range(1, 301))
+
+
+def test_bars_where_they_are_asked_for(pipe, capsys):
+    pipe(PROMPT, 1, upscale=True, num_inference_steps=1, progress=True)
+    pipe.optimize("brick", iterations=1, progress=True)
+    shown = capsys.readouterr().err
+    for bar in (PROMPT, "diffusing", "brick"):
+        assert f"{bar}: 100%" in shown
+    pipe(PROMPT, 1, upscale=True, num_inference_steps=1)
+    pipe.optimize("brick", iterations=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_image_is_completed(pipe):

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dalle_pytorch.data.loading import Data
