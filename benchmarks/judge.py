@@ -18,39 +18,17 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
+from dalle_pytorch.scenes import facts
+from dalle_pytorch.scenes.facts import NOT_ASKED, answers
 from dalle_pytorch.settings import again
 from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.commands.progress import run_training
 
-# What a subject can be painted in: one of the colours, its own, or a material.
-PAINTS = (*glyphs.world.COLOURS, glyphs.world.NATURAL, *glyphs.world.MATERIALS)
 # Scenes to train on, in turn: what is rare in those of the other trainings must be read just as well.
 MIXTURES = ("everything", "things", "recoloured", "made", "glyphs", "everything")
-# What is asked of a scene, and the possible answers. The first subject is the left or upper one.
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "count": ("1", "2"),
-    "background": glyphs.world.BACKGROUNDS,
-    "kind": glyphs.world.SUBJECTS,
-    "colour": PAINTS,
-    "second_kind": glyphs.world.SUBJECTS,
-    "second_colour": PAINTS,
-    "size": tuple(glyphs.world.SIZES),
-    "place": glyphs.world.PLACES,
-    "relation": glyphs.world.RELATIONS,
-    "detail": ("none", "faint", "fine"),  # how much it has of the fine grain that only 256 pixels can show
-}
-NOT_ASKED = -100  # what cross_entropy leaves out
+# How much a picture has of the fine grain that only 256 pixels can show is asked too.
+QUESTIONS = facts.QUESTIONS | {"detail": ("none", "faint", "fine")}
 IMAGE_SIZE = 256
-
-
-def answers(scene: glyphs.Scene) -> dict[str, str]:
-    """The true answers for a scene; questions that make no sense for it are left out."""
-    first, *rest = scene.subjects
-    facts = {"count": str(len(scene.subjects)), "background": scene.background, "kind": first.kind,
-             "colour": first.colour}  # fmt: skip
-    if rest:
-        return facts | {"second_kind": rest[0].kind, "second_colour": rest[0].colour, "relation": scene.relation}
-    return facts | {"size": first.size, "place": scene.place}
 
 
 def judge_by_attribute(scene: glyphs.Scene, seen: dict[str, str]) -> dict[str, bool]:
@@ -183,8 +161,7 @@ class QuestionDataset(SampleDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene = glyphs.make_scene(index, "train", of=MIXTURES[index % len(MIXTURES)])
-        facts = answers(scene) | {"detail": "fine"}
-        indices = [options.index(facts[name]) if name in facts else NOT_ASKED for name, options in QUESTIONS.items()]
+        indices = facts.indices(answers(scene) | {"detail": "fine"}, QUESTIONS)
         image = torch.from_numpy(glyphs.draw(scene, IMAGE_SIZE)).permute(2, 0, 1)
         return {"image": image, "answers": torch.tensor(indices)}
 

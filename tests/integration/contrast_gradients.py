@@ -18,11 +18,8 @@ def contrast_gradients(rank: int, processes: int) -> tuple[torch.Tensor, dict[st
     text, images = torch.randint(1, 20, (8, 6)), torch.rand(8, 3, 16, 16)
     negatives = torch.randint(1, 20, (8, 1, 6))
     share = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
-    by_text, by_image, partner = clip.contrast(
-        text[share], images[share], text[share] != 0, negatives[share], all_processes=True
-    )
-    entropy = torch.nn.functional.cross_entropy
-    loss = (entropy(by_text, partner) + entropy(by_image, partner)) / 2
+    contrast = clip.contrast(text[share], images[share], text[share] != 0, negatives[share], all_processes=True)
+    loss = contrast.loss()
     loss.backward()
     results = {name: parameter.grad for name, parameter in clip.named_parameters()}
     for tensor in (loss.data, *results.values()):

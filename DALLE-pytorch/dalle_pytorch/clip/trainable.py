@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,20 @@ class AttentionPool(DotProductAttention):
         return self.attend(self.query.expand(len(x), -1, -1, -1), k, v).flatten(1)
 
 
+class Contrast(NamedTuple):
+    """Texts compared with images."""
+
+    by_text: Tensor  # (b, B), the logits of each text over the images
+    by_image: Tensor  # (b, B + k), those of each image over the texts
+    labels: Tensor  # (b,), which of them belong together
+    text_latents: Tensor  # (b, dim_latent), normalised
+    image_latents: Tensor  # (b, dim_latent), normalised
+
+    def loss(self) -> Tensor:
+        """The symmetric contrastive loss (arXiv:2103.00020)."""
+        return (F.cross_entropy(self.by_text, self.labels) + F.cross_entropy(self.by_image, self.labels)) / 2
+
+
 class CLIP(CLIPModel):
     """CLIP (arXiv:2103.00020) as in DALLE-pytorch: mean-pooled transformers over text tokens and image patches.
 
@@ -81,6 +95,7 @@ class CLIP(CLIPModel):
             raise UsageError(
                 f"visual_image_size {visual_image_size} is not a multiple of visual_patch_size {visual_patch_size}"
             )
+        self.dim_latent = dim_latent
         self.image_size = visual_image_size
         self.patch_size = visual_patch_size
         self.patch_dropout = visual_patch_dropout
@@ -166,8 +181,7 @@ class CLIP(CLIPModel):
         `text` are tokens (b, n), `image` images (b, 3, h, w) in [0, 1]; for the rest see `contrast`.
         """
         if return_loss:
-            by_text, by_image, labels = self.contrast(text, image, text_mask, negatives)
-            return (F.cross_entropy(by_text, labels) + F.cross_entropy(by_image, labels)) / 2
+            return self.contrast(text, image, text_mask, negatives).loss()
         text_latents = F.normalize(self._text_features(text, text_mask), dim=-1)
         image_latents = F.normalize(self.encode_image(image), dim=-1)
         return (text_latents * image_latents).sum(dim=-1) * self.temperature.exp()
@@ -175,9 +189,8 @@ class CLIP(CLIPModel):
     def contrast(
         self, text: Tensor, image: Tensor, text_mask: Tensor | None = None, negatives: Tensor | None = None,
         all_processes: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The logits of the contrastive loss: of each text over the images (b, B), of each image over the texts
-        (b, B + k), and the labels (b,).
+    ) -> Contrast:  # fmt: skip
+        """Compares texts with images, for the contrastive loss.
 
         Args:
             text: tokens (b, n).
@@ -203,7 +216,8 @@ class CLIP(CLIPModel):
             latents = F.normalize(self._text_features(flat, None if text_mask is None else flat != 0), dim=-1)
             others = (latents.unflatten(0, negatives.shape[:2]) * image_latents[:, None]).sum(dim=-1) * scale
             by_image = torch.cat((by_image, others), dim=1)
-        return by_text, by_image, first + torch.arange(len(text), device=text.device)
+        labels = first + torch.arange(len(text), device=text.device)
+        return Contrast(by_text, by_image, labels, text_latents, image_latents)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Tokens (b, text_seq_len) of one text or several, truncated. Raises `CheckpointError` without a tokenizer."""

@@ -19,7 +19,13 @@ GROUP = "dalle_pytorch.datasets"
 
 
 class RegisteredDataset(SampleDataset, ABC):
-    """Items have `image` (3, resolution, resolution) uint8, `caption`, and what else a task may use."""
+    """Items have `image` (3, resolution, resolution) uint8, `caption`, and what else a task may use.
+
+    `attributes` are the numbers of possible values of the item's `attributes` (k,) int64, empty if it has none. A value
+    of -100 is unknown.
+    """
+
+    attributes: tuple[int, ...] = ()
 
     @abstractmethod
     def captions(self) -> Iterator[str]:

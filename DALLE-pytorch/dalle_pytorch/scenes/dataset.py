@@ -9,6 +9,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.drawing import check_resolution
+from dalle_pytorch.scenes.facts import QUESTIONS, answers, indices
 
 
 class GlyphsDataset(RegisteredDataset):
@@ -17,17 +18,21 @@ class GlyphsDataset(RegisteredDataset):
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
     little, often nothing but what the subject is: single words are learned from these. With `wrong_captions`,
     `negative_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as
-    well, under the same keys after `second_`, that differs in one fact and is captioned accordingly.
+    well, under the same keys after `second_`, that differs in one fact and is captioned accordingly. With `facts`,
+    `attributes` are the answers to `facts.QUESTIONS`.
     """
 
     def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", of: str = "glyphs",
-                 terse_every: int | None = None, wrong_captions: int = 0, twins: bool = False):  # fmt: skip
+                 terse_every: int | None = None, wrong_captions: int = 0, twins: bool = False,
+                 facts: bool = False):  # fmt: skip
         check_resolution(resolution)
         if count < 1:
             raise UsageError(f"count must be at least 1, not {count}")
         glyphs.make_scene(0, split, of=of)  # raises for a split or a mixture that there is not
         self.resolution, self.count, self.split, self.of = resolution, count, split, of
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
+        if facts:
+            self.attributes = tuple(map(len, QUESTIONS.values()))
 
     def __len__(self) -> int:
         return self.count
@@ -45,11 +50,13 @@ class GlyphsDataset(RegisteredDataset):
         return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)
 
     def _sample(self, scene: glyphs.Scene, index: int) -> dict[str, Any]:
-        item = {
+        item: dict[str, Any] = {
             "image": torch.from_numpy(glyphs.draw(scene, self.resolution)).permute(2, 0, 1),
             "caption": scene.caption,
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }
+        if self.attributes:
+            item["attributes"] = torch.tensor(indices(answers(scene)))
         if wrong := self.wrong_captions:
             item["negative_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
         return item

@@ -9,6 +9,7 @@ import torch
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.scenes.dataset import GlyphsDataset
+from dalle_pytorch.scenes.facts import NOT_ASKED, QUESTIONS
 from dalle_pytorch.scenes.twins import ONE, TWO, change_scene
 
 # Every name of every kind of subject.
@@ -259,3 +260,17 @@ def test_items_have_twins_when_wanted():
     assert item["image"].shape == item["second_image"].shape and not item["image"].equal(item["second_image"])
     assert item["caption"] != item["second_caption"]
     assert len(item["negative_captions"]) == len(item["second_negative_captions"]) == 2
+
+
+def test_items_have_facts_when_wanted():
+    data, plain = GlyphsDataset(32, of="everything", facts=True), GlyphsDataset(32)
+    assert "attributes" not in plain[0] and plain.attributes == ()
+    assert data.attributes == tuple(len(options) for options in QUESTIONS.values())
+    for index in range(30):
+        scene, row = glyphs.make_scene(index, of="everything"), data[index]["attributes"].tolist()
+        said = {name: QUESTIONS[name][at] for name, at in zip(QUESTIONS, row, strict=True) if at != NOT_ASKED}
+        assert said["background"] == scene.background and said["count"] == str(len(scene.subjects))
+        kinds = [said["kind"], said.get("second_kind")]
+        assert kinds == [*[subject.kind for subject in scene.subjects], None][:2]
+        assert said.get("place") == scene.place and said.get("relation") == scene.relation
+        assert ("size" in said) == (len(scene.subjects) == 1)

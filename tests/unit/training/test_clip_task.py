@@ -86,3 +86,39 @@ def test_loss_counts_every_caption_of_the_batch_and_every_negative_once(clip):
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
     assert found["accuracy"] == torch.stack(hits).float().mean()
     assert found["scale"].item() == pytest.approx(torch.e)
+
+
+def test_attributes_are_read_from_images_and_captions_by_one_map(clip):
+    images, captions = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), ["ab", "cd"]
+    wanted = torch.tensor([[1, -100], [0, 4]])  # -100 is unknown
+    batch = {"image": to_bytes(images), "caption": captions, "attributes": wanted}
+    task = ClipTask(clip, attributes=(2, 5)).requires_grad_(False)
+    task._augment = lambda images: images
+    assert task.read is not None and task.read.out_features == 7
+    loss, found = task(batch)
+    latents = [clip.encode_text(clip.tokenize(captions)), clip.encode_image(to_bytes(images) / 255)]
+    losses = []
+    for logits in (task.read(F.normalize(each, dim=-1) * 4) for each in latents):  # 16 dimensions: of length 4
+        log_p, other = logits[:, :2].log_softmax(-1), logits[:, 2:].log_softmax(-1)
+        losses += [-log_p[0, 1], -log_p[1, 0], -other[1, 4]]
+    assert found["loss_attributes"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    task.read = None
+    assert loss.item() == pytest.approx(task(batch)[0].item() + found["loss_attributes"].item(), rel=1e-4)
+
+
+def test_attributes_of_the_second_pair_count_too(clip):
+    image = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    pair = {"image": image, "caption": ["ab", "cd"], "attributes": torch.tensor([[0], [0]])}
+    task = ClipTask(clip, attributes=(2,), noise=0.0)
+    assert task.read is not None
+    task.read.weight.data.zero_()
+    task.read.bias.data.copy_(torch.tensor([0.0, 50.0]))
+    second = {"second_image": image, "second_caption": ["ef", "gh"], "second_attributes": torch.tensor([[1], [1]])}
+    assert task(pair)[1]["loss_attributes"].item() == pytest.approx(50)
+    assert task(pair | second)[1]["loss_attributes"].item() == pytest.approx(25)
+
+
+def test_attributes_that_are_all_unknown_cost_nothing(clip):
+    batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "caption": ["ab"],
+             "attributes": torch.tensor([[-100]])}  # fmt: skip
+    assert ClipTask(clip, attributes=(3,))(batch)[1]["loss_attributes"] == 0

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dalle_pytorch.clip.trainable import CLIP
     from dalle_pytorch.data.datasets import open_dataset
+    from dalle_pytorch.data.registry import RegisteredDataset
     from dalle_pytorch.tokenizers.load import load_tokenizer
     from dalle_pytorch.training.commands.progress import run_training
     from dalle_pytorch.training.tasks.base import LongCaption
@@ -77,4 +78,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, clip.text_seq_len)
     dataset = open_dataset(settings.image_text_folder, clip.image_size, caption_problem=caption_problem,
                            **settings.dataset_options())  # fmt: skip
-    run_training("CLIP", ClipTask(clip), dataset, settings)
+    attributes = dataset.attributes if isinstance(dataset, RegisteredDataset) else ()
+    run_training("CLIP", ClipTask(clip, attributes=attributes), dataset, settings)

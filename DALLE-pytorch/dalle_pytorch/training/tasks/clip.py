@@ -1,12 +1,13 @@
 """The training task of CLIP: the contrastive loss, with hard negatives."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.clip.trainable import CLIP
+from dalle_pytorch.clip.trainable import CLIP, Contrast
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.training.tasks.base import Batch, Loss, TrainingTask, write_tokenizer
 
@@ -16,14 +17,21 @@ class ClipTask(TrainingTask):
     `negative_captions`, equally many for each image, and a second pair, under the same keys after `second_`, which
     differs a little from the first.
 
+    Where the data have `attributes` (b, k), class indices, one linear map predicts them from the features of the image
+    and from those of the caption alike. `attributes` are the numbers of classes. The contrastive loss alone is slow to
+    learn word order: a caption and the same with its two subjects exchanged.
+
     Images are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled images, and guide on
     cutouts of half-denoised ones. `accuracy` is the share of the images whose caption is the likeliest of all that they
     are compared with.
     """
 
-    def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06):
+    def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06,
+                 attributes: Sequence[int] = ()):  # fmt: skip
         super().__init__()
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
+        self.attributes = list(attributes)
+        self.read = nn.Linear(clip.dim_latent, sum(self.attributes)) if attributes else None
 
     def forward(self, batch: Batch) -> Loss:
         images, captions, others = batch["image"], batch["caption"], batch.get("negative_captions", [])
@@ -38,10 +46,24 @@ class ClipTask(TrainingTask):
         text = text[:, : int((text != 0).any(0).sum())].to(images.device)
         text, others = text[: len(images)], text[len(images) :]
         negatives = others.unflatten(0, (len(images), -1)) if len(others) else None
-        by_text, by_image, partner = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
-        loss = (F.cross_entropy(by_text, partner) + F.cross_entropy(by_image, partner)) / 2
-        accuracy = (by_image.argmax(1) == partner).float().mean()
-        return loss, {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
+        contrast = self.clip.contrast(text, images, text != 0, negatives, all_processes=True)
+        accuracy = (contrast.by_image.argmax(1) == contrast.labels).float().mean()
+        metrics = {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
+        loss = contrast.loss()
+        if self.read is not None:
+            wanted = torch.cat([batch[name] for name in ("attributes", "second_attributes") if name in batch])
+            loss_attributes = self._attribute_loss(contrast, wanted.to(images.device))
+            loss, metrics["loss_attributes"] = loss + loss_attributes, loss_attributes.detach()
+        return loss, metrics
+
+    def _attribute_loss(self, contrast: Contrast, wanted: Tensor) -> Tensor:
+        """The mean cross-entropy of the attributes (b, k), read from either's features."""
+        assert self.read is not None
+        latents = torch.cat((contrast.text_latents, contrast.image_latents)) * self.clip.dim_latent**0.5
+        logits = self.read(latents).split(self.attributes, dim=1)
+        losses = [F.cross_entropy(each, values, ignore_index=-100, reduction="sum")
+                  for each, values in zip(logits, wanted.repeat(2, 1).unbind(1), strict=True)]  # fmt: skip
+        return torch.stack(losses).sum() / (2 * (wanted != -100).sum()).clamp(min=1)
 
     def fixed_parts(self) -> dict[str, str]:
         return {} if self.clip.tokenizer is None else {"tokenizer": self.clip.tokenizer.fingerprint()}
