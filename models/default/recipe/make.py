@@ -24,7 +24,7 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
     scripts = "DALLE-pytorch"
     drawn = "glyphs?of=everything"
     captioned = f"{drawn}&terse_every=6"
-    contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true"
+    contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true&facts=true"
 
     def training(script: str, name: str, count: int, data: str | None = drawn) -> list[str]:
         folder = [] if data is None else ["--image_text_folder", data]
