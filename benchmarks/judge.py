@@ -8,6 +8,7 @@ models/default/judge.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.scenes import facts
 from dalle_pytorch.scenes.facts import NOT_ASKED, answers
-from dalle_pytorch.settings import again
+from dalle_pytorch.settings import again, option
 from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.commands.progress import run_training
 
@@ -152,6 +153,9 @@ class JudgeTask(TrainingTask):
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"judge": self.judge}
 
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.judge.trunk]
+
 
 class QuestionDataset(SampleDataset):
     """Scenes to train on with their answers, as indices in the order of `QUESTIONS`."""
@@ -185,16 +189,18 @@ class TrainJudgeSettings(TrainingSettings):
     steps: int | None = again(TrainingSettings, "steps", 3600)
     batch_size: int = again(TrainingSettings, "batch_size", 64)
     learning_rate: float = again(TrainingSettings, "learning_rate", 2e-3)
+    judge_path: Path | None = option(None, "judge to continue from")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = TrainJudgeSettings.parse(argv)
     torch.manual_seed(settings.seed)
-    judge = Judge()
+    judge = Judge() if settings.judge_path is None else Judge.from_pretrained(settings.judge_path)
     run_training("judge", JudgeTask(judge), QuestionDataset(), settings)
-    for resolution in (IMAGE_SIZE // 2, IMAGE_SIZE):
-        share = share_of_scenes_read(judge, resolution=resolution)
-        print(f"reads {share:.1%} of 1,000 test scenes at {resolution} px without a mistake")
+    for of in dict.fromkeys(MIXTURES):
+        for resolution in (IMAGE_SIZE // 2, IMAGE_SIZE):
+            share = share_of_scenes_read(judge, resolution=resolution, of=of)
+            print(f"reads {share:.1%} of 1,000 test scenes ({of}) at {resolution} px without a mistake")
 
 
 if __name__ == "__main__":
