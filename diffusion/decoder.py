@@ -97,17 +97,18 @@ class DiffusionDecoder(PretrainedModel):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, num_inference_steps: str | int | Iterable[int] = "quad25", sampler: str = "ddim",
-               seed: int = 0, image_indices: Sequence[int] | None = None, guidance: ClipGuidance | None = None,
-               stop_at: int | None = None, init_image: Tensor | None = None, skip_steps: str | float | None = None,
-               init_scale: float = 0.0, callback: Callable[[int, Tensor], None] | None = None
-               ) -> Tensor:  # fmt: skip
+               seed: int | Sequence[int] = 0, image_indices: Sequence[int] | None = None,
+               guidance: ClipGuidance | None = None, stop_at: int | None = None, init_image: Tensor | None = None,
+               skip_steps: str | float | None = None, init_scale: float = 0.0,
+               callback: Callable[[int, Tensor], None] | None = None) -> Tensor:  # fmt: skip
         """(b, side²) int64 tokens → images (b, 3, h, w) in [0, 1]; their size is proportional to `side`.
 
         Args:
             num_inference_steps: the diffusion steps to visit, as for `spaced_steps`.
             sampler: a name in `SAMPLERS`.
             seed, image_indices: with the tokens they determine an image's noise, and its cutouts under `guidance`,
-                whatever else is in the batch. The indices (0 by default) tell apart images of the same tokens.
+                whatever else is in the batch. The indices (0 by default) tell apart images of the same tokens. One
+                seed for all, or one each.
             stop_at: end after this many steps and return the x_0 predicted there.
             init_image: images (b, 3, h, w) in [0, 1] to begin with, scaled to the U-Net's size and under the noise of
                 the first step that is not skipped. For a U-Net that does not know the tokens it is the image that the
@@ -132,7 +133,8 @@ class DiffusionDecoder(PretrainedModel):
             raise UsageError(f"cannot stop at step {stop_at} of {denoiser.num_steps}")
 
         indices = [0] * len(tokens) if image_indices is None else image_indices
-        identities = [(seed, tuple(row), index) for row, index in zip(tokens.tolist(), indices, strict=True)]
+        seeds = [seed] * len(tokens) if isinstance(seed, int) else seed
+        identities = list(zip(seeds, map(tuple, tokens.tolist()), indices, strict=True))
         size = math.isqrt(tokens.shape[1]) * self.unet.image_size // self.image_fmap_size
         noise = Noise([generator(*identity) for identity in identities], (3, size, size), tokens.device)
         images = noise()

@@ -7,7 +7,9 @@ from importlib import import_module
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 
-COMMANDS = {name: f"text_to_image.commands.{name}" for name in ("generate", "upscale", "optimize", "convert", "demo")}
+COMMANDS = {
+    name: f"text_to_image.commands.{name}" for name in ("generate", "upscale", "batch", "optimize", "convert", "demo")
+}
 COMMANDS |= {
     f"train_{name}": f"dalle_pytorch.training.commands.train_{name}"
     for name in ("tokenizer", "vae", "vqgan", "dalle", "clip")

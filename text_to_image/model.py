@@ -159,6 +159,10 @@ class Model:
                 self._fingerprints[name] = getattr(self, name).fingerprint()
         return {name: self._fingerprints[name] for name in names}
 
+    def num_bytes(self, name: str) -> int:
+        """The memory that the weights of this part take."""
+        return sum(tensor.nbytes for tensor in getattr(self, name).state_dict().values())
+
     @cached_property
     def prior(self) -> Prior:
         """The prior, with its text tokenizer."""

@@ -188,7 +188,7 @@ class TextToImage:
         batch_size: int = 4,
         num_inference_steps: str | int = "quad25",
         sampler: str = "ddim",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop_at: int | None = None,
         output_size: int | None = None,
         clip_guidance: bool | ClipGuidance = False,
@@ -205,6 +205,7 @@ class TextToImage:
                 rounding: noise is fixed by the seed, the tokens, and which of an input's images it is.
             num_inference_steps: diffusion steps, in any of the ways of `diffusion.schedule.spaced_steps`.
             sampler: one of `diffusion.samplers.SAMPLERS`.
+            seed: of the noise, for all inputs or one for each.
             stop_at: ends after so many steps, with the image predicted by then.
             output_size: side of the images in pixels; the decoder's, or 4 times that with super-resolution.
             clip_guidance: whether CLIP guides by the prompt of the inputs; or how, see `guidance`.
@@ -242,6 +243,7 @@ class TextToImage:
                 raise UsageError("guidance by CLIP needs a prompt, and these inputs have none; give pipe.guidance(…)")
             clip_guidance = self.guidance(result.prompt)
         items = [(i, number) for i in range(len(result)) for number in range(num_images)]
+        seeds = [seed] * len(result) if isinstance(seed, int) else seed
         total, done, told = len(items) * ((stop_at or steps) + more), 0, as_progress(progress, "diffusing", "step")
 
         def step(batch: Sequence[tuple[int, int]], number: int = 0, images: Tensor | None = None) -> None:
@@ -260,13 +262,14 @@ class TextToImage:
                 given = [image.input_pixels if init_from == "image" else image.pixels for image in inputs]
                 starts = [resize(pixels[None], drawn) for pixels in given if init_from and pixels is not None]
                 images = decoder.decode(
-                    tokens, num_inference_steps, sampler, seed, [number for _, number in batch],
+                    tokens, num_inference_steps, sampler, [seeds[i] for i, _ in batch], [n for _, n in batch],
                     guidance=clip_guidance or None, stop_at=stop_at, skip_steps=skip_steps, init_scale=init_scale,
                     init_image=torch.cat(starts).to(decoder.device) if starts else None,
                     callback=lambda number, images, batch=batch: step(batch, number, images),
                 )  # fmt: skip
                 if enlarger is not None:
-                    identities = [(seed, tuple(row), n) for row, (_, n) in zip(tokens.tolist(), batch, strict=True)]
+                    rows = zip(tokens.tolist(), batch, strict=True)
+                    identities = [(seeds[i], tuple(row), n) for row, (i, n) in rows]
                     images = enlarger.enlarge(images, size, identities, num_inference_steps, sampler,
                                               callback=lambda batch=batch: step(batch))  # fmt: skip
                 for (i, number), pixels in zip(batch, resize(images.cpu(), size), strict=True):

@@ -1,0 +1,472 @@
+"""Jobs: outputs are the same bytes on any number of workers, in any order, whatever was killed; and nothing is lost."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from batch_helpers import PROMPTS, Inline, job_settings, outputs, processes, run_inline, write_list
+from faults.models import write_models
+from faults.surroundings import disk
+from PIL import Image
+
+from dalle_pytorch.cli import run
+from dalle_pytorch.data.datasets import open_dataset
+from dalle_pytorch.errors import UsageError, UserError
+from dalle_pytorch.files import lock
+from dalle_pytorch.files.tokens import load_tokens
+from diffusion import DiffusionDecoder
+from text_to_image import TextToImage
+from text_to_image.batch import driver, local, stages
+from text_to_image.batch.folder import JobFolder
+from text_to_image.batch.job import run_job
+from text_to_image.batch.local import LocalExecutor, Place
+from text_to_image.commands import batch
+from text_to_image.inputs import find_inputs, read_caption
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload([*local.PRELOAD, "batch_helpers"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return write_list(tmp_path_factory.mktemp("list") / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models, prompts, tmp_path_factory):
+    """What the job of `job_settings` comes to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "job"
+    ended = run_inline(job_settings(models, folder, prompts))
+    assert ended.finished and ended.totals.prompts == 5 and not ended.totals.failed
+    return outputs(folder)
+
+
+def members(path):
+    with tarfile.open(path) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def manifest(folder):
+    return list(JobFolder(folder).rows())
+
+
+# What is made
+
+
+def test_a_job_draws_what_the_pipeline_draws(models, prompts, undisturbed, tmp_path):
+    """Candidates are fixed by seed, prompt and number, whatever batch they are in."""
+    run_inline(job_settings(models, tmp_path / "job", prompts))
+    pipe = TextToImage.from_pretrained(prior=models / "dalle", scorer=models / "clip", decoder=models / "decoder",
+                                       device="cpu")  # fmt: skip
+    rows = [row for row in manifest(tmp_path / "job") if not row["upscaled"]]
+    for number, prompt in enumerate(PROMPTS):
+        expected = pipe(prompt, 6, keep=3, upscale=True, num_inference_steps="1")
+        own = [row for row in rows if row["number"] == number]
+        assert [row["candidate"] for row in own] == [image.index for image in expected]
+        assert [row["score"] for row in own] == pytest.approx([image.score for image in expected], abs=1e-5)
+        files = members(tmp_path / "job" / own[0]["shard"])
+        for row, image in zip(own, expected, strict=True):
+            key = row["file"].removesuffix(".png")
+            (tmp_path / "tokens.npy").write_bytes(files[f"{key}.npy"])
+            assert torch.equal(load_tokens(tmp_path / "tokens.npy", 16), image.tokens)
+            facts = json.loads(files[f"{key}.json"])
+            assert facts["prompt"] == prompt and facts["candidate"] == image.index and facts["seed"] == 0
+            assert facts["models"] == pipe.model.fingerprints("prior", "tokenizer", "scorer", "decoder")
+        upscaled = members(tmp_path / "job/upscaled" / own[0]["shard"].partition("/")[2])
+        (tmp_path / "redrawn.png").write_bytes(upscaled[f"{number:09}-0.png"])
+        redrawn, wanted = (np.asarray(image).astype(int) for image in
+                           (Image.open(tmp_path / "redrawn.png"), expected[0].upscaled))  # fmt: skip
+        assert np.abs(redrawn - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_on_any_number_of_processes(models, prompts, undisturbed, tmp_path, workers):
+    run_job(job_settings(models, tmp_path / "job", prompts), processes(workers))
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_bytes_in_any_order(models, prompts, undisturbed, tmp_path, seed):
+    run_inline(job_settings(models, tmp_path / "job", prompts), seed=seed + 1)
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+def test_trainings_read_the_shards(models, prompts, tmp_path):
+    run_inline(job_settings(models, tmp_path / "job", prompts))
+    for folder, wds, count, side in (("shards", "png,txt", 15, 32), ("upscaled", "png,json", 5, 64)):
+        stream = open_dataset(tmp_path / "job" / folder, side, wds=wds, caption_key="prompt")
+        samples = [stream.decode(raw) for url in stream.urls for raw in stream.read_shard(url)]
+        assert len(samples) == count and {sample["caption"] for sample in samples} == set(PROMPTS)
+        assert all(sample["image"].shape == (3, side, side) for sample in samples)
+
+
+def test_folders_are_those_of_generate(models, prompts, tmp_path):
+    run_inline(job_settings(models, tmp_path / "job", prompts, output_format="folders"))
+    folder = tmp_path / "job/images/000000/000000000-a_red_seven_on_brick"
+    assert read_caption(folder) == PROMPTS[0] and len(find_inputs(folder)) == 3
+    rows = [row for row in manifest(tmp_path / "job") if row["number"] == 0]
+    assert [row["upscaled"] for row in rows] == [False, True, False, False]
+    for row in rows:
+        assert Image.open(tmp_path / "job" / row["file"]).size == (row["width"], row["height"])
+    assert not list((tmp_path / "job").rglob(".*"))
+
+
+def test_webp_and_no_ranking(models, prompts, tmp_path):
+    ended = run_inline(job_settings(models, tmp_path / "job", prompts, image_format="webp", clip_sort=False, diffuse=0))
+    rows = manifest(tmp_path / "job")
+    assert [row["candidate"] for row in rows] == [0, 1, 2] * 5 and ended.totals.candidates == 15
+    assert all(row["score"] is None and row["file"].endswith(".webp") for row in rows)
+    files = members(tmp_path / "job" / rows[0]["shard"])
+    (tmp_path / "image.webp").write_bytes(files[rows[0]["file"]])
+    assert Image.open(tmp_path / "image.webp").format == "WEBP"
+
+
+def test_settings_by_prompt(models, tmp_path):
+    lines = [{"key": "x", "prompt": "A red  seven", "seed": 7}, {"key": "y", "prompt": "a red seven", "temperature": 0},
+             {"key": "z", "prompt": "a red seven", "num_images": 2, "cond_scale": 2, "seed": 7}]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_inline(job_settings(models, tmp_path / "job", tmp_path / "p.jsonl", diffuse=2))
+    rows = [row for row in manifest(tmp_path / "job") if not row["upscaled"]]
+    assert [(row["key"], row["seed"], row["cond_scale"]) for row in rows] == \
+        [("x", 7, 1.0)] * 3 + [("y", 0, 1.0)] * 3 + [("z", 7, 2.0)] * 2  # fmt: skip
+    pipe = TextToImage.from_pretrained(prior=models / "dalle", scorer=models / "clip", device="cpu")
+    for key, options in (("x", {"seed": 7}), ("y", {"temperature": 0.0}), ("z", {"seed": 7, "cond_scale": 2.0})):
+        expected = pipe.generate("a red seven", 2 if key == "z" else 6, keep=3, **options)
+        assert [row["candidate"] for row in rows if row["key"] == key] == [image.index for image in expected]
+        assert [row["score"] for row in rows if row["key"] == key] == \
+            pytest.approx([image.score for image in expected], abs=1e-5)  # fmt: skip
+
+
+def test_images_to_complete(models, tmp_path):
+    (tmp_path / "cats").mkdir()
+    Image.open(models / "picture.png").save(tmp_path / "cats/1.png")
+    (tmp_path / "p.csv").write_text("prompt,image\na red seven,cats/1.png\na blue star,\n")
+    settings = job_settings(models, tmp_path / "job", tmp_path / "p.csv", num_init_img_tokens=8, num_images=2, keep=2)
+    run_inline(settings)
+    pipe = TextToImage.from_pretrained(prior=models / "dalle", device="cpu")
+    begin = pipe.encode_init_image(models / "picture.png", 8).numpy()
+    files = members(tmp_path / "job/shards/000000.tar")
+    for name in ("000000000-0.npy", "000000000-1.npy"):
+        (tmp_path / "t.npy").write_bytes(files[name])
+        assert np.array_equal(np.load(tmp_path / "t.npy")[:8], begin)
+    # An image that changes meanwhile is not another one's.
+    (tmp_path / "job/parts/000000.jsonl").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cats/1.png")
+    ended = run_inline(settings)
+    assert ended.totals.failed == 1
+    (failure,) = (failure for done in JobFolder(tmp_path / "job").done() for failure in done["failed"])
+    assert failure["reason"] == "image cats/1.png has changed since the job began"
+
+
+# Killed, interrupted, full
+
+
+def test_what_is_done_is_not_done_again(models, prompts, undisturbed, tmp_path):
+    settings = job_settings(models, tmp_path / "job", prompts)
+    made = []
+
+    def executor(config):
+        made.append(Inline(config))
+        return made[-1]
+
+    def stop():
+        return made and sum(task.stage == "pack" for task in made[-1].ran) == 2
+
+    ended = run_job(settings, executor, stop=stop)
+    assert not ended.finished and 0 < ended.totals.prompts < 5 and ended.manifest is None
+    first = list(made[-1].ran)
+    assert run_job(settings, executor).finished
+    # Blocks of tokens that were sampled are not sampled again, nor are units drawn again that are finished.
+    twice = {(task.stage, task.unit, task.block) for task in first} & {
+        (task.stage, task.unit, task.block) for task in made[-1].ran}  # fmt: skip
+    assert not any(stage == "sample" for stage, *_ in twice) and len(twice) < len(first)
+    assert outputs(tmp_path / "job") == undisturbed
+    assert run_job(settings, lambda config: pytest.fail("there is nothing to do")).finished
+
+
+class Killed(LocalExecutor):
+    """Kills one of its workers after some outcomes, at most twice: not even a block that both hit is given up."""
+
+    def __init__(self, config, moments):
+        super().__init__(config, [Place("cpu", 1)] * 2)
+        self.moments, self.left, self.deaths = moments, 2, 0
+
+    def wait(self, seconds):
+        outcomes = super().wait(seconds)
+        busy = [worker for worker in self.running if worker.ready and worker.tasks]
+        if self.left and busy and self.moments.random() < 0.15:
+            self.left -= 1
+            time.sleep(self.moments.uniform(0, 0.02))
+            self.moments.choice(busy).process.kill()
+        self.deaths += sum("SIGKILL" in (outcome.error or "") for outcome in outcomes)
+        return outcomes
+
+
+def test_workers_killed_at_any_moment(models, prompts, undisturbed, tmp_path):
+    moments, deaths = random.Random(5), 0
+    for number in range(6):
+        executors = []
+
+        def executor(config, executors=executors):
+            executors.append(Killed(config, moments))
+            return executors[-1]
+
+        folder = tmp_path / str(number)
+        run_job(job_settings(models, folder, prompts), executor)
+        deaths += executors[0].deaths
+        assert outputs(folder) == undisturbed
+    assert deaths
+
+
+def run_in_process(settings, workers):
+    torch.set_num_threads(1)
+    run_job(settings, processes(workers) if workers else Inline)
+
+
+def start(settings, workers):
+    process = forkserver.Process(target=run_in_process, args=(settings, workers))
+    process.start()
+    return process
+
+
+def files_in(folder):
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def kill_at(process, folder, count):
+    """Kills a process once there are so many files in a folder, unless it ends before."""
+    while process.is_alive() and files_in(folder) < count:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize(("workers", "kills", "jobs"), [(0, 6, 3), (2, 2, 1)])
+def test_the_driver_killed_at_any_moment(models, prompts, undisturbed, tmp_path, workers, kills, jobs):
+    """One job after another is killed several times, each time after it has gone on for a while."""
+    moments, killed = random.Random(3), 0
+    for number in range(jobs):
+        settings = job_settings(models, tmp_path / str(number), prompts)
+        for _ in range(kills):
+            process = start(settings, workers)
+            done = files_in(settings.outputs_dir)
+            code = kill_at(process, settings.outputs_dir, done + moments.randrange(8))
+            killed += code == -signal.SIGKILL
+        if workers:
+            run_job(settings, processes(1))
+        else:
+            run_inline(settings)
+        assert outputs(settings.outputs_dir) == undisturbed
+    assert killed > kills * jobs // 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_a_job_that_goes_on(models, prompts, undisturbed, tmp_path, number, monkeypatch, capsys):
+    settings = job_settings(models, tmp_path / "job", prompts)
+    handler = signal.getsignal(number)
+
+    def executor(config):
+        os.kill(os.getpid(), number)
+        return Inline(config)
+
+    monkeypatch.setattr("text_to_image.batch.job.local_executor", executor)
+    with pytest.raises(SystemExit) as ended:
+        batch.run(settings)
+    assert ended.value.code == 128 + number and signal.getsignal(number) is handler
+    assert "stopped: 0 of 5 prompts are done; the same command goes on" in capsys.readouterr().err
+    run_inline(settings)
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+@pytest.mark.parametrize("size", ["16k", "40k"])
+def test_a_full_disk(models, prompts, undisturbed, tmp_path, size, capsys):
+    with disk(tmp_path / "small", f"size={size}") as mounted:
+        if not mounted:
+            pytest.skip("no disk can be mounted here")
+        settings = job_settings(models, tmp_path / "small/job", prompts)
+        with pytest.raises(SystemExit) as ended:
+            run(lambda _: run_inline(settings), [])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and told.startswith("error: the disk is full") and told.count("\n") == 1
+        subprocess.run(["mount", "-o", "remount,size=4m", tmp_path / "small"], check=True)
+        run_inline(settings)
+        assert outputs(settings.outputs_dir) == undisturbed
+
+
+def test_two_drivers_of_one_job(models, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENT_WAIT", 0.1)
+    settings = job_settings(models, tmp_path / "job", prompts)
+
+    def executor(config):
+        with pytest.raises(UsageError, match="another process has a job in it"):
+            run_inline(settings)
+        return Inline(config)
+
+    assert run_job(settings, executor).finished
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"keep": 2}, "--keep 3, not 2"), ({"num_images": 7}, "--num_images 6, not 7"),
+     ({"batch_size": 5}, "--batch_size 4, not 5"), ({"temperature": 0.5}, "--temperature left out, not 0.5"),
+     ({"decoder_path": "default"}, "another decoder: "), ({"threads": 2}, "--threads 1, not 2")],
+)  # fmt: skip
+def test_another_setting_is_refused_by_name(models, prompts, undisturbed, tmp_path, changed, message):
+    run_inline(job_settings(models, tmp_path / "job", prompts), stop=lambda: True)
+    if "decoder_path" in changed:
+        changed = {"decoder_path": other_decoder(models, tmp_path / "other")}
+    with pytest.raises(UsageError, match=message):
+        run_inline(job_settings(models, tmp_path / "job", prompts, **changed))
+    # What does not decide the outputs may change.
+    run_inline(job_settings(models, tmp_path / "job", prompts, num_workers=7, retry_failed=True))
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+def other_decoder(models, folder):
+    decoder = DiffusionDecoder.from_pretrained(models / "decoder")
+    next(decoder.unet.parameters()).data += 1
+    decoder.save_pretrained(folder)
+    decoder.vae.save_pretrained(folder / "vae")
+    return str(folder)
+
+
+def test_another_list_and_another_folder_are_refused(models, prompts, tmp_path):
+    run_inline(job_settings(models, tmp_path / "job", prompts), stop=lambda: True)
+    other = write_list(tmp_path / "other.txt", ["a blue two"])
+    with pytest.raises(UsageError, match="was begun with another list of prompts, as its content has changed"):
+        run_inline(job_settings(models, tmp_path / "job", other))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"has other files in it \(thesis\.txt\)"):
+        run_inline(job_settings(models, tmp_path / "mine", prompts))
+
+
+def test_workers_refuse_other_models(models, prompts, tmp_path):
+    settings = job_settings(models, tmp_path / "job", prompts, decoder_path=other_decoder(models, tmp_path / "other"))
+
+    def executor(config):
+        (tmp_path / "other/model.safetensors").write_bytes((models / "decoder/model.safetensors").read_bytes())
+        return processes(1)(config)
+
+    with pytest.raises(UserError, match="a worker opens another decoder than the job began with"):
+        run_job(settings, executor)
+
+
+# Poison
+
+
+def poison(*names):
+    """Fails tasks of some stages that have the prompt "a blue star on wood"."""
+
+    def fail(task):
+        if task.stage in names and any("blue star" in item.prompt.text for item in task.items):
+            raise RuntimeError("poison")
+
+    return fail
+
+
+@pytest.mark.parametrize("stage", ["sample", "score", "diffuse", "pack"])
+def test_a_poisonous_prompt_is_set_aside(models, prompts, undisturbed, tmp_path, stage):
+    settings = job_settings(models, tmp_path / "job", prompts)
+    ended = run_inline(settings, fail=poison(stage))
+    assert ended.finished and ended.totals.failed == 1 and ended.totals.prompts == 5
+    (failure,) = (json.loads(line) for line in (tmp_path / "job/failed.jsonl").read_text().splitlines())
+    assert (failure["place"], failure["stage"], failure["reason"]) == ("line 2", stage, "RuntimeError: poison")
+    assert {row["number"] for row in manifest(tmp_path / "job")} == {0, 2, 3, 4}
+    tries = [entry for entry in JobFolder(tmp_path / "job").read_log() if entry["event"] == "failure"]
+    assert "RuntimeError: poison" in tries[0]["traceback"] and len(tries) >= 3
+    # Other units are those of an undisturbed run; in any order the bytes are the same.
+    assert outputs(tmp_path / "job")["shards/000001.tar"] == undisturbed["shards/000001.tar"]
+    run_inline(job_settings(models, tmp_path / "again", prompts), seed=9, fail=poison(stage))
+    assert outputs(tmp_path / "again") == outputs(tmp_path / "job")
+    # And again without the poison.
+    assert run_inline(settings, fail=lambda task: pytest.fail("it is done")).totals.failed == 1
+    settings.retry_failed = True
+    assert run_inline(settings).totals.failed == 0
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+def test_failures_that_pass_leave_no_trace(models, prompts, undisturbed, tmp_path):
+    """A block that failed three times, though no prompt of it does alone, is computed whole again."""
+    failed = {}
+
+    def fail(task):
+        if len({item.prompt.number for item in task.items}) > 1:
+            key = task.stage, task.unit, task.block
+            failed[key] = failed.get(key, 0) + 1
+            if failed[key] <= driver.TRIES:
+                raise RuntimeError("passing")
+
+    ended = run_inline(job_settings(models, tmp_path / "job", prompts), fail=fail)
+    assert {stage for stage, _, _ in failed} == {"sample", "score", "diffuse"} and not ended.totals.failed
+    assert outputs(tmp_path / "job") == undisturbed
+
+
+def test_a_block_that_fails_only_as_a_whole(models, prompts, tmp_path):
+    """As for want of memory: its prompts alone are taken."""
+
+    def fail(task):
+        if len({item.prompt.number for item in task.items}) > 1:
+            raise MemoryError
+
+    ended = run_inline(job_settings(models, tmp_path / "job", prompts), fail=fail)
+    assert ended.totals.failed == 0 and len(manifest(tmp_path / "job")) == 20
+
+
+def deadly_work(connection, config, place, name):
+    """A worker that dies of a prompt."""
+    sample = stages.Stages.sample
+
+    def deadly(self, items):
+        if any("blue star" in item.prompt.text for item in items):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample(self, items)
+
+    stages.Stages.sample = deadly
+    local.work(connection, config, place, name)
+
+
+class Deadly(LocalExecutor):
+    target = staticmethod(deadly_work)
+
+
+def test_a_prompt_that_kills_its_worker(models, prompts, tmp_path):
+    settings = job_settings(models, tmp_path / "job", prompts, diffuse=0)
+    ended = run_job(settings, lambda config: Deadly(config, [Place("cpu", 1)] * 2))
+    assert ended.totals.failed == 1
+    (failure,) = (json.loads(line) for line in (tmp_path / "job/failed.jsonl").read_text().splitlines())
+    assert "blue star" in failure["prompt"] and failure["reason"] == \
+        "the worker ended: SIGKILL, which the system sends where memory is short"  # fmt: skip
+    run_inline(job_settings(models, tmp_path / "raised", prompts, diffuse=0), fail=poison("sample"))
+    differ = {name for name, data in outputs(tmp_path / "raised").items() if outputs(tmp_path / "job")[name] != data}
+    assert differ == {"failed.jsonl", "parts/000000.jsonl"}  # which have the reason
+
+
+def test_a_job_in_which_everything_fails_stops(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "HOPELESS", 3)
+
+    def fail(task):
+        raise RuntimeError("no luck")
+
+    prompts = write_list(tmp_path / "p.txt", [f"a red {word}" for word in ("seven", "star", "heart", "two", "on", "x")])
+    with pytest.raises(UserError, match="3 prompts failed and none was drawn, so the job stops: RuntimeError: no luck"):
+        run_inline(job_settings(models, tmp_path / "job", prompts, diffuse=0), fail=fail)

@@ -1,0 +1,160 @@
+"""The stages of a job on one device: prompts to tokens, tokens to ranked images, those redrawn, and all as files.
+
+Every stage is a pure function of its items: the same items in the same batch give the same bytes on every worker of one
+kind of machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_pytorch.errors import CheckpointError, FileError
+from dalle_pytorch.files.images import decode_image, tensor_to_image
+from dalle_pytorch.sampling.filters import require_finite
+from dalle_pytorch.sampling.loop import Prefix, evaluation, prefill, sample_image_tokens
+from dalle_pytorch.sampling.uniforms import candidate_uniforms
+from text_to_image.batch.executor import WorkerConfig
+from text_to_image.batch.outputs import Packer
+from text_to_image.batch.plan import read_image_bytes
+from text_to_image.batch.tasks import STAGES, Candidate, Chosen, Draw, Drawn, Finished, Packed, Prompt, Scored
+from text_to_image.pipeline import TextToImage
+from text_to_image.results import Result, ResultImage
+
+
+class Stages:
+    """The models that some stages need, on a device.
+
+    Raises `CheckpointError` if they are not those of the driver.
+    """
+
+    def __init__(self, config: WorkerConfig, device: str, stages: Sequence[str] = STAGES):
+        self.config, self.settings = config, config.settings
+        self.pipe = TextToImage.from_pretrained(device=device, **self.settings.parts())
+        needed = [name for name in self.settings.part_names() if set(stages) & set(_NEEDED_BY[name])]
+        self.pipe.model.open(*(name for name in needed if name != "tokenizer"))
+        for name, found in self.pipe.model.fingerprints(*needed).items():
+            if found != config.fingerprints[name]:
+                raise CheckpointError(f"a worker opens another {name} than the job began with ({found[:8]}, not "
+                                      f"{config.fingerprints[name][:8]}): its files have changed")  # fmt: skip
+        self.packer = Packer(self.settings, config.fingerprints)
+        self.prefix: tuple[object, Prefix] | None = None  # of the last prompts, and of the last texts of CLIP
+        self.text_features: tuple[object, Tensor] | None = None
+
+    def run(self, stage: str, items: Sequence[Any]) -> list[Any]:
+        """The results of some items, one each."""
+        return {"sample": self.sample, "score": self.score, "diffuse": self.diffuse, "pack": self.pack}[stage](items)
+
+    # sample
+
+    def sample(self, items: Sequence[Draw]) -> list[np.ndarray]:
+        """The image tokens (count, image_seq_len) int64 of candidates of prompts with equal sampling settings."""
+        prior, prompts = self.pipe.model.prior, tuple(item.prompt for item in items)
+        with evaluation(prior):
+            text, prefix = prior.tokenize([prompt.text for prompt in prompts]), self._prefix(prompts)
+            rows = [i for i, item in enumerate(items) for _ in range(item.count)]
+            uniforms = [
+                candidate_uniforms(item.prompt.seed, text[i], range(item.first, item.first + item.count),
+                                   prior.image_seq_len)
+                for i, item in enumerate(items)
+            ]  # fmt: skip
+            tokens = sample_image_tokens(prior, prefix, torch.tensor(rows, device=prior.device), torch.cat(uniforms),
+                                         prompts[0].sampling).cpu().numpy()  # fmt: skip
+        ends = np.cumsum([item.count for item in items])[:-1]
+        return [part.copy() for part in np.split(tokens, ends)]
+
+    def _prefix(self, prompts: Sequence[Prompt]) -> Prefix:
+        """The prompts after their pass through the prior; the blocks of one prompt need it one after the other."""
+        key = [(prompt.text, prompt.image_hash, prompt.sampling.cond_scale) for prompt in prompts]
+        if self.prefix is None or self.prefix[0] != key:
+            self.prefix = None  # first: two may not fit in memory
+            prior = self.pipe.model.prior
+            text = prior.tokenize([prompt.text for prompt in prompts])
+            images = [self._init_tokens(prompt) for prompt in prompts if prompt.image is not None]
+            prefix = prefill(prior, text, torch.stack(images).to(prior.device) if images else None,
+                             prompts[0].sampling.cond_scale)  # fmt: skip
+            self.prefix = key, prefix
+        return self.prefix[1]
+
+    def _init_tokens(self, prompt: Prompt) -> Tensor:
+        """The image tokens that the candidates of a prompt begin with."""
+        data = read_image_bytes(self.config.images, prompt.image)
+        if hashlib.sha256(data).hexdigest() != prompt.image_hash:
+            raise FileError(f"image {prompt.image} has changed since the job began")
+        return self.pipe.encode_init_image(decode_image(data), self.settings.num_init_img_tokens)
+
+    # score
+
+    def score(self, items: Sequence[Drawn]) -> list[Scored]:
+        """The images of candidates, decoded and scored; of each item the best that may be kept."""
+        prior = self.pipe.model.prior
+        counts = [len(item.tokens) for item in items]
+        with evaluation(prior):
+            tokens = torch.from_numpy(np.concatenate([item.tokens for item in items])).to(prior.device)
+            images = prior.vae.decode_image(tokens)
+            require_finite(images.isfinite().all(), "pixels of the image tokenizer")
+            scores = self._scores([item.prompt.text for item in items], counts, images)
+            pixels = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        results, start = [], 0
+        for item, count in zip(items, counts, strict=True):
+            own = None if scores is None else scores[start : start + count]
+            best = range(count) if own is None else heapq.nlargest(count, range(count), key=own.__getitem__)
+            kept = [
+                Candidate(item.first + i, item.tokens[i].copy(), pixels[start + i].copy(),
+                          None if own is None else own[i])
+                for i in list(best)[: self.settings.keep]
+            ]  # fmt: skip
+            results.append(Scored(kept, own or []))
+            start += count
+        return results
+
+    def _scores(self, texts: list[str], counts: list[int], images: Tensor) -> list[float] | None:
+        """CLIP's cosine similarities, n of them, of images (n, 3, h, w) to their prompts, `counts` of each."""
+        if not self.settings.clip_sort:
+            return None
+        clip = self.pipe.model.scorer
+        if self.text_features is None or self.text_features[0] != texts:
+            self.text_features = texts, clip.encode_text(clip.tokenize(texts).to(clip.device))
+        rows = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=clip.device)
+        scores = F.cosine_similarity(self.text_features[1][rows], clip.encode_image(images.to(clip.device)))
+        require_finite(scores.isfinite().all(), "scores")
+        return [round(score, SCORE_DIGITS) for score in scores.tolist()]
+
+    # diffuse
+
+    def diffuse(self, items: Sequence[Chosen]) -> list[np.ndarray]:
+        """The images (h, w, 3) uint8 that the diffusion decoder makes of candidates; of one prompt, with guidance."""
+        settings = self.settings
+        inputs = [
+            ResultImage(item.candidate.index, torch.from_numpy(item.candidate.tokens),
+                        torch.from_numpy(item.candidate.pixels).permute(2, 0, 1).float() / 255)
+            for item in items
+        ]  # fmt: skip
+        guidance = False
+        if settings.clip_guidance:
+            guidance = self.pipe.guidance(items[0].prompt.text, clip_guidance_scale=settings.clip_guidance_scale)
+        upscaled = self.pipe.upscale_each(
+            Result(inputs), batch_size=len(items), num_inference_steps=settings.steps, sampler=settings.sampler,
+            seed=[item.prompt.seed for item in items], output_size=settings.output_size, clip_guidance=guidance,
+        )  # fmt: skip
+        return [np.array(tensor_to_image(image.pixels)) for image in upscaled]
+
+    # pack
+
+    def pack(self, items: Sequence[Finished]) -> list[Packed]:
+        """The files of prompts, and their rows of the manifest."""
+        return [self.packer.pack(item) for item in items]
+
+
+SCORE_DIGITS = 6
+_NEEDED_BY = {
+    "prior": ("sample", "score"), "tokenizer": ("sample",), "scorer": ("score", "diffuse"),
+    "decoder": ("diffuse",), "super_resolution": ("diffuse",),
+}  # fmt: skip
