@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 
@@ -470,3 +472,97 @@ def test_a_job_in_which_everything_fails_stops(models, tmp_path, monkeypatch):
     prompts = write_list(tmp_path / "p.txt", [f"a red {word}" for word in ("seven", "star", "heart", "two", "on", "x")])
     with pytest.raises(UserError, match="3 prompts failed and none was drawn, so the job stops: RuntimeError: no luck"):
         run_inline(job_settings(models, tmp_path / "job", prompts, diffuse=0), fail=fail)
+
+
+# The command, and what is seen of a job
+
+
+@pytest.fixture
+def command(models, tmp_path, monkeypatch):
+    """Runs `dalle batch` in this process; returns the exit code."""
+    monkeypatch.setattr("text_to_image.batch.job.local_executor", Inline)
+
+    def call(*options, prompts=PROMPTS):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        parts = [f"--{name}_path={models}/{folder}" for name, folder in
+                 (("dalle", "dalle"), ("clip", "clip"), ("decoder", "decoder"))]  # fmt: skip
+        arguments = ["--prompts", tmp_path / "p.jsonl", *parts, "--num_images", 4, "--keep", 2, "--unit_prompts", 2,
+                     "--device", "cpu", "--steps", 1, "--outputs_dir", tmp_path / "job", *options]  # fmt: skip
+        try:
+            run(batch.main, [*map(str, arguments)])
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    return call
+
+
+def test_the_command(command, tmp_path, capsys):
+    import pyarrow.parquet
+
+    assert command("--diffuse", 1, "--report_to", "tensorboard") == 0
+    told = capsys.readouterr()
+    assert f"{tmp_path}/job: 15 images of 5 prompts in " in told.out and "see manifest.parquet" in told.out
+    table = pyarrow.parquet.read_table(tmp_path / "job/manifest.parquet").to_pylist()
+    assert table == manifest(tmp_path / "job")
+    best = {row["prompt"]: row["score"] for row in table if row["rank"] == 0}
+    assert [*best] == PROMPTS
+    assert list((tmp_path / "job/tensorboard").glob("events*"))
+    assert command("--diffuse", 1) == 0 and command("--diffuse", 2) == 2
+    assert "was begun with --diffuse 1, not 2; go on with that" in capsys.readouterr().err
+
+
+def test_rows_that_are_set_aside_are_told(command, tmp_path, capsys):
+    assert command(prompts=[*PROMPTS, "", "a blue two", 7]) == 3
+    told = capsys.readouterr().err
+    assert "set aside: line 6: empty\n" in told and "set aside: line 7: duplicate of line 5\n" in told
+    assert "3 rows of the list were set aside, see " in told and "rejected.jsonl" in told
+    assert [row["place"] for row in JobFolder(tmp_path / "job").rejected()] == ["line 6", "line 7", "line 8"]
+
+
+def test_a_list_without_a_usable_row(command, tmp_path, capsys):
+    assert command(prompts=["", 7]) == 2
+    assert "has no prompt that can be used: line 1: empty" in capsys.readouterr().err
+    assert command() == 0  # with another list the same folder
+
+
+def test_failures_are_told(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("text_to_image.batch.job.local_executor", lambda config: Inline(config, fail=poison("sample")))
+    assert command() == 3
+    told = capsys.readouterr().err
+    assert "failed: line 2: 'a blue star on wood': RuntimeError: poison" in told
+    assert "1 prompts failed and were set aside, see " in told and "--retry_failed tries again" in told
+    monkeypatch.setattr("text_to_image.batch.job.local_executor", Inline)
+    assert command() == 3 and command("--retry_failed") == 0
+
+
+def test_without_pyarrow_there_is_a_manifest_too(command, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert command() == 0
+    assert "manifest.parquet needs pyarrow: pip install" in capsys.readouterr().out
+    lines = (tmp_path / "job/manifest.jsonl").read_text().splitlines()
+    assert [*map(json.loads, lines)] == manifest(tmp_path / "job")
+    assert command() == 0 and not (tmp_path / "job/manifest.jsonl").exists()
+    assert (tmp_path / "job/manifest.parquet").exists()
+
+
+def test_status_and_report(command, models, tmp_path, capsys, monkeypatch):
+    fail = poison("score")
+    monkeypatch.setattr("text_to_image.batch.job.local_executor", lambda config: Inline(config, fail=fail))
+    assert command(prompts=[*PROMPTS, "<b>red</b>", ""]) == 3
+    (tmp_path / "job/parts/000002.jsonl").unlink()
+    capsys.readouterr()
+    batch.main(["status", str(tmp_path / "job")])
+    table = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert table["state"].startswith("interrupted") and table["prompts"] == "4 of 6" and table["units"] == "2 of 3"
+    assert table["candidates"] == "16 of 24" and table["images"] == "6"
+    assert command(prompts=[*PROMPTS, "<b>red</b>", ""]) == 3
+    batch.main(["report", str(tmp_path / "job")])
+    page = (tmp_path / "job/report.html").read_text()
+    assert page.count("<rect") > 2 and page.count("data:image/png;base64,") == 2 * 5 and "<polyline" in page
+    assert "RuntimeError: poison" in page and "a blue star on wood" in page and "line 7" in page
+    assert "&lt;b&gt;red" in page and "<b>" not in page and "http" not in page
+    for name in ("status", "report"):
+        with pytest.raises(UsageError, match=r"is no job's folder: there is no job\.json"):
+            batch.main([name, str(models)])

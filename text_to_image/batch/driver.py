@@ -276,13 +276,13 @@ class Driver:
         """Whether all is done; False if it was to stop."""
         more = True
         while not self.stop():
-            more = self._fill(units) if more else more
+            more = more and self._fill(units)
+            if self.watch is not None:
+                self.watch(self.totals, self.drawn)
             if not more and not self.open:
                 return True
             for outcome in self.executor.wait(0.5):
                 self._take(outcome)
-            if self.watch is not None:
-                self.watch(self.totals, self.drawn)
         return False
 
     def _fill(self, units: Iterator[Unit]) -> bool:

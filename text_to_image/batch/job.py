@@ -75,7 +75,7 @@ def run_job(
         files = list_files(settings.prompts)
         job, config = prepare(folder, settings, files, reading)
         totals = Totals()
-        for done in list(folder.done()):
+        for done in folder.done():
             if settings.retry_failed and done["failed"]:
                 folder.forget([done["unit"]])
             else:
@@ -121,7 +121,10 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     config = WorkerConfig(settings, fingerprints, images_folder(settings, files), weights)
     sampling = pipe.sampling(top_k=settings.top_k, top_p=settings.top_p, temperature=settings.temperature,
                              cond_scale=settings.cond_scale)  # fmt: skip
-    job = Job(settings.recorded(), asdict(sampling), fingerprints, pick_device(settings.device).type, digest(files),
+    recorded = settings.recorded()
+    if settings.clip_guidance and settings.clip_guidance_scale is None:
+        recorded["clip_guidance_scale"] = pipe.model.clip_guidance_scale
+    job = Job(recorded, asdict(sampling), fingerprints, pick_device(settings.device).type, digest(files),
               {"torch": torch.__version__, "dalle": dalle_pytorch.__version__})  # fmt: skip
     if known is not None:
         if difference := known.difference(job):
@@ -132,7 +135,8 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     defaults = Defaults(settings.seed, settings.num_images, sampling, config.images,
                         settings.truncate_text, most)  # fmt: skip
     counts = write_plan(read_rows(files, dict(settings.columns)), pipe.model.prior, defaults,
-                        folder.path / PROMPTS_NAME, folder.path / REJECTED_NAME, reading)  # fmt: skip
+                        folder.path / PROMPTS_NAME, folder.path / REJECTED_NAME, pipe.model.unknown_words,
+                        reading)  # fmt: skip
     if not counts.prompts:
         raise FileError(f"{settings.prompts} has no prompt that can be used{_first_reason(folder)}")
     kept = min(settings.keep or settings.num_images, settings.num_images) + settings.diffuse

@@ -176,7 +176,10 @@ def work(connection: Connection, config: WorkerConfig, place: Place, name: str) 
         except EOFError:
             return
         outcome = run_task(stages, task, name)
-        connection.send(outcome)
+        try:
+            connection.send(outcome)
+        except OSError:  # the driver has ended
+            return
         if outcome.traceback is not None and place.device != "cpu":
             return  # after an error of the device nothing that follows can be trusted
 

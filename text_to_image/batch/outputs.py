@@ -21,7 +21,7 @@ from text_to_image.batch.tasks import Finished, Packed, Prompt, Unit
 from text_to_image.results import Result, ResultImage, safe_name
 
 SHARDS, UPSCALED, FOLDERS = "shards", "upscaled", "images"  # folders of the job
-DIFFUSION = ("steps", "sampler", "output_size", "clip_guidance")
+DIFFUSION = ("steps", "sampler", "output_size", "clip_guidance", "clip_guidance_scale")
 
 
 class Packer:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Counts:
     prompts: int = 0
     candidates: int = 0
     rejected: int = 0
+    unknown: int = 0  # prompts with words that the model has never seen
 
 
 def merge_sampling(base: SamplingSettings, given: Mapping[str, float | None]) -> SamplingSettings:
@@ -121,7 +122,7 @@ def _number(values: Mapping[str, Any], name: str, kind: type, low: float = -1e12
     value = values.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return default
-    noun = "a number" if kind is float else f"a whole number from {low:.0f} to {high:.0f}"
+    noun = "a number" if kind is float else f"a whole number from {low} to {high}"
     problem = UsageError(f"{name} is {shorten(value)!r}, expected {noun}")
     try:
         number = kind(value) if isinstance(value, str | int) else kind(float(value))
@@ -152,10 +153,11 @@ def read_image_bytes(folder: str, name: object) -> bytes:
 
 
 def write_plan(rows: Iterable[Row | BadRow], prior: Prior, defaults: Defaults, prompts_path: Path,
-               rejected_path: Path, progress: Any = None) -> Counts:  # fmt: skip
+               rejected_path: Path, unknown_words: Callable[[str], list[str]] = lambda prompt: [],
+               progress: Callable[[int], object] | None = None) -> Counts:  # fmt: skip
     """Writes the prompts of some rows, and the rows that cannot be used with the reason, as JSON lines.
 
-    `progress` is called with the rows read so far.
+    `unknown_words` are those of a prompt that the model has never seen; `progress` is called with the rows read so far.
     """
     counts = Counts()
     database = prompts_path.with_name(".seen.sqlite")
@@ -177,6 +179,7 @@ def write_plan(rows: Iterable[Row | BadRow], prior: Prior, defaults: Defaults, p
                     bad_file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
                 else:
                     counts.prompts, counts.candidates = counts.prompts + 1, counts.candidates + found.num_images
+                    counts.unknown += bool(unknown_words(found.text))
                     good_file.write(json.dumps(_as_json(found, defaults.sampling), ensure_ascii=False) + "\n")
                 if progress is not None:
                     progress(read)

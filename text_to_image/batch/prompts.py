@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from webdataset.shardlists import expand_urls
 
 from dalle_pytorch.data.shards import ARCHIVE_SUFFIXES
-from dalle_pytorch.errors import FileError, UsageError, shorten
+from dalle_pytorch.errors import FileError, UsageError, as_message, shorten
 from dalle_pytorch.files.boundary import opening, reason
 from text_to_image.batch.settings import COLUMNS
 
@@ -29,6 +29,7 @@ PROMPT_NAMES = ("prompt", "caption", "text", "txt")  # of the column, unless tol
 LONGEST_LINE = 2**20  # characters
 LARGEST_MEMBER = 2**20  # bytes of a caption in an archive
 INSTALL = "pip install 'dalle-diffusion[batch]'"
+LONGEST_PLACE = 200  # characters
 CHUNK = 2**20
 
 
@@ -123,22 +124,20 @@ def read_rows(files: list[str], columns: Mapping[str, str]) -> Iterator[Row | Ba
     for name in files:
         before = f"{os.path.basename(name)}, " if len(files) > 1 else ""
         read = readers.get(os.path.splitext(name.lower())[1], _archive)
-        rows = _opened(name, read)
-        for place, values in rows:
-            if isinstance(values, str):
-                yield BadRow(before + place, values)
-            else:
-                yield _named(name, before + place, values, columns)
+        wanted = {*COLUMNS, *PROMPT_NAMES, *columns.values()}
+        for place, values in _opened(name, read, wanted):
+            place = as_message(before + place, LONGEST_PLACE)
+            yield BadRow(place, values) if isinstance(values, str) else _named(name, place, values, columns)
 
 
 Raw = tuple[str, dict[str, Any] | str]  # a place; and values by column, or what is wrong with it
 
 
-def _opened(name: str, read: Any) -> Iterator[Raw]:
-    """What `read` reads; whatever fails meanwhile is a refusal of the file."""
+def _opened(name: str, read: Callable[..., Iterator[Raw]], wanted: set[str]) -> Iterator[Raw]:
+    """What `read` reads; whatever fails meanwhile is a refusal of the file. `wanted` are the columns to read."""
     with opening(name, "cannot be read", FileError), open_address(name) as file:
         try:
-            yield from read(file)
+            yield from read(file, wanted) if read is _parquet_rows else read(file)
         except UsageError as error:
             raise FileError(f"{name}: {error}") from None
 
@@ -250,12 +249,13 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-def _parquet_rows(file: BinaryIO) -> Iterator[Raw]:
-    number = 0
-    for batch in _parquet().ParquetFile(file).iter_batches(batch_size=1024):
+def _parquet_rows(file: BinaryIO, wanted: set[str]) -> Iterator[Raw]:
+    number, table = 0, _parquet().ParquetFile(file)
+    names = dict.fromkeys(table.schema_arrow.names)
+    for batch in table.iter_batches(batch_size=1024, columns=[name for name in names if name in wanted]):
         for values in batch.to_pylist():
             number += 1
-            yield f"row {number}", values
+            yield f"row {number}", {**names, **values}
 
 
 def _archive(file: BinaryIO) -> Iterator[Raw]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.lock import LOCK_NAME
@@ -87,7 +87,7 @@ def describe(path: Path) -> str:
         rows.append(("rate", f"{rate[0]:.3g} candidates/s, {rate[1]:.3g} prompts/s"))
         if left:
             rows.append(("time left", duration((counts.candidates - totals.candidates) / rate[0])))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+    return "\n".join(f"{name:<15}  {value}" for name, value in rows)
 
 
 def _is_running(path: Path) -> bool:
@@ -97,5 +97,5 @@ def _is_running(path: Path) -> bool:
     try:
         with FileLock(path / LOCK_NAME, timeout=0):
             return False
-    except Timeout:
+    except OSError:  # a Timeout too; or another user's
         return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_pytorch.errors import shorten
+from dalle_pytorch.errors import as_message, shorten
 from dalle_pytorch.settings import Settings, option
 from dalle_pytorch.training.interruption import SignalWatch
 from text_to_image.batch.settings import BatchSettings
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from text_to_image.batch.plan import Counts
 
 SET_ASIDE = 3  # exit code
+LONGEST_LINE = 300  # characters
 SHOWN = 5  # rows and prompts set aside that are printed
 
 
@@ -39,17 +40,19 @@ class ReportSettings(Settings):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name == "status":
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["status"]:
+        settings = StatusSettings.parse(argv[1:], "dalle batch status")
         from text_to_image.batch.status import describe
 
-        print(describe(StatusSettings.parse(rest, "dalle batch status").job))
-    elif name == "report":
+        print(describe(settings.job))
+    elif argv[:1] == ["report"]:
+        settings = ReportSettings.parse(argv[1:], "dalle batch report")
         from text_to_image.batch.report import write_report
 
-        print(write_report(ReportSettings.parse(rest, "dalle batch report").job))
+        print(write_report(settings.job))
     else:
-        run(BatchSettings.parse([name, *rest]))
+        run(BatchSettings.parse(argv))
 
 
 def run(settings: BatchSettings) -> None:
@@ -63,7 +66,10 @@ def run(settings: BatchSettings) -> None:
     with SignalWatch() as watch, JobBar() as bar, Tracker(settings) as tracker:
 
         def planned(counts: Counts, totals: Totals, executor: Executor) -> None:
+            bar.close()
             tell_rejected(settings.outputs_dir, counts.rejected)
+            if counts.unknown:
+                print(f"warning: {counts.unknown} prompts have words that this model has never seen", file=sys.stderr)
             bar.begin(counts, totals, executor)
 
         def progress(totals: Totals, drawn: int) -> None:
@@ -87,7 +93,7 @@ def tell_rejected(folder: Path, rejected: int) -> None:
     for number, row in enumerate(JobFolder(folder).rejected() if rejected else ()):
         if number == SHOWN:
             break
-        print(f"set aside: {row['place']}: {row['reason']}", file=sys.stderr)
+        print(as_message(f"set aside: {row['place']}: {row['reason']}", LONGEST_LINE), file=sys.stderr)
     if rejected > SHOWN:
         print(f"set aside: {rejected - SHOWN} more rows, see {folder / REJECTED_NAME}", file=sys.stderr)
 
@@ -97,6 +103,9 @@ def tell(folder: Path, ended: Ended, seconds: float) -> None:
     from text_to_image.batch.folder import FAILED_NAME, REJECTED_NAME, JobFolder
 
     totals, counts = ended.totals, ended.counts
+    if ended.manifest is not None and ended.manifest.suffix == ".jsonl":
+        print("manifest.parquet needs pyarrow: pip install 'dalle-diffusion[batch]', and give the same command again; "
+              "until then there is manifest.jsonl")  # fmt: skip
     if ended.manifest is not None:
         print(f"{folder}: {totals.images} images of {totals.prompts - totals.failed} prompts in {seconds:.1f} s; see "
               f"{ended.manifest.name}")  # fmt: skip
@@ -105,7 +114,8 @@ def tell(folder: Path, ended: Ended, seconds: float) -> None:
     if totals.failed:
         failures = (failure for done in JobFolder(folder).done() for failure in done["failed"])
         for _, failure in zip(range(SHOWN), failures, strict=False):
-            print(f"failed: {failure['place']}: {shorten(failure['prompt'])!r}: {failure['reason']}", file=sys.stderr)
+            told = f"failed: {failure['place']}: {shorten(failure['prompt'])!r}: {failure['reason']}"
+            print(as_message(told, LONGEST_LINE), file=sys.stderr)
         print(f"{totals.failed} prompts failed and were set aside, see {folder / FAILED_NAME}; --retry_failed tries "
               "again", file=sys.stderr)  # fmt: skip
 
@@ -125,7 +135,6 @@ class JobBar:
         self.bar.update(rows - self.bar.n)
 
     def begin(self, counts: Counts, totals: Totals, executor: Executor) -> None:
-        self.close()
         self.started, self.first, self.counts = time.monotonic(), totals.prompts, counts
         self.before = totals.candidates
         self.bar = self.make(desc=f"{executor.workers} workers", total=counts.candidates, initial=totals.candidates,
