@@ -9,13 +9,6 @@ from dalle_pytorch.nn.cache import KVCache
 from dalle_pytorch.nn.rotary import apply_rotary
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the dtype of its input: autocast does not cast the weight, and mixed dtypes are slow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class Attention(DotProductAttention):
     """Multi-head attention; `qk_norm` adds an RMS norm on queries and keys (arXiv:2302.05442), before the rotation."""
 
@@ -29,8 +22,8 @@ class Attention(DotProductAttention):
         self.pattern = pattern
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim)
-        self.q_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
-        self.k_norm = RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.q_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -43,8 +36,11 @@ class Attention(DotProductAttention):
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, -1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = qkv.unbind(2)
-            qkv = torch.stack((self.q_norm(q), self.k_norm(k), v), dim=2)
+            qk, v = qkv.split((2, 1), dim=2)
+            weights = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None]
+            # Both at once, and in the dtype of the input: autocast does not cast weights, and mixed dtypes are slow.
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=self.q_norm.eps) * weights.to(qk.dtype)
+            qkv = torch.cat((qk, v), dim=2)
         if rotary is not None:
             # DALLE-pytorch rotates the values too.
             qkv = apply_rotary(qkv.flatten(2, 3), rotary).view_as(qkv)
@@ -54,9 +50,10 @@ class Attention(DotProductAttention):
 
         mask = None
         if self.pattern is not None:
-            mask = self.pattern(k.shape[2] - length, k.shape[2])
+            stop = length if cache is None else cache.length
+            mask = self.pattern(stop - length, stop)
         elif key_mask is not None:
             mask = key_mask[:, None, None, :]
         is_causal = self.causal and mask is None and length > 1
-        out = self.attend(q, k, v, mask, is_causal)
+        out = self.attend(q, k, v, mask, is_causal, None if cache is None else cache.prompts)
         return self.dropout(self.to_out(out.transpose(1, 2).reshape(batch, length, -1)))

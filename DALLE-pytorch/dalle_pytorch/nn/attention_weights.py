@@ -13,11 +13,35 @@ class DotProductAttention(nn.Module):
 
     recorded: list[Tensor] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """`F.scaled_dot_product_attention` of queries (b, heads, n, dim_head) to m keys and values."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False,
+        prompts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`F.scaled_dot_product_attention` of queries (b, heads, n, dim_head) to m keys and values; and where they are
+        given to those of `prompts`, see `KVCache`, before these: then n is 1."""
         if self.recorded is not None:
-            self.recorded.append(attention_weights(q, k, mask, is_causal))
+            keys = k if prompts is None else torch.cat((prompts[0].repeat_interleave(len(k) // len(prompts[0]), 0), k), 2)
+            self.recorded.append(attention_weights(q, keys, mask, is_causal))
+        if prompts is not None:
+            return attend_in_parts(q, k, v, mask, prompts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prompts: Tensor) -> Tensor:
+    """Attention of one query (b, heads, 1, dim_head) each to the keys of `prompts`, read once for all queries of a
+    prompt, and to its own, merged by the logarithms of the sums in both softmaxes (arXiv:2402.05099)."""
+    _, count, heads, length, dim_head = prompts.shape
+    bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    first, second = (None, None) if bias is None else (bias[..., :length], bias[..., length:])
+    together = q.view(count, -1, heads, dim_head).transpose(1, 2)
+    of_prompt, sum_of_prompt = _attend(together, prompts[0], prompts[1], attn_mask=first)
+    own, sum_of_own = _attend(q, k, v, attn_mask=second)
+    share = (sum_of_prompt.transpose(1, 2).reshape(sum_of_own.shape) - sum_of_own).sigmoid()
+    return own.lerp(of_prompt.transpose(1, 2).reshape(own.shape), share[..., None])
+
+
+# `F.scaled_dot_product_attention` on CPUs, with the logarithm of each query's sum of exponentials: (b, heads, n).
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @torch.no_grad()

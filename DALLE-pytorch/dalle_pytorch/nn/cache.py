@@ -7,25 +7,55 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+# The keys of a prompt of so many tokens are kept once for so many sequences: for less, one copy each is faster.
+SHARED_LENGTH, SHARED_BY = 16, 8
+
 
 class KVCache(nn.Module):
-    """Preallocated keys and values, (b, heads, max_length, dim_head) each, of which the first `length` are filled."""
+    """Preallocated keys and values, (b, heads, max_length, dim_head) each, of sequences of the same length.
+
+    Where `prompts` is given, the keys and values (2, p, heads, m, dim_head) of p prompts come before them: each is kept
+    once, for b / p sequences in a row that continue it.
+    """
 
     keys: Tensor
     values: Tensor
+    prompts: Tensor | None
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, prompts: Tensor | None = None
+    ):
         super().__init__()
-        self.length = 0
-        self.register_buffer("keys", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.length = 0 if prompts is None else prompts.shape[3]
+        self.start = self.length  # of what is in `keys` and `values`
+        self.register_buffer("keys", torch.empty(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("values", torch.empty(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("prompts", prompts, persistent=False)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values (b, heads, n, dim_head) and returns all so far."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Appends keys and values (b, heads, n, dim_head) and returns all so far, less those of `prompts`."""
+        filled = self.length - self.start
+        stop = filled + keys.shape[2]
+        self.keys[:, :, filled:stop] = keys
+        self.values[:, :, filled:stop] = values
+        self.length = self.start + stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def gather(self, rows: Tensor, max_length: int) -> KVCache:
+        """See `TransformerCache.gather`."""
+        if self.prompts is not None:
+            raise ValueError("a cache of sequences that share their prompts cannot be continued by others")
+        _, heads, _, dim_head = self.keys.shape
+        options = self.keys.device, self.keys.dtype
+        prompts, counts = rows.unique_consecutive(return_counts=True)
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        shared = self.length >= SHARED_LENGTH and int(counts.min()) >= SHARED_BY and len(counts.unique()) == 1
+        if shared and self.keys.device.type == "cpu":
+            shape = (len(rows), heads, max_length - self.length, dim_head)
+            return KVCache(shape, *options, torch.stack((keys[prompts], values[prompts])))
+        cache = KVCache((len(rows), heads, max_length, dim_head), *options)
+        cache.update(keys[rows], values[rows])
+        return cache
 
 
 class LayerCache(nn.Module):
@@ -58,11 +88,8 @@ class TransformerCache(nn.Module):
         """A new cache with room for `max_length` tokens, whose sequence i continues this one's `rows[i]`."""
         layers = []
         for layer in self.layers:
-            _, heads, _, dim_head = layer.kv.keys.shape
-            kv = KVCache((len(rows), heads, max_length, dim_head), layer.kv.keys.device, layer.kv.keys.dtype)
-            kv.update(layer.kv.keys[rows, :, : self.length], layer.kv.values[rows, :, : self.length])
             rings = [None if ring is None else ring[rows] for ring in (layer.attn_ring, layer.ff_ring)]
-            layers.append(LayerCache(kv, *rings))
+            layers.append(LayerCache(layer.kv.gather(rows, max_length), *rings))
         return TransformerCache(layers)
 
 

@@ -41,10 +41,9 @@ class TokenShift(nn.Module):
         """Shifts the one image token (b, 1, dim) at `position` of the sequence and stores it in `ring`."""
         width = ring.shape[-1]
         column = (position - self.text_len) % self.image_fmap_size
-        token = x[:, 0]
         # The slot to be written holds the token above, the slot before it the one to the left.
-        above = ring[:, column, : width // 2].clone()
-        left = ring[:, column - 1, width // 2 :] if column else torch.zeros_like(above)
-        shifted = torch.cat((above, left, token[:, width:]), dim=-1)
-        ring[:, column] = token[:, :width]
+        slot, token = ring[:, column], x[:, 0]
+        left = ring[:, column - 1, width // 2 :] if column else torch.zeros_like(slot[:, width // 2 :])
+        shifted = torch.cat((slot[:, : width // 2], left, token[:, width:]), dim=-1)
+        slot.copy_(token[:, :width])
         return shifted[:, None]

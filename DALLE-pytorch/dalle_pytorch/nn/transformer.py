@@ -53,6 +53,14 @@ class Branch(nn.Module, Generic[Inner]):
 
     def forward(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
         """The residual of a stream (b, n, dim) that begins at position `start`; `ring` is the token shift's cache."""
+        return self.unscaled(x, start, ring, **kwargs) * self.scale
+
+    def add_to(self, x: Tensor, **kwargs) -> Tensor:
+        """The stream with its residual, which saves a pass over it."""
+        return torch.addcmul(x, self.unscaled(x, **kwargs), self.scale)
+
+    def unscaled(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
+        """The residual without the layer's scale."""
         x = self.norm(x)
         if self.shift is not None:
             if ring is not None and start > 0:
@@ -61,7 +69,7 @@ class Branch(nn.Module, Generic[Inner]):
                 if ring is not None:
                     self.shift.fill(x, ring)
                 x = self.shift(x)
-        return self.norm_out(self.fn(x, **kwargs)) * self.scale
+        return self.norm_out(self.fn(x, **kwargs))
 
 
 class Layer(Checkpointed):
@@ -83,8 +91,7 @@ class Layer(Checkpointed):
         return self._run(x, attn_kwargs, ff_kwargs)
 
     def _run(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
-        x = x + self.attn(x, **attn_kwargs)
-        return x + self.ff(x, **ff_kwargs)
+        return self.ff.add_to(self.attn.add_to(x, **attn_kwargs), **ff_kwargs)
 
 
 class Transformer(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch.nn.cache import TransformerCache
+from dalle_pytorch.nn.linear import Linear
 from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.nn.upstream import TRANSFORMER_NAMES, State, is_upstream, rename, strip_prefix
 from dalle_pytorch.pretrained import records_config
@@ -107,7 +108,7 @@ class DALLE(Prior[TransformerCache]):
             shared_ff_ids=shared_ff_ids, qk_norm=qk_norm,
         )  # fmt: skip
         self.norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Linear(dim, self.total_tokens)
+        self.to_logits = Linear(dim, self.total_tokens)
         self.text_emb = None if share_input_output_emb else nn.Embedding(self.num_text_tokens, dim)
         self.image_emb = None if share_input_output_emb else nn.Embedding(self.num_image_tokens, dim)
         self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
@@ -188,13 +189,11 @@ class DALLE(Prior[TransformerCache]):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the text tokens, (..., num_text_tokens), from (..., dim)."""
-        first = self.num_text_tokens
-        return F.linear(hidden, self.to_logits.weight[:first], self.to_logits.bias[:first])
+        return self.to_logits.outputs(hidden, stop=self.num_text_tokens)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the image tokens, (..., num_image_tokens), from (..., dim)."""
-        first = self.num_text_tokens
-        return F.linear(hidden, self.to_logits.weight[first:], self.to_logits.bias[first:])
+        return self.to_logits.outputs(hidden, self.num_text_tokens)
 
     def forward(
         self, text: Tensor, image: Tensor | None = None, return_loss: bool = False, null_cond_prob: float = 0.0,

@@ -17,6 +17,7 @@ from dalle_pytorch.devices import release_memory
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn.cache import KVCache, TransformerCache, plain_cache
 from dalle_pytorch.nn.cross_attention import CrossAttention
+from dalle_pytorch.nn.linear import Linear
 from dalle_pytorch.pretrained import records_config
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.sampling.settings import SamplingSettings
@@ -68,7 +69,7 @@ class DecoderLayer(nn.Module):
         and `mask` are the prompts' keys and values, and their padding."""
         h = self.pre_self_attn_layer_norm(x)
         keys, values = own.update(*self.self_attn.keys_and_values(h))
-        x = x + self.self_attn_layer_norm(self.self_attn(h, keys, values, is_causal=x.shape[1] > 1))
+        x = x + self.self_attn_layer_norm(self.self_attn(h, keys, values, is_causal=x.shape[1] > 1, prompts=own.prompts))
         h = self.pre_encoder_attn_layer_norm(x)
         x = x + self.encoder_attn_layer_norm(self.encoder_attn(h, *text, mask))
         return x + self.glu(x)
@@ -100,7 +101,7 @@ class ImageDecoder(nn.Module):
         self.embed_tokens, self.embed_positions = nn.Embedding(num_tokens, dim), nn.Embedding(length, dim)
         self.add_module("layers", nn.ModuleList(DecoderLayer(dim, heads, ff_dim) for _ in range(depth)))
         self.layernorm_embedding, self.final_ln = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.lm_head = nn.Linear(dim, num_tokens, bias=False)
+        self.lm_head = Linear(dim, num_tokens, bias=False)
 
     def forward(self, tokens: Tensor, cache: DalleBartCache) -> Tensor:
         """The last hidden states (b, n, dim) of tokens (b, n) that continue the cache."""
@@ -198,7 +199,7 @@ class DalleBart(Prior[DalleBartCache]):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         # Guidance multiplies small differences: in float32.
-        return F.linear(hidden, self.decoder.lm_head.weight[: self.num_image_tokens]).float()
+        return self.decoder.lm_head.outputs(hidden, stop=self.num_image_tokens).float()
 
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         return self._logits(self._hidden(text, image_tokens)[0])

@@ -32,7 +32,7 @@ class Block(nn.Module):
         """(b, n, dim) → (b, n, dim), a sequence from its start or one token that continues the cache."""
         h = self.ln1(x)
         keys, values = cache.update(*self.attn.keys_and_values(h))
-        x = x + self.attn(h, keys, values, is_causal=x.shape[1] > 1)
+        x = x + self.attn(h, keys, values, is_causal=x.shape[1] > 1, prompts=cache.prompts)
         h = self.proj_in(self.ln2(x))
         return x + self.proj_out(h * torch.sigmoid(1.702 * h) if self.approximate else F.gelu(h))
 

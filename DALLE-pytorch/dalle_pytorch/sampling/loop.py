@@ -11,6 +11,7 @@ from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior, PriorCache
 from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
 from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.steps import prepared
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 
 OnToken = Callable[[], object]
@@ -78,7 +79,7 @@ def sample_image_tokens(
     """
     guided = prefix.cond_scale != 1
     cache_rows = torch.cat((rows, rows + len(prefix.init_image_tokens))) if guided else rows
-    cache = None
+    stepper, cache = prepared(prior), None
 
     def next_logits(tokens: Tensor) -> Tensor:
         nonlocal cache
@@ -87,7 +88,7 @@ def sample_image_tokens(
             logits = prefix.logits[cache_rows]
         else:
             last = tokens[:, -1].repeat(2) if guided else tokens[:, -1]
-            logits = prior.step(last, tokens.shape[1] - 1, cache)
+            logits = stepper.step(last, tokens.shape[1] - 1, cache)
         return guide(logits, prefix.cond_scale) if guided else logits
 
     return _sample(prior, next_logits, prefix.init_image_tokens[rows], uniforms, settings, on_token)
