@@ -211,7 +211,7 @@ def test_gelu_of_minDALL_E(mindalle):
     for layer in (block.attn.out_proj, block.proj_in, block.proj_out):
         torch.nn.init.zeros_(layer.weight) if layer is block.attn.out_proj else torch.nn.init.eye_(layer.weight)
     x = torch.tensor([[[1.0, -1.0, 1.0, -1.0]]])  # its own norm
-    keys = type("Cache", (), {"update": lambda self, *pair: pair})()
+    keys = type("Cache", (), {"update": lambda self, *pair: pair, "prompts": None})()
     assert (block(x, keys)[0, 0] - torch.tensor([1.84580, -1.15420, 1.84580, -1.15420])).abs().max() < 1e-4
     settings = (mindalle / "config.yaml").read_text()
     (mindalle / "config.yaml").write_text(settings.replace("gelu_use_approx: false", "gelu_use_approx: true"))

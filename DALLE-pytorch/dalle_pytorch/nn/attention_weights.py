@@ -20,8 +20,8 @@ class DotProductAttention(nn.Module):
         """`F.scaled_dot_product_attention` of queries (b, heads, n, dim_head) to m keys and values; and where they are
         given to those of `prompts`, see `KVCache`, before these: then n is 1."""
         if self.recorded is not None:
-            keys = k if prompts is None else torch.cat((prompts[0].repeat_interleave(len(k) // len(prompts[0]), 0), k), 2)
-            self.recorded.append(attention_weights(q, keys, mask, is_causal))
+            before = k[:, :, :0] if prompts is None else prompts[0].repeat_interleave(len(k) // prompts.shape[1], dim=0)
+            self.recorded.append(attention_weights(q, torch.cat((before, k), dim=2), mask, is_causal))
         if prompts is not None:
             return attend_in_parts(q, k, v, mask, prompts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

@@ -27,7 +27,8 @@ class CrossAttention(DotProductAttention):
         prompts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """`x` (b, n, dim) attends to keys and values (g, heads, m, dim / heads), each set of which serves b / g rows of
-        `x` in a row. `mask` broadcasts to (g, heads, b / g · n, m) and is false at keys to ignore. `prompts`: see `attend`."""
+        `x` in a row. `mask` broadcasts to (g, heads, b / g · n, m) and is false at keys to ignore. For
+        `prompts` see `attend`."""
         queries = self._split(self.q_proj(x.reshape(len(keys), -1, x.shape[-1])))
         out = self.attend(queries, keys, values, mask, is_causal, prompts)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 class Linear(nn.Linear):
     """`nn.Linear`, of which some outputs can be computed alone."""
 
@@ -20,6 +21,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packed: tuple[tuple[int, int, int | None], tuple] | None = None
 

@@ -69,7 +69,8 @@ class DecoderLayer(nn.Module):
         and `mask` are the prompts' keys and values, and their padding."""
         h = self.pre_self_attn_layer_norm(x)
         keys, values = own.update(*self.self_attn.keys_and_values(h))
-        x = x + self.self_attn_layer_norm(self.self_attn(h, keys, values, is_causal=x.shape[1] > 1, prompts=own.prompts))
+        h = self.self_attn(h, keys, values, is_causal=x.shape[1] > 1, prompts=own.prompts)
+        x = x + self.self_attn_layer_norm(h)
         h = self.pre_encoder_attn_layer_norm(x)
         x = x + self.encoder_attn_layer_norm(self.encoder_attn(h, *text, mask))
         return x + self.glu(x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.priors.base import Prior, PriorCache
-from dalle_pytorch.sampling.filters import filter_logits, finite_rows, require_finite, sample
+from dalle_pytorch.sampling.filters import draw, finite_rows, require_finite
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.steps import prepared
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
@@ -136,8 +136,7 @@ def _sample(
     for position in range(first, prior.image_seq_len):
         logits = next_logits(tokens[:, :position])
         finite &= finite_rows(logits)
-        logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
-        tokens[:, position] = sample(logits, uniforms[:, position], settings.temperature)
+        tokens[:, position] = draw(logits, uniforms[:, position], settings, prior.num_filtered_tokens)
         if on_token is not None:
             on_token()
     require_finite(finite, "logits of the prior")
@@ -161,7 +160,6 @@ def sample_text(
         for position in range(tokens.shape[1], prior.text_seq_len):
             logits = next_logits(tokens)
             require_finite(finite_rows(logits), "logits of the prior")
-            logits = filter_logits(logits, settings.top_k, settings.top_p, prior.num_filtered_tokens)
-            token = sample(logits, uniforms[:, position], settings.temperature)
+            token = draw(logits, uniforms[:, position], settings, prior.num_filtered_tokens)
             tokens = torch.cat((tokens, token[:, None]), dim=1)
     return tokens

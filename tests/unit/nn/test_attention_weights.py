@@ -54,6 +54,20 @@ def test_a_step_that_continues_a_cache():
     torch.testing.assert_close(parts[1], whole[0][:, :, 4:])
 
 
+def test_a_step_that_continues_shared_prompts():
+    torch.manual_seed(0)
+    layer, x, rows = Attention(8, 2, 4), torch.randn(2, 5, 8), torch.tensor([0, 0, 1, 1])
+    with record_attention(layer) as whole:
+        out = layer(x)
+    prompts = KVCache((2, 2, 3, 4), x.device, x.dtype)
+    layer(x[:, :3], cache=prompts)
+    cache = KVCache((4, 2, 2, 4), x.device, x.dtype, torch.stack((prompts.keys, prompts.values)))
+    with record_attention(layer) as parts:
+        for position in (3, 4):
+            torch.testing.assert_close(layer(x[rows, position, None], cache=cache)[:, 0], out[rows, position])
+    torch.testing.assert_close(parts[1], whole[0][rows, :, 4:])
+
+
 def test_attention_to_another_sequence():
     torch.manual_seed(0)
     layer, x, text = CrossAttention(8, 2), torch.randn(4, 1, 8), torch.randn(2, 3, 8)

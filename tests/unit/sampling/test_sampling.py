@@ -6,7 +6,9 @@ import pytest
 import torch
 from factories import Letters
 
+from dalle_pytorch.nn import cache as cache_module
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling import filters
 from dalle_pytorch.sampling.filters import filter_logits, sample
 from dalle_pytorch.sampling.loop import prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import SamplingSettings
@@ -86,6 +88,27 @@ def test_draws_at_the_ends_of_the_interval():
     assert sample(logits, torch.tensor([1 - 2.0**-32], dtype=torch.float64)).tolist() == [2]
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_p": 1e-9}, {"top_k": 40}, {"top_k": 0.99}, {"top_k": 0.1},
+                                      {"top_p": 1.0}, {}, {"top_p": 0.9, "temperature": 0}])  # fmt: skip
+def test_draw_is_filter_and_sample(settings, monkeypatch):
+    """Rows that few tokens decide, rows that need all, and rows of equals at the end of those looked at."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.0, 0.1, 1.0, 3.0, 10.0, 100.0])[:, None]
+    logits = (torch.randn(6, 1000, generator=generator).double() * scale).repeat(50, 1)
+    logits[-1, 20:] = -math.inf
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    settings = SamplingSettings(**settings)
+    expected = sample(filter_logits(logits, settings.top_k, settings.top_p, 3000), uniforms, settings.temperature)
+    sorted_rows = []
+    monkeypatch.setattr(filters, "filter_logits", lambda logits, *args: (
+        sorted_rows.append(len(logits)) or filter_logits(logits, *args)))  # fmt: skip
+    assert torch.equal(filters.draw(logits, uniforms, settings, 3000), expected)
+    if settings.top_p == 0.9 and settings.temperature:
+        assert sorted_rows == [150]  # the three smallest scales
+    if settings.top_k == 40:
+        assert sorted_rows == [51]  # equals at the end, also those of the row that has fewer than 40
+
+
 def test_uniforms_belong_to_seed_prompt_candidate_and_place():
     prompt = torch.tensor([5, 6, 0, 0])
     uniforms = candidate_uniforms(7, prompt, range(4), 16)
@@ -132,6 +155,36 @@ def test_cached_logits_equal_the_plain_forward(options, primed):
         for i in range(primed, 35):
             logits.append(dalle.step(tokens[rows, i], i, cache))
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[rows], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("primed", [0, 9], ids=lambda count: f"primed {count}")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_prompts_are_shared_by_their_candidates(options, primed, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARED_LENGTH", 1)
+    monkeypatch.setattr(cache_module, "SHARED_BY", 2)
+    dalle, text = make_dalle(**options), make_text(3)
+    tokens = torch.randint(0, 40, (3, 36), generator=torch.Generator().manual_seed(3))
+    rows = torch.tensor([2, 2, 0, 0])
+    with torch.no_grad():
+        expected = dalle.next_token_logits(text, tokens)[rows, primed + 1 :]
+        cache = prefill(dalle, text, tokens[:, :primed]).cache.gather(rows, dalle.total_seq_len)
+        for layer in cache.layers:
+            assert layer.kv.prompts is not None and layer.kv.prompts.shape[1] == 2
+            assert layer.kv.keys.shape[2] == dalle.total_seq_len - 7 - primed
+        logits = [dalle.step(tokens[rows, i], i, cache) for i in range(primed, 35)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected, rtol=0, atol=1e-11)
+
+
+def test_prompts_of_different_numbers_of_candidates_are_not_shared(monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARED_LENGTH", 1)
+    dalle = make_dalle()
+    cache = prefill(dalle, make_text(2)).cache
+    assert cache.gather(torch.tensor([0] * 8 + [1] * 9), 43).layers[0].kv.prompts is None
+    assert cache.gather(torch.tensor([0] * 7), 43).layers[0].kv.prompts is None
+    shared = cache.gather(torch.tensor([1] * 8), 43)
+    assert shared.layers[0].kv.prompts is not None and shared.length == cache.length
+    with pytest.raises(ValueError, match="share"):
+        shared.gather(torch.tensor([0]), 43)
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 0.0, 2.5])
@@ -192,6 +245,17 @@ def test_rounding_in_float32_changes_few_candidates():
     batches = [draw_candidates(dalle, text, uniforms, size, top_p=0.9) for size in (200, 64, 25)]
     for other in batches[1:]:
         assert (batches[0] != other).any(dim=1).float().mean() < 0.01
+
+
+def test_what_makes_steps_fast_changes_few_candidates(monkeypatch):
+    dalle, text = make_dalle(torch.float32), make_text()
+    uniforms = candidate_uniforms(0, text[0], range(200), 36)
+    monkeypatch.setattr(cache_module, "SHARED_LENGTH", 1)
+    fast = draw_candidates(dalle, text, uniforms, 50, top_p=0.9)
+    monkeypatch.setattr(cache_module, "SHARED_LENGTH", 100)
+    monkeypatch.setattr("dalle_pytorch.sampling.loop.prepared", lambda prior: prior)
+    plain = draw_candidates(dalle, text, uniforms, 50, top_p=0.9)
+    assert (fast != plain).any(dim=1).float().mean() < 0.01
 
 
 def test_the_prompt_is_run_once_and_a_token_costs_one_token():
