@@ -8,7 +8,8 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 
 COMMANDS = {
-    name: f"text_to_image.commands.{name}" for name in ("generate", "upscale", "batch", "optimize", "convert", "demo")
+    name: f"text_to_image.commands.{name}"
+    for name in ("generate", "upscale", "batch", "optimize", "serve", "convert", "demo")
 }
 COMMANDS |= {
     f"train_{name}": f"dalle_pytorch.training.commands.train_{name}"

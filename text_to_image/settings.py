@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dalle_pytorch.errors import UsageError
-from dalle_pytorch.settings import Settings, listed, number, option
+from dalle_pytorch.settings import Settings, listed, option
 
 OPTIMIZERS = ("Adam", "AdamW", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 INIT_NOISES = ("gradient", "pixels", "codes")
@@ -61,16 +61,9 @@ class OptimizationSettings(Settings):
         super().__post_init__()
         if self.plain:
             vars(self).update(PLAIN)
-        for field in fields(OptimizationSettings):
-            value = getattr(self, field.name)
-            kind = {int: int, int | None: int, float: float, list[float]: float}.get(field.type)  # pyright: ignore
-            try:
-                if field.name == "augments":
-                    self.augments = [name for name in map(_augment, value) if name != "none"]
-                elif kind is not None and value is not None:
-                    parse = number(kind, *field.metadata["bounds"])
-                    [parse(item) for item in (value if isinstance(value, list) else [value])]
-            except argparse.ArgumentTypeError as error:
-                raise UsageError(f"{field.name}: {error}") from None
+        problems = self.problems()
+        if wrong := [field.name for field in fields(OptimizationSettings) if field.name in problems]:
+            raise UsageError(f"{wrong[0]}: {problems[wrong[0]]}")
+        self.augments = [name for name in map(_augment, self.augments) if name != "none"]
         if not 1 <= len(self.cut_size) <= 2 or self.cut_size != sorted(self.cut_size):
             raise UsageError(f"expected cut_size as the smallest and the largest of at most 2, got {self.cut_size}")

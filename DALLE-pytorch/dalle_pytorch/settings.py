@@ -227,6 +227,19 @@ class Settings:
             if value is not None and choices and value not in choices:
                 raise UsageError(f"--{field.name}: {_no_choice(choices, value)}")
 
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the values, by option: what a command line would refuse of them, in the same words."""
+        hints, found = typing.get_type_hints(type(self)), {}
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if value is None and isinstance(hint, types.UnionType):
+                continue
+            try:
+                _kind(hint, field.metadata)(value)
+            except (argparse.ArgumentTypeError, UserError) as error:
+                found[field.name] = str(error)
+        return found
+
     def values(self, part: type[Settings]) -> dict[str, Any]:
         """The settings that a base class declares, such as the arguments of a network."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(part)}
