@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle_pytorch.errors import UsageError
-from text_to_image.web.files import Folders
 from text_to_image.web.forms import Limits
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ def served(
     All files, the visitors' and ours, are in a temporary folder that is removed then. Without `port` it is the first
     free one from 7860 on. Raises `UsageError` if it cannot listen there.
     """
+    from text_to_image.web.files import Folders
+
     with tempfile.TemporaryDirectory(prefix="dalle-serve-") as folder:
         files = Folders.inside(Path(folder))
         os.environ["GRADIO_TEMP_DIR"] = str(files.served)  # read whenever a part of the page is made
