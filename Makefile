@@ -1,6 +1,6 @@
 # `make demo` shows the system at work, `make test` runs the tests, `make test-all` the slow ones too, `make lint` checks
 # style and types, `make faults` tries hostile inputs, `make breakages` looks for faults that the tests do not notice,
-# `make quality` measures how well the embedded model draws. All set up .venv first.
+# `make quality` measures how well the embedded model draws, `make bench` how fast. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 PROMPT ?= an avocado to the left of a chair on wood
 
-.PHONY: demo test test-all faults breakages lint quality clean
+.PHONY: demo test test-all faults breakages lint quality bench clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -35,6 +35,9 @@ lint: $(VENV)/.installed-lint
 
 quality: $(VENV)/.installed-benchmark
 	$(RUN) benchmarks/quality.py
+
+bench: $(VENV)/.installed-benchmark
+	$(RUN) benchmarks/sampling.py
 
 # torch goes first and alone: with it in place nothing that follows asks for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -51,16 +51,11 @@ class Branch(nn.Module, Generic[Inner]):
         self.norm_out = nn.LayerNorm(dim) if sandwich_norm else nn.Identity()
         self.scale = nn.Parameter(torch.full((1, 1, dim), scale))
 
-    def forward(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
-        """The residual of a stream (b, n, dim) that begins at position `start`; `ring` is the token shift's cache."""
-        return self.unscaled(x, start, ring, **kwargs) * self.scale
-
-    def add_to(self, x: Tensor, **kwargs) -> Tensor:
-        """The stream with its residual, which saves a pass over it."""
-        return torch.addcmul(x, self.unscaled(x, **kwargs), self.scale)
-
-    def unscaled(self, x: Tensor, start: int = 0, ring: Tensor | None = None, **kwargs) -> Tensor:
-        """The residual without the layer's scale."""
+    def forward(
+        self, x: Tensor, start: int = 0, ring: Tensor | None = None, onto: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """The residual of a stream (b, n, dim) that begins at position `start`, added to `onto` if that is given;
+        `ring` is the token shift's cache."""
         x = self.norm(x)
         if self.shift is not None:
             if ring is not None and start > 0:
@@ -69,7 +64,8 @@ class Branch(nn.Module, Generic[Inner]):
                 if ring is not None:
                     self.shift.fill(x, ring)
                 x = self.shift(x)
-        return self.norm_out(self.fn(x, **kwargs))
+        x = self.norm_out(self.fn(x, **kwargs))
+        return x * self.scale if onto is None else torch.addcmul(onto, x, self.scale)
 
 
 class Layer(Checkpointed):
@@ -91,7 +87,8 @@ class Layer(Checkpointed):
         return self._run(x, attn_kwargs, ff_kwargs)
 
     def _run(self, x: Tensor, attn_kwargs: dict, ff_kwargs: dict) -> Tensor:
-        return self.ff.add_to(self.attn.add_to(x, **attn_kwargs), **ff_kwargs)
+        x = self.attn(x, onto=x, **attn_kwargs)
+        return self.ff(x, onto=x, **ff_kwargs)
 
 
 class Transformer(nn.Module):
@@ -169,8 +166,8 @@ class Transformer(nn.Module):
                 attn_kwargs = {**kwargs, "start": start, "ring": layer_cache.attn_ring, "cache": layer_cache.kv}
                 ff_kwargs = {"start": start, "ring": layer_cache.ff_ring}
             if self.reversible:
-                x1 = x1 + layer.attn(x2, **attn_kwargs)
-                x2 = x2 + layer.ff(x1, **ff_kwargs)
+                x1 = layer.attn(x2, onto=x1, **attn_kwargs)
+                x2 = layer.ff(x1, onto=x2, **ff_kwargs)
             else:
                 x = layer(x, attn_kwargs, ff_kwargs)
         return (x1 + x2) / 2 if self.reversible else x
