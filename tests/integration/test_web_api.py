@@ -169,6 +169,8 @@ def test_bad_arguments(refused, tmp_path):
     assert "--auth NAME:PASSWORD" in refused("--auth", "ada")
     (tmp_path / "accounts").write_text("ada secret\n")
     assert "--auth NAME:PASSWORD" in refused("--host", "0.0.0.0", "--auth_file", tmp_path / "accounts")
+    for host in ("nowhere.invalid", "é" * 200, "a\nb", "256.1.1.1"):
+        assert "cannot listen at " in refused("--host", host, "--auth", "ada:secret")
     assert "nowhere/model" in refused("--model", "nowhere/model")
     assert "--max_images" in refused("--max_images", 0)
     assert "cuda:99" in refused("--devices", "cuda:99")

@@ -11,7 +11,7 @@ from typing import ClassVar
 from dalle_pytorch.files.text import read_text
 from dalle_pytorch.settings import Settings, option
 from text_to_image.web.forms import Limits
-from text_to_image.web.server import LOCAL, check_access, check_extra, served
+from text_to_image.web.server import LOCAL, check_access, check_address, check_extra, served
 
 
 @dataclass
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = ServeSettings.parse(argv)
     check_extra()
     lines = read_text(settings.auth_file).splitlines() if settings.auth_file else []
+    check_address(settings.host, settings.port)
     accounts = check_access(settings.host, settings.share, [*settings.auth, *filter(None, lines)])
 
     from text_to_image.pipeline import TextToImage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,19 @@ def check_access(host: str, share: bool, auth: Sequence[str]) -> list[tuple[str,
     return accounts
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raises `UsageError` if nothing can listen there: gradio would try a hundred ports."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        place = host if port is None else f"{host}:{port}"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot listen at {place} ({reason})") from error
+
+
 @contextmanager
 def served(
     workers: Workers,
@@ -53,6 +67,8 @@ def served(
     All files, the visitors' and ours, are in a temporary folder that is removed then. Without `port` it is the first
     free one from 7860 on. Raises `UsageError` if it cannot listen there.
     """
+    check_address(host, port)
+
     from text_to_image.web.files import Folders
 
     with tempfile.TemporaryDirectory(prefix="dalle-serve-") as folder:
@@ -73,15 +89,13 @@ def served(
             primary_hue="indigo", neutral_hue="zinc", radius_size="lg",
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],  # none is downloaded
         )  # fmt: skip
-        try:
-            _, local, public = page.launch(
-                server_name=host, server_port=port, share=share, auth=list(accounts) or None, prevent_thread_lock=True,
-                quiet=True, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
-                mcp_server=False, allowed_paths=[], max_file_size=most, state_session_capacity=limits.max_visitors,
-                app_kwargs={"middleware": [Middleware(PlainNames, most=most)]}, theme=theme, css_paths=STYLE, head=HEAD,
-            )  # fmt: skip
-        except OSError as error:
-            raise UsageError(f"cannot listen at {host}:{port or ''} ({str(error).splitlines()[0]})") from error
+        _, local, public = page.launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=port, share=share,
+            auth=list(accounts) or None, prevent_thread_lock=True, quiet=True, footer_links=[],
+            run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
+            mcp_server=False, allowed_paths=[], max_file_size=most, state_session_capacity=limits.max_visitors,
+            app_kwargs={"middleware": [Middleware(PlainNames, most=most)]}, theme=theme, css_paths=STYLE, head=HEAD,
+        )  # fmt: skip
         try:
             yield public or local
         finally:
