@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def run_job(
     """Does what is missing of a job.
 
     Args:
-        make_executor: where tasks run; processes on this machine unless given.
+        make_executor: where tasks run; as the settings say unless given.
         watch: see `Driver`.
         planned: called before the first task, with what the list came to and what is done already.
         reading: called with the number of rows of the list that are read.
@@ -70,10 +71,10 @@ def run_job(
     and where another process has this job.
     """
     folder = JobFolder(make_writable(settings.outputs_dir))
-    with locked(folder.path, "a job"):
+    with locked(folder.path, "a job"), _workers_place(settings) as (device, workers):
         folder.clear()
         files = list_files(settings.prompts)
-        job, config = prepare(folder, settings, files, reading)
+        job, config = prepare(folder, settings, files, reading, device)
         totals = Totals()
         for done in folder.done():
             if settings.retry_failed and done["failed"]:
@@ -83,15 +84,15 @@ def run_job(
         counts = counts_of(job)
         finished = totals.prompts == counts.prompts
         if not finished:
-            finished = _draw(folder, settings, job, config, totals, make_executor, watch, planned, stop)
+            finished = _draw(folder, settings, job, config, totals, make_executor or workers, watch, planned, stop)
         return Ended(finished, counts, totals, assemble(folder) if finished else None)
 
 
 def _draw(folder: JobFolder, settings: BatchSettings, job: Job, config: WorkerConfig, totals: Totals,
-          make_executor: MakeExecutor | None, watch: Watch | None,
+          make_executor: MakeExecutor, watch: Watch | None,
           planned: Planned | None, stop: Callable[[], object]) -> bool:  # fmt: skip
     """Runs the units that are missing; whether that is all of them."""
-    executor = (make_executor or local_executor)(config)
+    executor = make_executor(config)
     try:
         folder.log("start", workers=executor.workers, done=totals.prompts)
         if planned is not None:
@@ -105,8 +106,11 @@ def _draw(folder: JobFolder, settings: BatchSettings, job: Job, config: WorkerCo
 
 
 def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
-            reading: Callable[[int], object] | None = None) -> tuple[Job, WorkerConfig]:  # fmt: skip
+            reading: Callable[[int], object] | None = None,
+            device: str | None = None) -> tuple[Job, WorkerConfig]:  # fmt: skip
     """The job of a folder, planned if it is new, and what its workers are told.
+
+    `device` is the kind that they draw on, by default this machine's.
 
     Raises `UsageError` for another job than that of the settings.
     """
@@ -124,7 +128,8 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     recorded = settings.recorded()
     if settings.clip_guidance and settings.clip_guidance_scale is None:
         recorded["clip_guidance_scale"] = pipe.model.clip_guidance_scale
-    job = Job(recorded, asdict(sampling), fingerprints, pick_device(settings.device).type, digest(files),
+    device = device or pick_device(settings.device).type
+    job = Job(recorded, asdict(sampling), fingerprints, device, digest(files),
               {"torch": torch.__version__, "dalle": dalle_pytorch.__version__})  # fmt: skip
     if known is not None:
         if difference := known.difference(job):
@@ -158,6 +163,15 @@ def images_folder(settings: BatchSettings, files: list[str]) -> str:
     if settings.images_dir is not None:
         return settings.images_dir
     return files[0].rpartition("/")[0] if is_address(files[0]) else os.path.dirname(os.path.abspath(files[0]))
+
+
+def _workers_place(settings: BatchSettings) -> AbstractContextManager[tuple[str, MakeExecutor]]:
+    """Within it workers can be made: gives the kind of device that they draw on, and what makes them."""
+    if settings.ray is None:
+        return nullcontext((pick_device(settings.device).type, local_executor))
+    from text_to_image.batch.ray_executor import cluster
+
+    return cluster(settings)
 
 
 def local_executor(config: WorkerConfig) -> LocalExecutor:

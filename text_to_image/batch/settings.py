@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.settings import Settings, name_value, option
+from text_to_image.batch.ray_settings import RayCluster
 
 SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
 COLUMNS = ("key", "prompt", "seed", "num_images", "top_k", "top_p", "temperature", "cond_scale", "image")
@@ -110,7 +111,7 @@ class Models(Settings):
 
 
 @dataclass
-class BatchSettings(Models, Running, Output, Diffusion, Ranking, Sampling, Prompts):
+class BatchSettings(Models, RayCluster, Running, Output, Diffusion, Ranking, Sampling, Prompts):
     """A list of prompts to ranked candidates, tokens and diffused images. Interrupted or killed, the same command goes
     on with what is missing. Exit code 3 says that rows or prompts were set aside.
 
