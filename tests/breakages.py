@@ -59,6 +59,7 @@ DENOISER, SAMPLERS, SCHEDULE = "diffusion/denoiser.py", "diffusion/samplers.py",
 RAY = "text_to_image/batch/ray_executor.py"
 MIN_DALLE, LATENTS = "dalle_pytorch/priors/min_dalle.py", "text_to_image/latents.py"
 WORK = "text_to_image/web/work.py"
+DRIVER = "text_to_image/batch/driver.py"
 CACHED = "test_sampling::test_cached_logits_equal_the_plain_forward"
 
 BREAKAGES = [
@@ -508,6 +509,23 @@ BREAKAGES = [
              "test_ray_executor::test_workers_are_as_many_as_there_is_room_for"),
     Breakage("an actor takes the whole GPU", RAY, 'share * self.bundle.get("GPU", 0)', 'self.bundle.get("GPU", 0)',
              "test_ray_executor::test_stages_on_a_gpu_are_actors_with_fractions_of_it"),
+
+    # Jobs
+    Breakage("a block that fails takes all its prompts with it", DRIVER, "if len(prompts) == 1:", "if prompts:",
+             "test_batch_work::test_a_block_is_tried_then_narrowed"),
+    Breakage("a block that failed by chance is drawn prompt by prompt", DRIVER, "self.probed = True\n",
+             "self.narrowed = True\n", "test_batch_work::test_a_block_that_failed_by_chance_is_computed_whole"),
+    Breakage("tokens of unfinished units are sampled again", DRIVER,
+             "self.folder.kept_tokens(self.unit, block.number, block.items)", "None",
+             "test_batch::test_what_is_done_is_not_done_again"),
+    Breakage("a job goes on with other settings", "text_to_image/batch/folder.py",
+             "in sorted(self.settings.keys() | asked.settings.keys()):", "in ():",
+             "test_batch::test_another_setting_is_refused_by_name"),
+    Breakage("images of a list may be anywhere", "text_to_image/batch/plan.py", "if not inside:", "if False:",
+             "test_batch_work::test_bad_rows_are_set_aside_with_place_and_reason"),
+    Breakage("the last block of a unit is lost", "text_to_image/batch/tasks.py", "        if block:\n",
+             "        if 0:\n",
+             "test_batch_work::test_blocks_are_filled_by_several_prompts_and_a_prompt_fills_several"),
 ]  # fmt: skip
 
 

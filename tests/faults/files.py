@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from PIL import Image, PngImagePlugin
 
@@ -369,19 +371,20 @@ def image_files(models: Path) -> Iterator[Case]:
 # Data sets
 
 
+def tar(*members: tuple[str, bytes | tarfile.TarInfo], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in members:
+            info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data) if isinstance(data, bytes) else 0
+            archive.addfile(info, io.BytesIO(data) if isinstance(data, bytes) else None)
+    return buffer.getvalue()
+
+
 def data_sets(models: Path) -> Iterator[Case]:
     picture = (models / "picture.png").read_bytes()
     folder = [*without(commands(models)["train_clip"], "--image_text_folder"), "--image_text_folder", "."]
     shards = [*folder, "--wds", "png,txt"]
-
-    def tar(*members: tuple[str, bytes | tarfile.TarInfo], mode: str = "w") -> bytes:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode=mode) as archive:
-            for name, data in members:
-                info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
-                info.size = len(data) if isinstance(data, bytes) else 0
-                archive.addfile(info, io.BytesIO(data) if isinstance(data, bytes) else None)
-        return buffer.getvalue()
 
     def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
         info = tarfile.TarInfo(name)
@@ -438,10 +441,58 @@ def data_sets(models: Path) -> Iterator[Case]:
         yield Case(f"prompts: {name}", prompts, writes("p.txt", data))
 
 
+# Lists of prompts of a job
+
+
+def lists(models: Path) -> Iterator[Case]:
+    """Lists without a row that can be used: nothing is drawn."""
+    command = [*without(commands(models)["batch"], "--prompts"), "--prompts"]
+    deep, text = b"[" * 200_000, b"\x1b[2J\x07\xff"
+    table = parquet([{"prompt": " ", "seed": 1}])
+    odd = [{"prompt": value} for value in ODD_VALUES if not isinstance(value, str) or not value]
+    odd += [
+        {"prompt": "a", name: value}
+        for name in ("seed", "num_images", "temperature", "top_p")
+        for value in (-5, 1e300, "x", [], {}, True)
+    ]
+    odd += [
+        {"prompt": "a", "image": name}
+        for name in ("/etc/passwd", "../../x", "pipe:id", "file:///etc/passwd", "a\0b", "fifo", ".", 3, "x" * 5000)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in odd).encode()
+    for name, data in {
+        "p.txt": bytes(1000), "q.txt": text * 10, "r.txt": b"a" * 3_000_000, "p.csv": b"",
+        "q.csv": b"prompt\n\"" + deep, "r.csv": b"prompt\n" + b"," * 100_000, "s.csv": text,
+        "t.csv": b"a" * 3_000_000, "p.jsonl": deep, "q.jsonl": lines, "r.jsonl": b"{" * 1000,
+        "s.jsonl": b'{"prompt": "\\ud800"}\n' + b'{"a":' * 50_000,
+        "p.parquet": table, "q.parquet": table[:-100], "r.parquet": table[:40] + bytes(40) + table[80:],
+        "s.parquet": b"PAR1" + b"\xff" * 100 + b"PAR1", "p.tar": bytes(10_240), "q.tar": text * 1000,
+        "r.tar": tar(("a.txt", b"x" * 2**21), ("../b.json", deep), (".txt", b"a"), ("c.txt", b"\xff")),
+        "p.tar.gz": gzip.compress(tar(("a.txt", bytes(2**28)))), "q.tar.gz": gzip.compress(bytes(2**28)),
+    }.items():  # fmt: skip
+        yield Case(f"list: {name}", [*command, name], writes_beside_a_pipe(name, data), must_refuse=True)
+    for name in ("http://localhost:9/p.csv", "nothing://p.csv", "s3://", "memory://p.tar", "{0..", "[", "*", "p\0.txt"):
+        yield Case(f"list at {name!r}", [*command, name], must_refuse=True)
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def writes_beside_a_pipe(name: str, data: bytes) -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        os.mkfifo(folder / "fifo")
+        (folder / name).write_bytes(data)
+
+    return prepare
+
+
 def cases(models: Path, rng: np.random.Generator) -> dict[str, Callable[[], Iterator[Case]]]:
     return {
         "weights": lambda: changed_weights(rng), "folders": lambda: changed_folders(models, rng),
         "tokens": lambda: token_files(models), "tokenizers": lambda: tokenizer_files(models, rng),
         "configurations": lambda: configurations(models), "images": lambda: image_files(models),
-        "data": lambda: data_sets(models),
+        "data": lambda: data_sets(models), "lists": lambda: lists(models),
     }  # fmt: skip

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 def longer(command: list[str]) -> list[str]:
     """The command with enough to do that there is something to interrupt."""
     more = {"generate": ["--num_images", "12", "--batch_size", "2", "--text", "a red seven|a blue star|a pink two"],
-            "upscale": ["--steps", "12", "--num_batches", "3"]}  # fmt: skip
+            "upscale": ["--steps", "12", "--num_batches", "3"], "batch": ["--steps", "6"]}  # fmt: skip
     return [*command, *more.get(command[0], ["--steps", "8", "--save_every", "2"] if "--steps" in command else [])]
 
 

@@ -10,7 +10,8 @@ CAPTIONS = ["a red seven on brick", "a blue star on wood", "a green heart on san
 
 
 def write_models(folder: Path) -> None:
-    """Writes tokenizer.json, vae, dalle, clip and decoder, `tokens.npy`, `picture.png` and the folder `pictures`."""
+    """Writes tokenizer.json, vae, dalle, clip and decoder, `tokens.npy`, `prompts.txt`, `picture.png` and the folder
+    `pictures`."""
     from dalle_pytorch import CLIP, DALLE, VQGanVAE
     from dalle_pytorch.tokenizers.hug import HugTokenizer, train_bpe
     from diffusion import DiffusionDecoder, UNet
@@ -43,6 +44,7 @@ def write_models(folder: Path) -> None:
     for name in ("dalle", "clip"):
         (folder / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     np.save(folder / "tokens.npy", np.arange(16))
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS[:3]))
     generator = np.random.default_rng(0)
     (folder / "pictures").mkdir()
     for number, caption in enumerate(CAPTIONS):
@@ -60,6 +62,10 @@ def commands(models: Path) -> dict[str, list[str]]:
     return {
         "generate": ["generate", "--text", CAPTIONS[0], "--num_images", "3", "--clip_sort", "--output_npy",
                      "--outputs_dir", "out", "--dalle_path", f"{models}/dalle", "--clip_path", f"{models}/clip"],
+        "batch": ["batch", "--prompts", f"{models}/prompts.txt", "--num_images", "3", "--batch_size", "4", "--keep",
+                  "2", "--diffuse", "1", "--steps", "2", "--unit_prompts", "1", "--output_format", "folders",
+                  "--num_workers", "1", "--outputs_dir", "out", "--dalle_path", f"{models}/dalle", "--clip_path",
+                  f"{models}/clip", "--decoder_path", f"{models}/decoder"],
         "upscale": ["upscale", "--input", f"{models}/tokens.npy", "--outputs_dir", "out", "--steps", "3",
                     "--model_path", f"{models}/decoder"],
         "optimize": ["optimize", "--prompts", CAPTIONS[0], "--iterations", "2", "--outputs_dir", "out", "--vae_path",

@@ -24,7 +24,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("group, count", [("pickles", 12), ("weights", 8), ("folders", 8), ("configurations", 6),
-                                          ("tokens", 4), ("tokenizers", 1), ("images", 4), ("data", 2),
+                                          ("tokens", 4), ("tokenizers", 1), ("images", 4), ("data", 2), ("lists", 8),
                                           ("commands", 6)])  # fmt: skip
 def test_hostile_inputs_are_refused_in_one_line_or_accepted(models, tmp_path, capfd, group, count):
     rng = np.random.default_rng(0)

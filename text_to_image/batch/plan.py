@@ -142,6 +142,8 @@ def read_image_bytes(folder: str, name: object) -> bytes:
     if not inside:
         raise UsageError(f"image {shorten(name)!r} is no path below the folder of the list; --images_dir names another")
     address = f"{folder.rstrip('/')}/{name}" if is_address(folder) else os.path.join(folder, name)
+    if not (is_address(address) or os.path.isfile(address)):
+        raise UsageError(f"there is no image {shorten(name)}")
     try:
         with open_address(address) as file:
             data = file.read(LARGEST_FILE + 1)

@@ -131,7 +131,8 @@ class JobBar:
     def reading(self, rows: int) -> None:
         """Shows how many rows of the list are read."""
         if self.bar is None:
-            self.bar = self.make(desc="reading the list", unit="row", unit_scale=True, dynamic_ncols=True, leave=False)
+            self.bar = self.make(desc="reading the list", unit="row", unit_scale=True, dynamic_ncols=True, leave=False,
+                                 delay=2)  # fmt: skip
         self.bar.update(rows - self.bar.n)
 
     def begin(self, counts: Counts, totals: Totals, executor: Executor) -> None:

@@ -210,7 +210,7 @@ BAD = [
     ({"prompt": "a", "temperature": "nan"}, "temperature is 'nan', expected a number"),
     ({"prompt": "a", "temperature": -1}, "temperature must be 0"), ({"prompt": "a", "top_p": 2}, "top_p must be"),
     ({"prompt": "a", "key": "k" * 300}, "its key has more than 200 characters"),
-    ({"prompt": "a", "image": "none.png"}, "image none.png cannot be read: No such file"),
+    ({"prompt": "a", "image": "none.png"}, "there is no image none.png"),
     ({"prompt": "a", "image": "broken.png"}, "image broken.png cannot be read: "),
     ({"prompt": "a", "image": "/etc/passwd"}, "is no path below the folder of the list; --images_dir names another"),
     ({"prompt": "a", "image": "../x.png"}, "is no path below"), ({"prompt": "a", "image": "http://h/x"}, "is no path"),
