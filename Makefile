@@ -1,6 +1,7 @@
 # `make demo` shows the system at work, `make test` runs the tests, `make test-all` the slow ones too, `make lint` checks
 # style and types, `make faults` tries hostile inputs, `make breakages` looks for faults that the tests do not notice,
-# `make quality` measures how well the embedded model draws, `make bench` how fast. All set up .venv first.
+# `make notebooks` runs the notebooks and writes their pages in docs/, `make quality` measures how well the embedded
+# model draws, `make bench` how fast. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 PROMPT ?= an avocado to the left of a chair on wood
 
-.PHONY: demo test test-all faults breakages lint quality bench clean
+.PHONY: demo test test-all faults breakages notebooks lint quality bench clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -27,6 +28,9 @@ faults: $(VENV)/.installed-test
 
 breakages: $(VENV)/.installed-test
 	$(RUN) tests/breakages.py
+
+notebooks: $(VENV)/.installed-test
+	OMP_NUM_THREADS=2 $(RUN) notebooks/render.py
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .

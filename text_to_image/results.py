@@ -87,9 +87,10 @@ class Result(Sequence[ResultImage]):
 
     def __repr__(self) -> str:
         scores = [image.score for image in self if image.score is not None]
-        ranked = f", scores {max(scores):.4f} to {min(scores):.4f}" if scores else ""
+        ranked = f", score {scores[0]:.4f}" if len(scores) == 1 else ""
+        ranked = f", scores {max(scores):.4f} to {min(scores):.4f}" if len(scores) > 1 else ranked
         upscaled = ", upscaled" if any(image.upscaled_pixels for image in self) else ""
-        return f"<Result of {self.prompt!r}: {len(self)} image{'s' * (len(self) != 1)}{ranked}{upscaled}>"
+        return f"Result({self.prompt or 'no prompt'}, {len(self)} image{'s' * (len(self) != 1)}{ranked}{upscaled})"
 
     def with_upscaled(self, pixels: Sequence[Sequence[Tensor]]) -> Result:
         """The result with these images (3, H, W) of the diffusion decoder, some for each image."""

@@ -53,13 +53,14 @@ def test_a_notebook_shows_a_result(pipe):
     captions = re.findall("<figcaption>(.*?)</figcaption>", shown)
     assert captions == [f"{rank} · {image.score:.4f}" for rank, image in enumerate(result)]
     assert [image.size for image in images(shown)] == [(64, 64)] * 3
-    assert repr(result).startswith(f"<Result of 'a <b> seven': 3 images, scores {result[0].score:.4f} to ")
+    assert repr(result) == f"Result(a <b> seven, 3 images, scores {result[0].score:.4f} to {result[2].score:.4f})"
+    assert repr(result[:1]) == f"Result(a <b> seven, 1 image, score {result[0].score:.4f})"
     upscaled = pipe.upscale(result[[2, 0]], 2, num_inference_steps=1)
     assert [image.index for image in upscaled] == [result[2].index, result[0].index]
     assert upscaled.prompt == result.prompt
     assert [image.size for image in images(upscaled._repr_html_())] == [(64, 64), (128, 128), (128, 128)] * 2
     assert [image.size for image in images(upscaled[1]._repr_html_())] == [(64, 64), (128, 128), (128, 128)]
-    assert repr(upscaled).endswith("upscaled>") and "tensor" not in repr(upscaled[0])
+    assert repr(upscaled).endswith("upscaled)") and "tensor" not in repr(upscaled[0])
     assert "and 6 more" in Result([*result] * 23 + [result[0]], None)._repr_html_()
 
 
