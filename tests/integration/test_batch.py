@@ -278,6 +278,17 @@ def test_the_driver_killed_at_any_moment(models, prompts, undisturbed, tmp_path,
     assert killed > kills * jobs // 2
 
 
+def test_a_driver_killed_between_finishing_a_unit_and_clearing_it(models, prompts, undisturbed, tmp_path):
+    settings = job_settings(models, tmp_path / "job", prompts)
+    run_inline(settings)
+    for name in ("000002.npy", ".000003.npy.dvtxos_5.tmp"):
+        path = settings.outputs_dir / "work/000000" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    run_inline(settings)
+    assert outputs(settings.outputs_dir) == undisturbed
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_job_that_goes_on(models, prompts, undisturbed, tmp_path, number, monkeypatch, capsys):
     settings = job_settings(models, tmp_path / "job", prompts)

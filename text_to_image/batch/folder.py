@@ -128,8 +128,11 @@ class JobFolder:
         """Deletes what killed writes left."""
         for name in ("", PARTS, SHARDS, UPSCALED):
             clear_leftovers(self.path / name)
-        for name in (FOLDERS, WORK):
-            for path in (self.path / name).glob(".*.tmp"):
+        for path in (self.path / FOLDERS).glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.path / WORK).glob("*"):
+            clear_leftovers(path)
+            if (self.path / PARTS / f"{path.name}.jsonl").exists():  # the unit was finished, and not yet cleared
                 shutil.rmtree(path, ignore_errors=True)
 
     def rejected(self) -> Iterator[dict[str, Any]]:
