@@ -169,6 +169,12 @@ class Denoiser:
         alpha_bar = self.schedule.alphas_cumprod
         return at(alpha_bar.sqrt(), step, x_0) * x_0 + at((1 - alpha_bar).sqrt(), step, x_0) * noise
 
+    def x_0_slope(self, x: Tensor, step: int | Tensor) -> Tensor:
+        """The derivative by `x` of the best linear estimate of x_0, for residuals of that standard deviation, or for
+        images of unit variance: what the network's own derivative is like, without its cost."""
+        variance, alpha_bar = (self.residual_std or 1.0) ** 2, self.schedule.alphas_cumprod
+        return at(alpha_bar.rsqrt() * variance / (1 / alpha_bar - 1 + variance), step, x)
+
     # Training
 
     def loss(self, x_0: Tensor, step: Tensor, noise: Tensor, use_kl: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ The losses are those of CLIP-guided diffusion (Crowson 2021): the spherical dist
 the prediction, blended with the noisy image late in the run, and a total-variation and a range loss.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ from diffusion.samplers import Guide, generator
 from diffusion.schedule import at
 
 LARGEST_WEIGHT = 1e12  # of a prompt, as of the options of a command line
+PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule starts at 4e-5 and is guided from its first step
 
 
 def parse_prompts(text: str, default_weight: float = 1.0) -> list[tuple[str, float]]:
@@ -120,6 +122,9 @@ def encode_prompts(
 class ClipGuidance:
     """Guides a batch of images towards prompts.
 
+    Steps of pure noise are not guided, where x does not show the image yet: a gradient moves x_0 by
+    (1 - alpha-bar) / sqrt(alpha-bar) of it, a factor of 20,000 at the start of a cosine schedule.
+
     Args:
         clip: the model whose similarity is followed.
         prompts: (text, weight). Weights are divided by the sum of all; images are led away from a negative one.
@@ -127,16 +132,24 @@ class ClipGuidance:
         clip_guidance_scale, tv_scale, range_scale: weights of the three losses.
         cutn: cutouts per image.
         cut_pow: see `make_cutouts`.
+        guidance_every: the gradient is taken at every so many steps; those between move x_0 as the last one did.
+        guidance_min_sigma: no guidance where the noise, sqrt(1 / alpha-bar - 1) in units of the image, is below this.
+        guidance_through_unet: whether the gradient goes back through the network, at twice its cost; else the network
+            is replaced by a linear estimate (`Denoiser.x_0_slope`), as in ΠGDM (Song et al. 2023).
 
     Raises `UsageError` without a prompt, for a weight that is not finite or too large, and when the weights cancel out.
     """
 
     def __init__(self, clip: CLIPModel, prompts: Sequence[tuple[str, float]] = (),
                  image_prompts: Sequence[tuple[Tensor, float]] = (), clip_guidance_scale: float = 1000.0,
-                 tv_scale: float = 0.0, range_scale: float = 0.0, cutn: int = 16, cut_pow: float = 1.0):  # fmt: skip
+                 tv_scale: float = 0.0, range_scale: float = 0.0, cutn: int = 16, cut_pow: float = 1.0,
+                 guidance_every: int = 1, guidance_min_sigma: float = 0.0,
+                 guidance_through_unet: bool = True):  # fmt: skip
         self.clip = clip
         self.clip_guidance_scale, self.tv_scale, self.range_scale = clip_guidance_scale, tv_scale, range_scale
         self.cutn, self.cut_pow = cutn, cut_pow
+        self.guidance_every, self.guidance_min_sigma = guidance_every, guidance_min_sigma
+        self.guidance_through_unet = guidance_through_unet
         self.targets, weights = encode_prompts(clip, prompts, image_prompts, cutn, cut_pow)
         total = sum(weights)
         if abs(total) < 1e-3:
@@ -144,28 +157,43 @@ class ClipGuidance:
         self.weights = torch.tensor(weights, device=self.targets.device) / abs(total)
 
     def guide(self, identities: Sequence[tuple], init_image: Tensor | None = None, init_scale: float = 0.0) -> Guide:
-        """The `guide` of a sampler, for a batch of images with these identities, such as (seed, input, image).
+        """The `guide` of a sampler, for one run over a batch of images with these identities, such as (seed, input,
+        image).
 
         `init_scale` is the weight of their distance to `init_image` (b, 3, h, w) in [0, 1], see `init_loss`.
         """
         to_init = init_loss(init_image, self.clip) if init_image is not None and init_scale else None
+        last: tuple[int, Tensor] | None = None  # the step of the last gradient, and how far it moved x_0
 
-        def guide(denoiser: Denoiser, x: Tensor, step: int) -> tuple[Prediction, Tensor]:
+        def loss(denoiser: Denoiser, x: Tensor, step: int, x_0: Tensor) -> Tensor:
+            share = at((1 - denoiser.schedule.alphas_cumprod).sqrt(), step, x)
+            blended = x_0 * share + x * (1 - share)
+            randoms = [generator(*identity, "cutouts", step) for identity in identities]
+            total = (
+                self.clip_guidance_scale * self.clip_loss(blended, randoms)
+                + self.tv_scale * tv_loss(blended)
+                + self.range_scale * range_loss(x_0)
+            )
+            return total if to_init is None else total + init_scale * to_init(blended)
+
+        def guide(denoiser: Denoiser, x: Tensor, step: int) -> tuple[Prediction, Tensor | None]:
+            nonlocal last
+            alpha_bar = denoiser.schedule.alphas_cumprod[step].item()
+            if alpha_bar < PURE_NOISE or math.sqrt(1 / alpha_bar - 1) < self.guidance_min_sigma:
+                return denoiser(x, step), None
+            shift = (1 - alpha_bar) / math.sqrt(alpha_bar)  # of x_0 by a gradient
+            if last is not None and 0 < last[0] - step < self.guidance_every:
+                return denoiser(x, step), last[1] / shift
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                prediction = denoiser(x, step, clip=False)
-                share = at((1 - denoiser.schedule.alphas_cumprod).sqrt(), step, x)
-                blended = prediction.x_0 * share + x * (1 - share)
-                randoms = [generator(*identity, "cutouts", step) for identity in identities]
-                loss = (
-                    self.clip_guidance_scale * self.clip_loss(blended, randoms)
-                    + self.tv_scale * tv_loss(blended)
-                    + self.range_scale * range_loss(prediction.x_0)
-                )
-                if to_init is not None:
-                    loss = loss + init_scale * to_init(blended)
+                with torch.set_grad_enabled(self.guidance_through_unet):
+                    prediction = denoiser(x, step, clip=False)
+                x_0 = prediction.x_0
+                if not self.guidance_through_unet:
+                    x_0 = x_0 + denoiser.x_0_slope(x, step) * (x - x.detach())
                 # Each image's loss depends on its own pixels alone, so the sum's gradient is each image's own.
-                gradient = -torch.autograd.grad(loss.sum(), x)[0]
+                gradient = -torch.autograd.grad(loss(denoiser, x, step, x_0).sum(), x)[0]
+            last = step, gradient * shift
             prediction = Prediction(*(value.detach() for value in prediction))
             return denoiser.clip(x.detach(), step, prediction), gradient
 

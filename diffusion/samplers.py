@@ -2,7 +2,7 @@
 
 A sampler takes `x` (b, 3, h, w), standard normal noise, and yields `(step, x, x_0)` after every step, from the
 noisiest, `num_steps - 1`, down to 0: the next sample and the predicted x_0. The last `x` is the result.
-`guide(denoiser, x, step)`, if given, makes the predictions, each with the gradient of a log-density to follow.
+`guide(denoiser, x, step)`, if given, makes the predictions, each with the gradient of a log-density to follow, or None.
 """
 
 import hashlib
@@ -17,10 +17,8 @@ from dalle_pytorch.errors import SamplingDiverged, UsageError
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.schedule import at
 
-Guide = Callable[[Denoiser, Tensor, int], tuple[Prediction, Tensor]]
+Guide = Callable[[Denoiser, Tensor, int], tuple[Prediction, Tensor | None]]
 Steps = Iterator[tuple[int, Tensor, Tensor]]
-
-PURE_NOISE = 1e-5  # alpha-bar below this; a linear schedule starts at 4e-5 and is guided from its first step
 
 # Noise
 
@@ -74,17 +72,34 @@ def sample_ddim(
         yield step, x, x_0
 
 
-def sample_solver(
-    denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None, scheduler_class: str = ""
-) -> Steps:
-    """A multistep solver of the probability-flow equation, which adds no noise, by its scheduler in diffusers.
+def sample_dpm(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None) -> Steps:
+    """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095, algorithm 2), which adds no noise: DDIM towards
+    an x_0 that is extrapolated, linearly in the logarithm of the noise level, to the middle of the step.
+    """
+    alpha_bar, alpha_bar_prev = denoiser.schedule.alphas_cumprod, denoiser.schedule.alphas_cumprod_prev
+    level = (0.5 * (alpha_bar / (1 - alpha_bar)).log()).tolist()
+    previous: Tensor | None = None
+    for step in reversed(range(denoiser.num_steps)):
+        _, x_0 = _guided(denoiser, x, step, guide)
+        middle = x_0
+        if previous is not None and step > 0:  # the last step leads to x_0 itself
+            share = (level[step - 1] - level[step]) / (level[step] - level[step + 1]) / 2
+            middle = x_0 + share * (x_0 - previous)
+        eps, previous = denoiser.eps_from_x_0(x, step, middle), x_0
+        x = at(alpha_bar_prev.sqrt(), step, x) * middle + at((1 - alpha_bar_prev).sqrt(), step, x) * eps
+        yield step, x, x_0
+
+
+def sample_unipc(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None) -> Steps:
+    """UniPC (Zhao et al. 2023), which adds no noise, by its scheduler in diffusers.
 
     The scheduler takes the betas of the visited steps, so that its steps are exactly ours, and the predicted x_0, so
     that the parametrisation of the network stays in `Denoiser`.
     """
-    import diffusers  # here: it takes seconds, and the other samplers do without
+    # Here: it takes seconds, and the other samplers do without.
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    scheduler = getattr(diffusers, scheduler_class)(
+    scheduler = UniPCMultistepScheduler(
         num_train_timesteps=denoiser.num_steps,
         # In the scheduler's single precision a larger beta is 1, and the noise level infinite.
         trained_betas=denoiser.schedule.betas.clamp(max=1 - 1e-6).tolist(),
@@ -94,20 +109,15 @@ def sample_solver(
     scheduler.set_timesteps(denoiser.num_steps, device=x.device)
     for step, timestep in zip(reversed(range(denoiser.num_steps)), scheduler.timesteps, strict=True):
         _, x_0 = _guided(denoiser, x, step, guide)
-        x = scheduler.step(x_0, timestep, x).prev_sample
+        x = scheduler.step(x_0, timestep, x, return_dict=False)[0]
         yield step, x, x_0
 
 
 def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tuple[Tensor, Tensor]:
-    """eps and x_0 for samplers without a mean: the gradient is added to the score, -eps / sqrt(1 - alpha-bar).
-
-    Steps of pure noise are not guided: x_0 moves by (1 - alpha-bar) / sqrt(alpha-bar) times the gradient, which is a
-    factor of 20,000 at the start of a cosine schedule, where x does not show the image yet.
-    """
-    if guide is None or denoiser.schedule.alphas_cumprod[step] < PURE_NOISE:
-        prediction = denoiser(x, step)
+    """eps and x_0 for samplers without a mean: the gradient is added to the score, -eps / sqrt(1 - alpha-bar)."""
+    prediction, gradient = guide(denoiser, x, step) if guide else (denoiser(x, step), None)
+    if gradient is None:
         return prediction.eps, prediction.x_0
-    prediction, gradient = guide(denoiser, x, step)
     eps = prediction.eps - at((1 - denoiser.schedule.alphas_cumprod).sqrt(), step, x) * gradient
     return eps, denoiser.x_0_from_eps(x, step, eps)
 
@@ -115,8 +125,8 @@ def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tu
 SAMPLERS: dict[str, Callable[..., Steps]] = {
     "ddpm": sample_ancestral,
     "ddim": sample_ddim,
-    "dpm++": partial(sample_solver, scheduler_class="DPMSolverMultistepScheduler"),  # Lu et al. 2022
-    "unipc": partial(sample_solver, scheduler_class="UniPCMultistepScheduler"),  # Zhao et al. 2023
+    "dpm++": sample_dpm,
+    "unipc": sample_unipc,
 }
 
 

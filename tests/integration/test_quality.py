@@ -171,11 +171,15 @@ def test_clip_is_asked_for_what_differs(model, tmp_path, capsys):
 
 def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
     sweep_guidance.main(["--model", str(model), "--count", "1", "--num_images", "2", "--clip_guidance_scale", "1e-9",
-                         "1e5", "--cut_pow", "1", "--steps", "2", "--device", "cpu",
+                         "1e5", "--cutn", "2", "--guidance_min_sigma", "0", "1e9", "--guidance_through_unet", "True",
+                         "False", "--worst", "--steps", "2", "--device", "cpu",
                          "--output_dir", str(tmp_path)])  # fmt: skip
-    weak, strong = json.loads((tmp_path / "sweep_guidance.json").read_text())
-    assert abs(weak["nats"]["mean"]) < 1e-3 < abs(strong["nats"]["mean"])
-    assert weak["nats"]["count"] == len(quality.GROUPS) and "| 100000 | 1 |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "sweep_guidance.json").read_text())
+    assert all(row["nats"]["count"] == len(quality.GROUPS) and row["time"] > 0 for row in rows)
+    moved = [abs(row["nats"]["mean"]) for row in rows]
+    # Neither a small scale moves anything nor noise that no step has; the networks' gradients differ.
+    assert max(moved[:4]) < 1e-3 < min(moved[4:6]) and moved[6:] == [0, 0] and moved[4] != moved[5]
+    assert "| 100000 | 1 | 2 | 1 | 0 | 1 |" in capsys.readouterr().out
 
 
 def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):

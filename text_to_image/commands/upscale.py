@@ -65,6 +65,10 @@ class _Guidance(Settings):
     tv_scale: float = option(0.0, "smoothness", low=0)
     range_scale: float = option(0.0, "holds colours in range", low=0)
     cutn: int = option(16, "cutouts that CLIP sees a step", low=1)
+    guidance_every: int = option(1, "take CLIP's gradient at every N-th step, and use it again between", low=1,
+                                 metavar="N")  # fmt: skip
+    guidance_min_sigma: float = option(0.0, "no guidance where the noise is below this, in units of the image", low=0)
+    guidance_through_unet: bool = option(True, "take the gradient through the U-Net, at twice its cost")
 
 
 @dataclass
@@ -131,8 +135,10 @@ def guidance(settings: UpscaleSettings, pipe: TextToImage) -> ClipGuidance | Non
             print(
                 f"warning: this CLIP does not read all of the prompt; left out: {shorten(lost, 200)}", file=sys.stderr
             )
-    scales = {name: vars(settings)[name] for name in ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")}
-    return pipe.guidance(prompts, parse_prompts(settings.image_prompts or ""), **scales)
+    options = settings.values(_Guidance)
+    for name in ("clip_guidance", "text", "image_prompts"):
+        del options[name]
+    return pipe.guidance(prompts, parse_prompts(settings.image_prompts or ""), **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """CLIP guidance: prompts, cutouts, losses, and a gradient that belongs to one picture."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,16 +149,83 @@ def test_pictures_turn_to_the_prompt(sampler):
     assert shares["blue"][2] > shares["red"][2] + 0.01
 
 
-@pytest.mark.parametrize(("schedule", "guided"), [("cosine", range(8, -1, -1)), ("linear", range(9, -1, -1))])
-def test_pure_noise_is_not_guided(schedule, guided):
-    denoiser = Denoiser(small_unet(), Schedule.named(schedule, 1000)).respaced("10")
-    asked = []
+class Counted(ColourClip):
+    """Counts the batches of pictures that it encodes."""
 
-    def guide(denoiser, x, step):
-        asked.append(step)
-        return denoiser(x, step), torch.zeros_like(x)
+    passes = 0
+
+    def encode_image(self, image):
+        self.passes += 1
+        return super().encode_image(image)
+
+
+def run(denoiser, guidance, sampler="ddim"):
+    """The steps of one run, and the passes of the network: all of them, and those that a gradient goes back through."""
+    network, passes, backward = denoiser.network, [], []
+
+    def counted(x, timesteps):
+        passes.append(1)
+        output = network(x, timesteps)
+        if output.requires_grad:
+            output.register_hook(lambda _: backward.append(1))
+        return output
 
     noise = Noise([generator(0)], (3, 32, 32))
     with torch.no_grad():
-        list(SAMPLERS["ddim"](denoiser, noise(), noise, guide))
-    assert asked == [*guided]
+        steps = SAMPLERS[sampler](replace(denoiser, network=counted), noise(), noise, guidance.guide([(0,)]))
+        return list(steps), len(passes), len(backward)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("schedule", "guided"), [("cosine", 9), ("linear", 10)])
+def test_pure_noise_is_not_guided(sampler, schedule, guided):
+    denoiser, clip = gaussian_denoiser(schedule=schedule, steps="10"), Counted()
+    assert run(denoiser, ClipGuidance(clip, [("red", 1.0)], cutn=2), sampler)[1:] == (10, guided)
+    assert clip.passes == guided
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_passes_of_clip_and_of_the_network(sampler):
+    denoiser = gaussian_denoiser(steps="10")
+    sigma = (1 / denoiser.schedule.alphas_cumprod - 1).sqrt().tolist()
+    cases = {(1, 0.0): 10, (2, 0.0): 5, (3, 0.0): 4, (100, 0.0): 1, (1, sigma[4] + 1e-6): 5, (2, sigma[4] + 1e-6): 3,
+             (1, sigma[9] + 1e-6): 0}  # fmt: skip
+    for (every, least), count in cases.items():
+        for through in (True, False):
+            clip = Counted()
+            guidance = ClipGuidance(clip, [("red", 1.0)], cutn=2, guidance_every=every, guidance_min_sigma=least,
+                                    guidance_through_unet=through)  # fmt: skip
+            assert run(denoiser, guidance, sampler)[1:] == (10, count if through else 0)
+            assert clip.passes == count
+
+
+def test_between_gradients_the_prediction_moves_as_it_did():
+    denoiser = gaussian_denoiser(steps="10")
+    guidance = ClipGuidance(ColourClip(), [("red", 1.0)], cutn=2, guidance_every=2)
+    guide, x = guidance.guide([(0,)]), torch.randn(1, 3, 32, 32)
+    shifts = []
+    for step in (7, 6, 5):
+        _, gradient = guide(denoiser, x, step)
+        alpha_bar = denoiser.schedule.alphas_cumprod[step].item()
+        shifts.append(gradient * (1 - alpha_bar) / math.sqrt(alpha_bar))
+    torch.testing.assert_close(shifts[1], shifts[0])
+    assert (shifts[2] - shifts[0]).abs().max() > 1e-2 * shifts[0].abs().max()
+
+
+@pytest.mark.parametrize("residual_std", [None, 0.3])
+def test_without_the_network_the_gradient_is_that_of_a_linear_one(residual_std):
+    """A network that is linear itself: of pictures of unit variance, or of residuals, of which it adds nothing."""
+    if residual_std is None:
+        denoiser = gaussian_denoiser(mean=0.0, deviation=1.0, steps="10")
+    else:
+        denoiser = Denoiser(lambda x, timesteps, low_res: 0 * x, Schedule.named("cosine"), residual_std=residual_std)
+        denoiser = denoiser.respaced("10").conditioned(low_res=torch.rand(1, 3, 32, 32))
+    x = torch.randn(1, 3, 32, 32)
+    for step in (8, 4, 1):
+        through, linear = (
+            ClipGuidance(ColourClip(), [("red", 1.0)], tv_scale=10.0, range_scale=1.0, cutn=2,
+                         guidance_through_unet=through).guide([(0,)])(denoiser, x, step)
+            for through in (True, False)
+        )  # fmt: skip
+        torch.testing.assert_close(linear[1], through[1], rtol=1e-3, atol=1e-5 * through[1].abs().max().item())
+        torch.testing.assert_close(linear[0].x_0, through[0].x_0)

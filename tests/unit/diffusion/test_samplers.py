@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.denoiser import Denoiser
-from diffusion.samplers import sample_ancestral, sample_ddim
+from diffusion.samplers import sample_ancestral, sample_ddim, sample_dpm
 from diffusion.schedule import Schedule
 
 
@@ -44,3 +44,22 @@ def test_last_step_has_no_noise(sample):
     # The posterior of step 0 has no variance, and its mean is the prediction.
     assert step == 0 and len(draws) == 99
     torch.testing.assert_close(x, x_0)
+
+
+@pytest.mark.parametrize("spacing", ["1", "2", "quad4", "quad7", "20"])
+def test_dpm_solver_steps_as_the_scheduler_of_diffusers_does(spacing):
+    from diffusers import DPMSolverMultistepScheduler
+
+    torch.manual_seed(0)
+    denoiser = make_denoiser().respaced(spacing)
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=denoiser.num_steps, trained_betas=denoiser.schedule.betas.tolist(),
+        prediction_type="sample", timestep_spacing="trailing", lower_order_final=False,
+    )  # fmt: skip
+    scheduler.set_timesteps(denoiser.num_steps)
+    start = x = 0.1 * torch.randn(1, 3, 4, 4)
+    steps = sample_dpm(denoiser, start, lambda: pytest.fail("it adds no noise"))
+    for (step, ours, x_0), timestep in zip(steps, scheduler.timesteps, strict=True):
+        torch.testing.assert_close(x_0, denoiser(x, step).x_0, atol=1e-4, rtol=1e-4)
+        x = scheduler.step(denoiser(x, step).x_0, timestep, x).prev_sample
+        torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
