@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,8 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.settings import Settings, option
+from diffusion.decoder import DiffusionDecoder
+from diffusion.unet import UNet
 from text_to_image import TextToImage
 from text_to_image.model import DEFAULT_MODEL
 
@@ -28,8 +30,9 @@ class SkipSettings(Settings):
     """What is kept of the tokens of drawn scenes by a U-Net that does not know them, and by one that does: attributes
     that the judge reads as the caption says, and the Fréchet distance to the drawn scenes on the judge's features.
 
-    python diffusion/train.py --image_text_folder glyphs --vae_path models/default/vae --steps 3000
-        --emb_condition False --low_res_condition False --output_dir runs/unconditional
+    python benchmarks/skip_table.py --begin --unconditional runs/begin
+    python diffusion/train.py --resume_checkpoint runs/begin --vae_path models/default/vae --steps 1000
+        --image_text_folder 'glyphs?of=everything' --learning_rate 7e-4 --output_dir runs/unconditional
     python benchmarks/skip_table.py --unconditional runs/unconditional/decoder
 
     Both begin with the VQGAN's image, from the same noise. Prints the table in Markdown and writes `skip_table.json`.
@@ -37,6 +40,7 @@ class SkipSettings(Settings):
 
     unconditional: Path = option(help="folder of the decoder that does not know the tokens")
     model: Path = option(DEFAULT_MODEL, "folder of the model, with the decoder that does")
+    begin: bool = option(False, "write that folder, with the weights that both share, as the start of a training")
     count: int = option(100, "captions of each kind", low=1)
     skip_steps: list[float] = option([0, 0.25, 0.4, 0.5, 0.75], "fractions of the steps", low=0, high=0.99, nargs="+")
     clip_guidance: bool = option(False, "guide both by the caption")
@@ -53,6 +57,23 @@ class Decoders(Models):
         super().__init__(settings.model, settings.device)
         other = TextToImage.from_pretrained(settings.model, settings.device, decoder=settings.unconditional)
         self.decoders = {"conditioned": self.pipe, "unconditional": other}
+
+
+def begin(settings: SkipSettings) -> None:
+    """Writes the decoder of the model without its conditions: the weights are the decoder's, where it has the layer.
+
+    It draws whole images, where the decoder draws what the VQGAN's lacks (`residual_std`): most is yet to be learnt.
+    """
+    decoder = DiffusionDecoder.from_pretrained(settings.model / "decoder")
+    unconditional = {"emb_condition": False, "low_res_condition": False, "gated": False}
+    unet = UNet(**decoder.unet.config | unconditional)
+    old, new = decoder.unet.state_dict(), unet.state_dict()
+    for name in old.keys() & new.keys():
+        # The channels of `x` come before those of `low_res`, and those of the noise before the gate's.
+        new[name] = old[name][tuple(map(slice, new[name].shape))]
+    unet.load_state_dict(new)
+    diffusion = asdict(decoder.settings) | {"residual_std": None}
+    DiffusionDecoder(unet, decoder.vae, **diffusion).save_pretrained(settings.unconditional)
 
 
 def redraw(decoders: Decoders, group: str, index: int, *, settings: SkipSettings) -> dict[str, Record]:
@@ -86,6 +107,8 @@ def summarize(opinions: Sequence[dict[str, Record]]) -> dict[str, Record]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = SkipSettings.parse(argv)
+    if settings.begin:
+        return begin(settings)
     captions = [*product(GROUPS, range(settings.count))]
     with shared_by(settings.jobs, partial(Decoders, settings)) as in_jobs:
         opinions = [*tqdm(in_jobs(partial(redraw, settings=settings), captions), "captions", len(captions))]
