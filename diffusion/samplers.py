@@ -65,7 +65,7 @@ def sample_ddim(
     alpha_bar, alpha_bar_prev = denoiser.schedule.alphas_cumprod, denoiser.schedule.alphas_cumprod_prev
     variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     for step in reversed(range(denoiser.num_steps)):
-        eps, x_0 = _guided(denoiser, x, step, guide)
+        _, (eps, x_0, _) = _guided(denoiser, x, step, guide)
         x = at(alpha_bar_prev.sqrt(), step, x) * x_0 + at((1 - alpha_bar_prev - variance).sqrt(), step, x) * eps
         if eta > 0 and step > 0:
             x = x + at(variance.sqrt(), step, x) * noise()
@@ -80,21 +80,23 @@ def sample_dpm(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide
     level = (0.5 * (alpha_bar / (1 - alpha_bar)).log()).tolist()
     previous: Tensor | None = None
     for step in reversed(range(denoiser.num_steps)):
-        _, x_0 = _guided(denoiser, x, step, guide)
-        middle = x_0
+        prediction, guided = _guided(denoiser, x, step, guide)
+        middle = guided.x_0
         if previous is not None and step > 0:  # the last step leads to x_0 itself
             share = (level[step - 1] - level[step]) / (level[step] - level[step + 1]) / 2
-            middle = x_0 + share * (x_0 - previous)
-        eps, previous = denoiser.eps_from_x_0(x, step, middle), x_0
+            # Guidance is not extrapolated: where it ends, that would lead back.
+            middle = middle + share * (prediction.x_0 - previous)
+        eps, previous = denoiser.eps_from_x_0(x, step, middle), prediction.x_0
         x = at(alpha_bar_prev.sqrt(), step, x) * middle + at((1 - alpha_bar_prev).sqrt(), step, x) * eps
-        yield step, x, x_0
+        yield step, x, guided.x_0
 
 
 def sample_unipc(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], guide: Guide | None = None) -> Steps:
     """UniPC (Zhao et al. 2023), which adds no noise, by its scheduler in diffusers.
 
     The scheduler takes the betas of the visited steps, so that its steps are exactly ours, and the predicted x_0, so
-    that the parametrisation of the network stays in `Denoiser`.
+    that the parametrisation of the network stays in `Denoiser`. It extrapolates the x_0 of guidance too: where that
+    ends before the last step, images are led back.
     """
     # Here: it takes seconds, and the other samplers do without.
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -108,18 +110,19 @@ def sample_unipc(denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor], gui
     )
     scheduler.set_timesteps(denoiser.num_steps, device=x.device)
     for step, timestep in zip(reversed(range(denoiser.num_steps)), scheduler.timesteps, strict=True):
-        _, x_0 = _guided(denoiser, x, step, guide)
+        _, (_, x_0, _) = _guided(denoiser, x, step, guide)
         x = scheduler.step(x_0, timestep, x, return_dict=False)[0]
         yield step, x, x_0
 
 
-def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tuple[Tensor, Tensor]:
-    """eps and x_0 for samplers without a mean: the gradient is added to the score, -eps / sqrt(1 - alpha-bar)."""
+def _guided(denoiser: Denoiser, x: Tensor, step: int, guide: Guide | None) -> tuple[Prediction, Prediction]:
+    """The prediction, and what guidance makes of it, for samplers without a mean: the gradient is added to the score,
+    -eps / sqrt(1 - alpha-bar)."""
     prediction, gradient = guide(denoiser, x, step) if guide else (denoiser(x, step), None)
     if gradient is None:
-        return prediction.eps, prediction.x_0
+        return prediction, prediction
     eps = prediction.eps - at((1 - denoiser.schedule.alphas_cumprod).sqrt(), step, x) * gradient
-    return eps, denoiser.x_0_from_eps(x, step, eps)
+    return prediction, prediction._replace(eps=eps, x_0=denoiser.x_0_from_eps(x, step, eps))
 
 
 SAMPLERS: dict[str, Callable[..., Steps]] = {

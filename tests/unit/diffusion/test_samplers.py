@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from factories import gaussian_denoiser
 
 from diffusion.denoiser import Denoiser
-from diffusion.samplers import sample_ancestral, sample_ddim, sample_dpm
+from diffusion.samplers import SAMPLERS, Noise, generator, sample_ancestral, sample_ddim, sample_dpm
 from diffusion.schedule import Schedule
 
 
@@ -63,3 +64,20 @@ def test_dpm_solver_steps_as_the_scheduler_of_diffusers_does(spacing):
         torch.testing.assert_close(x_0, denoiser(x, step).x_0, atol=1e-4, rtol=1e-4)
         x = scheduler.step(denoiser(x, step).x_0, timestep, x).prev_sample
         torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])  # UniPC does
+def test_guidance_that_ends_is_not_led_back(sampler):
+    """A solver that extrapolates x_0 must not take the end of guidance for the image's own way."""
+    denoiser = gaussian_denoiser(mean=0.0, deviation=0.2, schedule="cosine", steps="quad6")
+
+    def guide(denoiser, x, step):
+        return denoiser(x, step), torch.full_like(x, 0.2) if step == 3 else None
+
+    def last(guide):
+        noise = Noise([generator(0)], (3, 8, 8))
+        *_, (_, x, _) = SAMPLERS[sampler](denoiser, noise(), noise, guide)
+        return x
+
+    moved = last(guide) - last(None)
+    assert moved.mean() > 0.001 and (moved >= 0).all()
