@@ -46,9 +46,23 @@ def frechet_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int
     By the spread of the bootstrap, about the distance itself: the distances of resampled sets are all too large, since
     fewer different pictures are in them, and their quantiles would not hold it.
     """
+    distances = np.asarray([frechet_distance(a, b) for a, b in pairs])
+    reach = 1.96 * _resampled_distances(pairs, rounds, seed).std(axis=1)
+    return [(float(max(d - r, 0)), float(d + r)) for d, r in zip(distances, reach, strict=True)]
+
+
+def frechet_ratio(a: np.ndarray, b: np.ndarray, to: np.ndarray, rounds: int = 200,
+                  seed: int = 0) -> tuple[float, float, float]:  # fmt: skip
+    """How many times as far as `b` the features `a` are from `to`, rows being captions, and its 95 % interval: by the
+    spread of the ratio's logarithm over the bootstrap, about the ratio itself."""
+    ratio = frechet_distance(a, to) / frechet_distance(b, to)
+    over, under = _resampled_distances([(a, to), (b, to)], rounds, seed)
+    reach = np.exp(1.96 * np.log(over / under).std())
+    return float(ratio), float(ratio / reach), float(ratio * reach)
+
+
+def _resampled_distances(pairs: Sequence[tuple[np.ndarray, np.ndarray]], rounds: int, seed: int) -> np.ndarray:
+    """Distances of every pair (pairs, rounds), of the same captions in each round."""
     generator = np.random.default_rng(seed)
     rows = [generator.integers(len(pairs[0][0]), size=len(pairs[0][0])) for _ in range(rounds)]
-    values = np.asarray([[frechet_distance(a[drawn], b[drawn]) for drawn in rows] for a, b in pairs])
-    distances = np.asarray([frechet_distance(a, b) for a, b in pairs])
-    reach = 1.96 * values.std(axis=1)
-    return [(float(max(d - r, 0)), float(d + r)) for d, r in zip(distances, reach, strict=True)]
+    return np.asarray([[frechet_distance(a[drawn], b[drawn]) for drawn in rows] for a, b in pairs])

@@ -14,6 +14,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import clip_twins
+import decoding
 import judge
 import measures
 import quality
@@ -51,6 +52,16 @@ def test_frechet_intervals_hold_the_distances():
     pairs = [(a + 0.5 * generator.standard_normal(a.shape), a), (generator.standard_normal((300, 16)), a)]
     for pair, (low, high) in zip(pairs, measures.frechet_interval(pairs, rounds=50), strict=True):
         assert 0 <= low < measures.frechet_distance(*pair) < high
+
+
+def test_frechet_ratio_of_sets_that_are_moved():
+    generator = np.random.default_rng(4)
+    to = generator.standard_normal((400, 4))
+    # Moved alike everywhere, each is as far as it was moved, whichever captions are drawn.
+    assert measures.frechet_ratio(to + 2, to + 1, to, rounds=20) == pytest.approx((4, 4, 4))
+    other = generator.standard_normal((400, 4))
+    ratio, low, high = measures.frechet_ratio(to + 2, other + 1, to, rounds=50)
+    assert low < ratio < high and low < 4 < high
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -180,6 +191,54 @@ def test_sweep_of_guidance_compares_with_none(model, tmp_path, capsys):
     # Neither a small scale moves anything nor noise that no step has; the networks' gradients differ.
     assert max(moved[:4]) < 1e-3 < min(moved[4:6]) and moved[6:] == [0, 0] and moved[4] != moved[5]
     assert "| 100000 | 1 | 2 | 1 | 0 | 1 |" in capsys.readouterr().out
+
+
+def test_decoding_goes_on_adds_ways_and_refuses_other_settings(model, tmp_path, capsys):
+    decoder = DiffusionDecoder.from_pretrained(model / "decoder")
+    for parameter in decoder.parameters():  # with layers that are zero, the number of steps changes nothing
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    decoder.save_pretrained(model / "decoder")
+    command = ["--model", model, "--converged", "ddim 5", "--reference", "ddim 3", "--samplers", "ddim", "dpm++",
+               "--device", "cpu", "--output_dir", tmp_path / "out"]  # fmt: skip
+    command = list(map(str, command))
+    decoding.main([*command, "--count", "1", "--steps", "2", "3", "--guided_steps"])
+    lines = (tmp_path / "out/records.jsonl").read_text().splitlines()
+    decoding.main([*command, "--count", "2", "--steps", "3", "5", "--guided_steps", "2"])
+    grown = [line for line in (tmp_path / "out/records.jsonl").read_text().splitlines() if line]
+    assert grown[: len(lines)] == lines and len(lines) == 1 + len(quality.GROUPS)
+    rows = {row["way"]: row for row in json.loads((tmp_path / "out/decoding.json").read_text())}
+    kinds = len(quality.GROUPS)
+    assert {way: row["captions"] for way, row in rows.items()} == {
+        "ddim 2": kinds, "ddim 3": 2 * kinds, "ddim 5": 2 * kinds, "ddim 2 guided": 2 * kinds,
+        "dpm++ 2": kinds, "dpm++ 3": 2 * kinds, "dpm++ 5": 2 * kinds, "dpm++ 2 guided": 2 * kinds,
+    }  # fmt: skip
+    assert rows["ddim 5"]["distance"] < 1e-4 < rows["ddim 2"]["distance"] and rows["ddim 2"]["passes"] == 2
+    assert rows["ddim 3"]["attributes_difference"] is None and rows["ddim 2"]["attributes_difference"]["count"] == kinds
+    assert "| ddim 2 guided | 2 | 12 | " in capsys.readouterr().out
+    with pytest.raises(quality.UsageError, match="other settings"):
+        decoding.main([*command, "--count", "1", "--seed", "1"])
+    with pytest.raises(quality.UsageError, match="101 of 100"):
+        decoding.main([*command, "--steps", "101"])
+
+
+def test_summary_of_decoding():
+    def found(shift, scale, count):
+        """Of captions of which all but every `count`-th are right, features moved and scaled."""
+        generator = np.random.default_rng(0)
+        return {("a glyph", i): {"right": {"count": i % count != 0, "colour": True}, "seconds": scale, "distance": None,
+                                 "features": (scale * generator.standard_normal(2) + shift).tolist()}
+                for i in range(300)}  # fmt: skip
+
+    records = {"drawn": found(0, 1, 1000), "ddim 4": found(3, 1, 2), "ddim 10": found(1, 1, 1000)}
+    four, ten = decoding.summarize(records, "ddim 10", 100)
+    assert (four["passes"], ten["passes"], four["seconds"]) == (4, 10, 1)
+    assert four["frechet"] == pytest.approx(18) and ten["frechet"] == pytest.approx(2)
+    assert four["frechet_ratio"]["mean"] == pytest.approx(9)
+    assert four["attributes_difference"]["mean"] == pytest.approx(-0.5 * (150 - 1) / 300)
+    assert ten["attributes_difference"] is None
+    text = decoding.table([four, ten], "ddim 10")
+    assert "| ddim 10 | 10 | 300 |" in text and "| 9.00 (9.00 to 9.00) | – | 1.00 |" in text
 
 
 def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):
