@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faults import commands, files, interruptions, pickles, surroundings
+from faults import commands, files, interruptions, kills, pickles, surroundings
 from faults.harness import FAULTS, Case, Outcome, import_all, run_case
 from faults.models import write_models
 
@@ -43,10 +43,11 @@ def main() -> int:
     models = work / "models"
     models.mkdir()
     write_models(models)
-    import_all(models)
+    import_all(models, ["batch"] if arguments.only == ["kills"] else [])
     rng = np.random.default_rng(arguments.seed)
-    of_cases, of_scenarios = groups(models, rng), {"interruptions": interruptions.run, "surroundings": surroundings.run}
-    names = arguments.only or [*of_cases, *of_scenarios]
+    of_cases = groups(models, rng)
+    of_scenarios = {"interruptions": interruptions.run, "surroundings": surroundings.run, "kills": kills.run}
+    names = arguments.only or [name for name in (*of_cases, *of_scenarios) if name != "kills"]  # which takes hours
     if unknown := {*names} - {*of_cases, *of_scenarios}:
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join([*of_cases, *of_scenarios])}")
     outcomes: dict[str, list[Outcome]] = {}
