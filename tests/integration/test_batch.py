@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import numpy as np
@@ -30,6 +31,7 @@ from text_to_image.batch import driver, local, stages
 from text_to_image.batch.folder import JobFolder
 from text_to_image.batch.job import run_job
 from text_to_image.batch.local import LocalExecutor, Place
+from text_to_image.batch.tasks import Task
 from text_to_image.commands import batch
 from text_to_image.inputs import find_inputs, read_caption
 
@@ -332,6 +334,51 @@ def test_two_drivers_of_one_job(models, prompts, tmp_path, monkeypatch):
         return Inline(config)
 
     assert run_job(settings, executor).finished
+
+
+class Echo:
+    """Stages whose results are their items."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def run(self, stage, items):
+        return [*items]
+
+
+def echoing_work(connection, config, place, name):
+    stages.Stages = Echo
+    local.work(connection, config, place, name)
+
+
+class Echoing(LocalExecutor):
+    target = staticmethod(echoing_work)
+
+    def _replace(self, worker):
+        raise AssertionError("a worker has ended")
+
+
+def test_tasks_and_results_larger_than_a_pipe_cross_each_other():
+    """The driver and a worker would wait for each other for ever if neither read while it sends."""
+    executor = Echoing(None, [Place("cpu", 1)])
+    tasks = [Task("score", 0, number, (np.full(2**22, number, np.uint8),)) for number in range(2 * local.AHEAD)]
+    received = []
+
+    def work():
+        waiting = [*tasks]
+        while len(received) < len(tasks):
+            while waiting and executor.free("score"):
+                executor.submit(waiting.pop(0))
+            received.extend(executor.wait(0.5))
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        thread.join(300)
+        assert [outcome.task.block for outcome in received] == [0, 1, 2, 3]
+        assert all(np.array_equal(outcome.results, outcome.task.items) for outcome in received)
+    finally:
+        executor.close()
 
 
 # Settings

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess, parent_process
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from dalle_pytorch.errors import UserError, as_message
@@ -158,6 +159,10 @@ def work(connection: Connection, config: WorkerConfig, place: Place, name: str) 
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the driver decides what then
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    # Tasks are taken out of the pipe at once, also while a model opens, a task runs or an outcome is sent: otherwise
+    # this process and the driver would wait for ever for each other to read, where both send more than a pipe holds.
+    tasks: SimpleQueue[Task | None] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
 
     import torch
 
@@ -170,11 +175,7 @@ def work(connection: Connection, config: WorkerConfig, place: Place, name: str) 
         connection.send(str(error))
         return
     connection.send(None)
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
+    while task := tasks.get():
         outcome = run_task(stages, task, name)
         try:
             connection.send(outcome)
@@ -182,6 +183,14 @@ def work(connection: Connection, config: WorkerConfig, place: Place, name: str) 
             return
         if outcome.traceback is not None and place.device != "cpu":
             return  # after an error of the device nothing that follows can be trusted
+
+
+def _receive(connection: Connection, tasks: SimpleQueue[Task | None]) -> None:
+    """Puts what the driver sends into a queue, and None when the driver has ended."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            tasks.put(connection.recv())
+    tasks.put(None)
 
 
 def run_task(stages: Stages, task: Task, name: str) -> Outcome:
