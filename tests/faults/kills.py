@@ -51,8 +51,14 @@ class RayCluster:
                    f"--object-store-memory={2**27}", *options]  # fmt: skip
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0",
                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "DALLE-pytorch")])}  # fmt: skip
-        with open(f"{self.folder}/log", "ab") as log:
-            return psutil.Process(subprocess.Popen(command, env=environment, stdout=log, stderr=log).pid)
+        path = Path(self.folder) / "start.log"
+        with open(path, "wb") as log:
+            process = psutil.Process(subprocess.Popen(command, env=environment, stdout=log, stderr=log).pid)
+        while STARTED not in path.read_text("utf-8", "replace"):
+            if not runs(process):
+                raise RuntimeError(f"Ray does not start: {path.read_text('utf-8', 'replace')}")
+            time.sleep(LOOKS)
+        return process
 
     def join(self) -> None:
         """Adds the second node unless it is there."""
@@ -83,6 +89,7 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+STARTED = "Ray runtime started"  # what Ray prints
 WITHOUT_MODELS = ("ray::IDLE", "ray::open", "ray::StageActor.__init__")  # titles of Ray's processes
 
 
