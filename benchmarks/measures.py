@@ -17,8 +17,9 @@ def interval(values: Sequence[float], share: float = 0.95, rounds: int = 4000, s
     return float(low), float(high)
 
 
-def best_of(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
-    """The chance that the highest score of `n` of these candidates, taken at random, belongs to a right one.
+def best_of(scores: Sequence[float], right: Sequence[float], n: int) -> float:
+    """The chance that the highest score of `n` of these candidates, taken at random, belongs to a right one; or the
+    mean of other values of the one with the highest score.
 
     Of m candidates the one of rank r (0 the best) is the best of n with chance C(m - 1 - r, n - 1) / C(m, n).
     """
@@ -26,7 +27,7 @@ def best_of(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
     if not 1 <= n <= m:
         raise ValueError(f"the best of {n} cannot be told from {m} candidates")
     order = sorted(range(m), key=lambda i: (-scores[i], i))
-    return sum(comb(m - 1 - rank, n - 1) * bool(right[i]) for rank, i in enumerate(order[: m - n + 1])) / comb(m, n)
+    return sum(comb(m - 1 - rank, n - 1) * float(right[i]) for rank, i in enumerate(order[: m - n + 1])) / comb(m, n)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import clip_twins
 import decoding
 import judge
 import measures
+import prune
 import quality
 import skip_table
 import sweep
@@ -33,6 +34,8 @@ def test_best_of_equals_the_mean_over_all_subsets():
         subsets = list(itertools.combinations(range(7), n))
         expected = sum(right[max(subset, key=lambda i: scores[i])] for subset in subsets) / len(subsets)
         assert measures.best_of(scores, right, n) == pytest.approx(expected)
+    assert measures.best_of(scores, scores, 7) == max(scores)
+    assert measures.best_of(scores, scores, 1) == pytest.approx(np.mean(scores))
     with pytest.raises(ValueError, match="best of 8"):
         measures.best_of(scores, right, 8)
 
@@ -268,3 +271,66 @@ def test_summary_of_skipped_steps():
     assert (rows["moved"]["attributes"]["mean"], rows["moved"]["everything"]["mean"]) == (0.75, 0.5)
     assert rows["drawn"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert rows["moved"]["frechet"] == pytest.approx(9)
+
+
+def pruned_records(captions=6, candidates=32):
+    """Captions whose scores a direction of the last state tells after 8 rows, and nothing else does."""
+    generator = np.random.default_rng(3)
+    found = []
+    for _ in range(captions):
+        shapes = {name: (candidates, 3) for name in ("clip_repeat", "clip_plain", "likelihood", "unconditional")}
+        shapes |= {name: (candidates, 3, 8) for name in ("last_state", "mean_state")}
+        one = {name: generator.standard_normal(shape) for name, shape in shapes.items()}
+        one["scores"] = 3 + one["last_state"][:, 2] @ np.arange(8) / 10
+        one["right"] = one["scores"] > np.quantile(one["scores"], 0.9)
+        found.append(one)
+    prune.add_measures(found)
+    return found
+
+
+def test_heads_are_fitted_to_the_other_captions():
+    found = pruned_records()
+    assert all(prune.rank_correlation(one["last_head"][:, 2], one["scores"]) > 0.9 for one in found)
+    scores = found[0]["scores"].copy()
+    found[0]["scores"] = scores[::-1].copy()  # what a caption is told does not depend on its own scores
+    before = found[0]["last_head"].copy()
+    prune.add_measures(found)
+    np.testing.assert_allclose(found[0]["last_head"], before)
+
+
+def test_rules_of_dropping():
+    assert prune.cost(((8, 0.5),)) == 0.75 and prune.cost(((4, 0.25), (8, 5 / 32))) == pytest.approx(100 / 256, 1e-3)
+    found = pruned_records()
+    for rule in prune.RULES:
+        for one in found:
+            best = np.argsort(-one["final"][:, 0])[: round(32 * rule[-1][1])]
+            assert sorted(best) == prune.survivors(one, rule, "final").tolist()
+            assert prune.compare(one, rule, "final", "scores") >= 0
+    gains = [[np.mean([prune.compare(one, rule, measure, "right") for one in found]) for rule in prune.RULES[:2]]
+             for measure in ("last_head", "clip_repeat")]  # fmt: skip
+    assert min(gains[0]) > 0 > max(gains[1])
+
+
+def test_measures_of_candidates_drawn_in_part(model, tmp_path, capsys):
+    command = ["--model", str(model), "--num_images", "6", "--device", "cpu", "--output_dir", str(tmp_path)]
+    prune.main([*command, "--count", "1"])
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == len(quality.GROUPS) and f"{len(files)} captions" in capsys.readouterr().out
+    prune.main([*command, "--count", "2"])
+    assert len(list(tmp_path.iterdir())) == 2 * len(files)
+    assert all(path.stat().st_mtime_ns == time for path, time in files.items())
+    assert "| the final score itself, the bound | +" in capsys.readouterr().out
+    # Measures of the first rows alone, by the prior that the tokens are from.
+    settings = prune.PruneSettings.parse(command)
+    models = prune.Models(model, "cpu")
+    prior, scene = models.pipe.model.prior, quality.scene_of("a glyph", 0, "validation")
+    tokens = torch.stack([image.tokens for image in models.pipe.generate(scene.caption, 6)])
+    text = prior.tokenize(scene.caption)
+    with torch.no_grad():
+        whole = prior.next_token_logits(text.expand(6, -1), tokens).log_softmax(-1)
+        measured = prune.read_by_prior(prior, text, tokens)
+    likelihood = whole.gather(-1, tokens[..., None])[..., 0].cumsum(1)
+    for row, rows in enumerate(prune.rows_of(prior)):
+        expected = likelihood[:, rows * prior.image_fmap_size - 1]
+        torch.testing.assert_close(measured["likelihood"][:, row], expected, rtol=1e-4, atol=1e-3)
+    assert settings.num_images == 6 and measured["last_state"].shape[:2] == (6, len(prune.ROWS))
