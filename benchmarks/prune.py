@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
-from dalle_pytorch.files.atomic import write_bytes
+from dalle_pytorch.files.atomic import write_bytes, write_text
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.loop import evaluation
@@ -144,11 +145,16 @@ def record(settings: PruneSettings, models: Models, scene: glyphs.Scene) -> dict
 
 def all_records(settings: PruneSettings) -> Records:
     """Records the captions that are not in --output_dir yet."""
+    made_with = {name: str(vars(settings)[name]) for name in ("model", "num_images", "split", "seed")}
+    path = settings.output_dir / "settings.json"
+    if not path.exists():
+        write_text(path, json.dumps(made_with) + "\n")
+    elif json.loads(path.read_text("utf-8")) != made_with:
+        raise UsageError(f"{path} is of other settings; move it away or give another --output_dir")
     models, records = None, []
     keys = [(group, index) for index in range(settings.count) for group in GROUPS]
     for group, index in tqdm(keys, "captions", dynamic_ncols=True):
-        name = f"{settings.split}-{group.replace(' ', '_')}-{index:04}-{settings.num_images}-{settings.seed}.npz"
-        path = settings.output_dir / name
+        path = settings.output_dir / f"{group.replace(' ', '_')}-{index:04}.npz"
         if not path.exists():
             models = models or Models(settings.model, settings.device)
             if not isinstance(models.pipe.model.prior, DALLE):
@@ -180,7 +186,7 @@ def add_measures(records: Records) -> None:
 
 def head(records: Records, states: str, row: int) -> list[np.ndarray]:
     """What a linear head on the states says of each candidate: for each caption, ridge regression on the others of the
-    final scores, both less their means within a caption. The ridge is the best for the others, likewise."""
+    final scores, both less their means within a caption. Of `RIDGE` that which does best, which flatters the head."""
     inputs = [one[states][:, row].astype(np.float64) for one in records]
     inputs = [x - x.mean(0) for x in inputs]
     spread = np.concatenate(inputs).std(0) + 1e-6
@@ -193,10 +199,7 @@ def head(records: Records, states: str, row: int) -> list[np.ndarray]:
         matrix = sum(squares) + ridge * np.eye(inputs[0].shape[1])
         said[ridge] = [x @ np.linalg.solve(matrix - square, sum(products) - product)
                        for x, square, product in zip(inputs, squares, products, strict=True)]  # fmt: skip
-    quality = {ridge: np.array([rank_correlation(*pair) for pair in zip(values, wanted, strict=True)])
-               for ridge, values in said.items()}  # fmt: skip
-    chosen = [max(RIDGE, key=lambda ridge: quality[ridge].sum() - quality[ridge][i]) for i in range(len(records))]
-    return [said[ridge][i] for i, ridge in enumerate(chosen)]
+    return max(said.values(), key=lambda values: sum(map(rank_correlation, values, wanted)))
 
 
 def standardized(values: np.ndarray) -> np.ndarray:
@@ -255,8 +258,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     judged = [rank_correlation(one["scores"], one["nats"]) for one in records]
     print(f"\nThe final score with the judge's likelihood of the caption: {with_interval(judged, 2)}")
 
-    names = [f"{', '.join(f'{share:.0%} after {rows} rows' for rows, share in rule)} ({cost(rule):.0%} of the tokens)"
+    names = [f"{', '.join(f'{share:.0%} after {rows}' for rows, share in rule)} (cost {cost(rule):.0%})"
              for rule in RULES]  # fmt: skip
+    print("\nGo on after so many of 16 rows (cost: of the tokens of all candidates)")
     for of, digits, words in (("scores", 4, "score of the best"), ("right", 2, "everything right")):
         print(f"\n| {words}, less equal cost | " + " | ".join(names) + " |\n" + "|---" * (len(RULES) + 1) + "|")
         for measure, told in MEASURES.items():
