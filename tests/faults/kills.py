@@ -52,13 +52,14 @@ class RayCluster:
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0",
                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "DALLE-pytorch")])}  # fmt: skip
         path = Path(self.folder) / "start.log"
-        with open(path, "wb") as log:
-            process = psutil.Process(subprocess.Popen(command, env=environment, stdout=log, stderr=log).pid)
-        while STARTED not in path.read_text("utf-8", "replace"):
-            if not runs(process):
-                raise RuntimeError(f"Ray does not start: {path.read_text('utf-8', 'replace')}")
-            time.sleep(LOOKS)
-        return process
+        for _ in range(STARTS):
+            with open(path, "wb") as log:
+                process = psutil.Process(subprocess.Popen(command, env=environment, stdout=log, stderr=log).pid)
+            while runs(process):
+                if STARTED in path.read_text("utf-8", "replace"):
+                    return process
+                time.sleep(LOOKS)
+        raise RuntimeError(f"Ray does not start: {path.read_text('utf-8', 'replace')}")
 
     def join(self) -> None:
         """Adds the second node unless it is there."""
@@ -89,6 +90,7 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+STARTS = 10  # of a node, for which Ray takes half a minute at most, which a busy machine may need
 STARTED = "Ray runtime started"  # what Ray prints
 WITHOUT_MODELS = ("ray::IDLE", "ray::open", "ray::StageActor.__init__")  # titles of Ray's processes
 
