@@ -401,6 +401,17 @@ def test_another_setting_is_refused_by_name(models, prompts, undisturbed, tmp_pa
     assert outputs(tmp_path / "job") == undisturbed
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"steps": "many"}, "expected steps as in"), ({"steps": "5000"}, "cannot visit 5000"),
+     ({"num_init_img_tokens": 999}, "initial image tokens, got 999")],
+)  # fmt: skip
+def test_what_the_models_cannot_follow_is_refused_at_the_beginning(models, prompts, tmp_path, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        run_inline(job_settings(models, tmp_path / "job", prompts, **wrong))
+    run_inline(job_settings(models, tmp_path / "job", prompts), stop=lambda: True)  # the folder is as it was
+
+
 def other_decoder(models, folder):
     decoder = DiffusionDecoder.from_pretrained(models / "decoder")
     next(decoder.unet.parameters()).data += 1

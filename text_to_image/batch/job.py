@@ -24,6 +24,7 @@ from text_to_image.batch.manifest import assemble
 from text_to_image.batch.plan import Counts, Defaults, write_plan
 from text_to_image.batch.prompts import digest, is_address, list_files, read_rows
 from text_to_image.batch.settings import BatchSettings
+from text_to_image.batch.stages import check
 from text_to_image.batch.tasks import unit_size
 from text_to_image.pipeline import TextToImage
 from text_to_image.results import make_writable
@@ -112,7 +113,7 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
 
     `device` is the kind that they draw on, by default this machine's.
 
-    Raises `UsageError` for another job than that of the settings.
+    Raises `UsageError` for settings that the models cannot follow, and for another job than that of the settings.
     """
     known = folder.read_job()
     if known is None:
@@ -120,6 +121,7 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     # On the CPU, and only to look at: the workers have their own.
     pipe = TextToImage.from_pretrained(device="cpu", **settings.parts())
     pipe.model.open(*(name for name in settings.part_names() if name != "tokenizer"))
+    check(pipe, settings)
     fingerprints = pipe.model.fingerprints(*settings.part_names())
     weights = sum(pipe.model.num_bytes(name) for name in settings.part_names() if name != "tokenizer")
     config = WorkerConfig(settings, fingerprints, images_folder(settings, files), weights)

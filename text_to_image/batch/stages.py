@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,33 @@ from dalle_pytorch.files.images import decode_image, tensor_to_image
 from dalle_pytorch.sampling.filters import require_finite
 from dalle_pytorch.sampling.loop import Prefix, evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
+from diffusion.guidance import ClipGuidance
 from text_to_image.batch.executor import WorkerConfig
 from text_to_image.batch.outputs import Packer
 from text_to_image.batch.plan import read_image_bytes
+from text_to_image.batch.settings import BatchSettings
 from text_to_image.batch.tasks import STAGES, Candidate, Chosen, Draw, Drawn, Finished, Packed, Prompt, Scored
-from text_to_image.pipeline import TextToImage
+from text_to_image.pipeline import TextToImage, Upscaled
 from text_to_image.results import Result, ResultImage
+
+
+def check(pipe: TextToImage, settings: BatchSettings) -> None:
+    """Raises `UsageError` for settings that these models cannot follow, of which every prompt would fail."""
+    prior = pipe.model.prior
+    prior.num_init_tokens(settings.num_init_img_tokens)
+    if settings.diffuse:
+        tokens = torch.zeros(prior.image_seq_len, dtype=torch.int64)
+        redraw(pipe, settings, [ResultImage(0, tokens, torch.zeros(3, 1, 1))], [0])
+
+
+def redraw(pipe: TextToImage, settings: BatchSettings, inputs: Sequence[ResultImage], seeds: Sequence[int],
+           guidance: ClipGuidance | bool = False) -> Iterator[Upscaled]:  # fmt: skip
+    """The inputs, redrawn by the diffusion decoder in one batch. Raises `UsageError` at once, before anything is drawn,
+    for settings that are out of range."""
+    return pipe.upscale_each(
+        Result(list(inputs)), batch_size=len(inputs), num_inference_steps=settings.steps, sampler=settings.sampler,
+        seed=seeds, output_size=settings.output_size, clip_guidance=guidance,
+    )  # fmt: skip
 
 
 class Stages:
@@ -140,10 +161,7 @@ class Stages:
         guidance = False
         if settings.clip_guidance:
             guidance = self.pipe.guidance(items[0].prompt.text, clip_guidance_scale=settings.clip_guidance_scale)
-        upscaled = self.pipe.upscale_each(
-            Result(inputs), batch_size=len(items), num_inference_steps=settings.steps, sampler=settings.sampler,
-            seed=[item.prompt.seed for item in items], output_size=settings.output_size, clip_guidance=guidance,
-        )  # fmt: skip
+        upscaled = redraw(self.pipe, settings, inputs, [item.prompt.seed for item in items], guidance)
         return [np.array(tensor_to_image(image.pixels)) for image in upscaled]
 
     # pack
