@@ -17,10 +17,10 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.settings import Settings, option
 from text_to_image.batch.driver import UnitRun
-from text_to_image.batch.executor import Outcome, WorkerConfig
+from text_to_image.batch.executor import Executor, Outcome, WorkerConfig
 from text_to_image.batch.folder import JobFolder
 from text_to_image.batch.job import prepare, run_job
-from text_to_image.batch.local import LocalExecutor, Place
+from text_to_image.batch.local import AHEAD, LocalExecutor, Place
 from text_to_image.batch.prompts import list_files
 from text_to_image.batch.settings import BatchSettings
 from text_to_image.batch.stages import Stages
@@ -33,6 +33,7 @@ class BenchmarkSettings(Settings):
     """The time of a job of test captions, against that of its sampling, scoring and diffusing alone.
 
     python benchmarks/batch.py --count 200 --num_images 16
+    ray start --head --num-cpus 1 && python benchmarks/batch.py --ray auto && ray stop
 
     Alone means: the same blocks one after the other in this process, of one thread, with nothing written. The job runs
     on one worker, after its models are opened, and writes shards and a manifest. Prints seconds of processor time,
@@ -46,6 +47,7 @@ class BenchmarkSettings(Settings):
     batch_size: int = option(32, "candidates sampled at once", low=1)
     steps: str = option("quad25", "diffusion steps")
     workers: int = option(1, "processes of the job", low=1)
+    ray: str | None = option(None, "measure the job on this Ray cluster too, auto or HOST:PORT")
     output_dir: Path = option(Path("outputs/batch_benchmark"), "where the job's folders go, which must be new")
 
 
@@ -85,23 +87,55 @@ def alone(settings: BatchSettings) -> dict[str, Times]:
     return spent
 
 
-class Measured(LocalExecutor):
-    """Notes the processor time of its workers once their models are open, and at the end."""
+class Measured(Executor):
+    """Notes the time of an executor, from when its workers have opened their models to its end."""
 
+    took: Times
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that the job runs on beside this one."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        self.begun, self.started = self._cpu(), time.monotonic()
+
+    def _cpu(self) -> float:
+        times = [process.cpu_times() for process in self.processes()]
+        return sum(used.user + used.system for used in times) + time.process_time()
+
+    def close(self) -> None:
+        self.took = Times(self._cpu() - self.begun, time.monotonic() - self.started)
+        super().close()
+
+
+class MeasuredLocal(Measured, LocalExecutor):
     def __init__(self, config: WorkerConfig, workers: int):
         super().__init__(config, [Place("cpu", 1)] * workers)
         while not all(worker.ready for worker in self.running):
             self.wait(0.5)
-        self.begun, self.cpu = self._cpu(), 0.0
-        self.driver, self.clock = time.process_time(), time.monotonic()
+        self.begin()
 
-    def _cpu(self) -> float:
-        times = [psutil.Process(worker.process.pid).cpu_times() for worker in self.running]
-        return sum(used.user + used.system for used in times)
+    def processes(self) -> list[psutil.Process]:
+        return [psutil.Process(worker.process.pid) for worker in self.running]
 
-    def close(self) -> None:
-        self.cpu = self._cpu() - self.begun
-        super().close()
+
+def on_ray(config: WorkerConfig) -> Measured:
+    """Workers on the Ray cluster that this process is connected to; all of Ray's processes on this machine count."""
+    from text_to_image.batch.ray_executor import RayExecutor
+
+    class MeasuredRay(Measured, RayExecutor):
+        def __init__(self) -> None:
+            super().__init__(config, "cpu")
+            while self.free("sample") < AHEAD * self.workers:
+                self.wait(0.5)
+            self.begin()
+
+        def processes(self) -> list[psutil.Process]:
+            parts = ("ray::", "raylet", "gcs_server")
+            return [process for process in psutil.process_iter(["cmdline"])
+                    if any(part in " ".join(process.info["cmdline"] or ())[:200] for part in parts)]  # fmt: skip
+
+    return MeasuredRay()
 
 
 def as_a_job(settings: BatchSettings, workers: int) -> Times:
@@ -109,12 +143,11 @@ def as_a_job(settings: BatchSettings, workers: int) -> Times:
     made: list[Measured] = []
 
     def executor(config: WorkerConfig) -> Measured:
-        made.append(Measured(config, workers))
+        made.append(on_ray(config) if settings.ray else MeasuredLocal(config, workers))
         return made[0]
 
     run_job(settings, executor)
-    driver = time.process_time() - made[0].driver
-    return Times(made[0].cpu + driver, time.monotonic() - made[0].clock)
+    return made[0].took
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,24 +158,29 @@ def main(argv: list[str] | None = None) -> None:
     prompts = settings.output_dir / "prompts.jsonl"
     write_text(prompts, "".join(json.dumps({"key": str(n), "prompt": text}) + "\n" for n, text in enumerate(captions)))
 
-    def job(name: str) -> BatchSettings:
+    def job(name: str, **options: Any) -> BatchSettings:
         return BatchSettings(
             prompts=str(prompts), outputs_dir=settings.output_dir / name, num_images=settings.num_images,
             keep=settings.keep, diffuse=settings.diffuse, batch_size=settings.batch_size, steps=settings.steps,
-            device="cpu",
+            device="cpu", **options,
         )  # fmt: skip
 
     stages = alone(job(f"alone-{os.getpid()}"))
     whole = as_a_job(job(f"job-{os.getpid()}"), settings.workers)
+    ray = {"ray": settings.ray, "num_workers": settings.workers}
+    jobs = {"job": whole} | ({"on Ray": as_a_job(job(f"ray-{os.getpid()}", **ray), 0)} if settings.ray else {})
     total = Counter[str]()
     for times in stages.values():
         total.update(asdict(times))
     print(f"{settings.count} captions × {settings.num_images} candidates, {settings.workers} workers")
-    for name, times in (*stages.items(), ("alone", Times(**total)), ("job", whole)):
+    for name, times in (*stages.items(), ("alone", Times(**total)), *jobs.items()):
         print(f"{name:<10} {times.cpu:9.1f} s of processor time {times.clock:9.1f} s")
-    print(f"{'ratio':<10} {whole.cpu / total['cpu']:9.3f}   {'':17} {whole.clock / total['clock']:9.3f}")
+    for name, times in jobs.items():
+        print(f"{f'{name} / alone':<16} {times.cpu / total['cpu']:.3f} of processor time, of the clock "
+              f"{times.clock / total['clock']:.3f}")  # fmt: skip
     found = {"settings": settings.as_dict(), "stages": {name: asdict(times) for name, times in stages.items()},
-             "job": asdict(whole), "cpu_ratio": whole.cpu / total["cpu"]}  # fmt: skip
+             **{name: asdict(times) for name, times in jobs.items()},
+             "cpu_ratio": whole.cpu / total["cpu"]}  # fmt: skip
     write_text(settings.output_dir / "batch.json", json.dumps(found, indent=2) + "\n")
 
 
