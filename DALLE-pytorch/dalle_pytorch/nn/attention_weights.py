@@ -37,7 +37,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prompt
     of_prompt, sum_of_prompt = _attend(together, prompts[0], prompts[1], attn_mask=first)
     own, sum_of_own = _attend(q, k, v, attn_mask=second)
     share = (sum_of_prompt.transpose(1, 2).reshape(sum_of_own.shape) - sum_of_own).sigmoid()
-    return own.lerp(of_prompt.transpose(1, 2).reshape(own.shape), share[..., None])
+    return own.lerp(of_prompt.transpose(1, 2).reshape(own.shape), share[..., None].to(own.dtype))
 
 
 # `F.scaled_dot_product_attention` on CPUs, with the logarithm of each query's sum of exponentials: (b, heads, n).

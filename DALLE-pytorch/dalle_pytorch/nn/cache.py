@@ -41,7 +41,7 @@ class KVCache(nn.Module):
         self.length = self.start + stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def gather(self, rows: Tensor, max_length: int) -> KVCache:
+    def gather(self, rows: Tensor, max_length: int, share: bool = True) -> KVCache:
         """See `TransformerCache.gather`."""
         if self.prompts is not None:
             raise ValueError("a cache of sequences that share their prompts cannot be continued by others")
@@ -50,7 +50,7 @@ class KVCache(nn.Module):
         prompts, counts = rows.unique_consecutive(return_counts=True)
         keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         shared = self.length >= SHARED_LENGTH and int(counts.min()) >= SHARED_BY and len(counts.unique()) == 1
-        if shared and self.keys.device.type == "cpu":
+        if share and shared and self.keys.device.type == "cpu":
             shape = (len(rows), heads, max_length - self.length, dim_head)
             return KVCache(shape, *options, torch.stack((keys[prompts], values[prompts])))
         cache = KVCache((len(rows), heads, max_length, dim_head), *options)
@@ -84,12 +84,16 @@ class TransformerCache(nn.Module):
     def length(self) -> int:
         return self.layers[0].kv.length
 
-    def gather(self, rows: Tensor, max_length: int) -> TransformerCache:
-        """A new cache with room for `max_length` tokens, whose sequence i continues this one's `rows[i]`."""
+    def gather(self, rows: Tensor, max_length: int, share: bool = True) -> TransformerCache:
+        """A new cache with room for `max_length` tokens, whose sequence i continues this one's `rows[i]`.
+
+        With `share` a prompt's keys may be kept once for its sequences, which takes less time. How they are rounded
+        then depends on the number of sequences.
+        """
         layers = []
         for layer in self.layers:
             rings = [None if ring is None else ring[rows] for ring in (layer.attn_ring, layer.ff_ring)]
-            layers.append(LayerCache(layer.kv.gather(rows, max_length), *rings))
+            layers.append(LayerCache(layer.kv.gather(rows, max_length, share), *rings))
         return TransformerCache(layers)
 
 

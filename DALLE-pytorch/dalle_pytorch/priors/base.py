@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_pytorch.errors import CheckpointError, UsageError
 from dalle_pytorch.files.images import resize
+from dalle_pytorch.nn.linear import Int8Linear
 from dalle_pytorch.pretrained import PretrainedModel, companion_path
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.tokenizers.base import Tokenizer
@@ -25,8 +26,9 @@ Cache = TypeVar("Cache", bound="PriorCache")
 class PriorCache(Protocol):
     """A prior's state after some sequences, which one more image token extends at the cost of one token."""
 
-    def gather(self, rows: Tensor, max_length: int) -> Self:
-        """A new cache whose sequence i continues this one's `rows[i]`, with room for `max_length` positions."""
+    def gather(self, rows: Tensor, max_length: int, share: bool = True) -> Self:
+        """A new cache whose sequence i continues this one's `rows[i]`, with room for `max_length` positions. `share`
+        allows what takes less time and rounds by the number of sequences."""
         ...
 
 
@@ -64,6 +66,10 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         self.image_fmap_size = image_fmap_size or vae.image_fmap_size
         self.num_image_tokens = self.num_filtered_tokens = vae.num_tokens
 
+    def step_parts(self) -> list[nn.Module]:
+        """The modules that a step runs."""
+        return [module for name, module in self.named_children() if name != "vae"]
+
     @property
     def image_seq_len(self) -> int:
         """Image tokens of a grid."""
@@ -90,9 +96,17 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
     def check_text(self, text: Tensor) -> None:
         """Raises `UsageError` for tokens outside the vocabulary, from another tokenizer."""
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether its linear layers are `Int8Linear`, see `converted`."""
+        return any(isinstance(module, Int8Linear) for module in self.modules())
+
     # Checkpoints
 
     def own_state_dict(self) -> dict[str, Tensor]:
+        """Raises `UsageError` for int8 weights, which are made of those of a file and are not for one."""
+        if self.is_int8:
+            raise UsageError("a prior in int8 cannot be saved; open it with dtype float32")
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
 
     def save_pretrained(

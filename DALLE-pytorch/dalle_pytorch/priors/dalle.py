@@ -166,14 +166,12 @@ class DALLE(Prior[TransformerCache]):
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (b, n, dim) of the first n tokens of `prepare_text`'s."""
-        shared = self.to_logits.weight[: self.num_text_tokens]
-        emb = F.embedding(tokens, shared if self.text_emb is None else self.text_emb.weight)
+        emb = self.to_logits.rows(tokens) if self.text_emb is None else self.text_emb(tokens)
         return emb if self.text_pos_emb is None else emb + self.text_pos_emb.weight[: tokens.shape[1]]
 
     def embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Embeddings (b, n, dim) of image tokens (b, n), the first of which is at position `start` of the grid."""
-        shared = self.to_logits.weight[self.num_text_tokens :]
-        emb = F.embedding(tokens, shared if self.image_emb is None else self.image_emb.weight)
+        emb = self.to_logits.rows(tokens + self.num_text_tokens) if self.image_emb is None else self.image_emb(tokens)
         return emb if self.image_pos_emb is None else emb + self.image_pos_emb(start, start + tokens.shape[1])
 
     # Forward
@@ -255,15 +253,16 @@ class DALLE(Prior[TransformerCache]):
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         emb = torch.cat((self.embed_text(self.prepare_text(text)), self.embed_image(image_tokens)), dim=1)
         hidden = self.hidden(emb[:, : self.total_seq_len])
-        return self.image_logits(hidden[:, self.text_seq_len :])
+        return _at_least_float32(self.image_logits(hidden[:, self.text_seq_len :]))
 
     def prefill(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, TransformerCache]:
         emb = torch.cat((self.embed_text(self.prepare_text(text)), self.embed_image(image_tokens)), dim=1)
         cache = self.transformer.make_cache(len(text), emb.shape[1], emb.device, emb.dtype)
-        return self.image_logits(self.hidden(emb, cache)[:, -1]), cache
+        return _at_least_float32(self.image_logits(self.hidden(emb, cache)[:, -1])), cache
 
     def step(self, tokens: Tensor, position: int, cache: TransformerCache) -> Tensor:
-        return self.image_logits(self.hidden(self.embed_image(tokens[:, None], start=position), cache)[:, 0])
+        hidden = self.hidden(self.embed_image(tokens[:, None], start=position), cache)
+        return _at_least_float32(self.image_logits(hidden[:, 0]))
 
     def unconditional_text(self, text: Tensor) -> Tensor:
         return torch.zeros_like(text)
@@ -341,6 +340,11 @@ class DALLE(Prior[TransformerCache]):
         first_padding = self.num_text_tokens - self.text_seq_len
         tokens = tokens.masked_fill(tokens >= first_padding, 0)
         return tokens, [tokenizer.decode([token for token in row if token != 0]) for row in tokens.tolist()]
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Guidance multiplies small differences."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _layer_types(attn_types: str | Sequence[str] | None, sparse_attn: bool | Sequence[bool], depth: int) -> list[str]:

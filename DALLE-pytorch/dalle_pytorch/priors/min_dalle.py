@@ -120,12 +120,12 @@ class DalleBartCache:
     def __init__(self, image: TransformerCache, text: Sequence[tuple[Tensor, Tensor]], mask: Tensor):
         self.image, self.text, self.mask = image, text, mask
 
-    def gather(self, rows: Tensor, max_length: int) -> DalleBartCache:
+    def gather(self, rows: Tensor, max_length: int, share: bool = True) -> DalleBartCache:
         groups, counts = rows.unique_consecutive(return_counts=True)
         if len(counts.unique()) > 1:
             groups = rows  # so many candidates here and so many there: a set for each of them
         text = [(keys[groups], values[groups]) for keys, values in self.text]
-        return DalleBartCache(self.image.gather(rows, max_length), text, self.mask[groups])
+        return DalleBartCache(self.image.gather(rows, max_length, share), text, self.mask[groups])
 
 
 class DalleBart(Prior[DalleBartCache]):
@@ -165,6 +165,9 @@ class DalleBart(Prior[DalleBartCache]):
         # First, as `device` is that of the first parameter: the encoder's weights come and go.
         self.decoder = ImageDecoder(image_vocab_size, self.image_seq_len, dim, decoder_depth, heads, decoder_ff_dim)
         self.encoder = TextEncoder(num_text_tokens, text_seq_len, dim, encoder_depth, heads, encoder_ff_dim)
+
+    def step_parts(self) -> list[nn.Module]:
+        return [self.decoder]
 
     def own_state_dict(self) -> dict[str, Tensor]:
         self._open_encoder()

@@ -84,7 +84,8 @@ def sample_image_tokens(
     def next_logits(tokens: Tensor) -> Tensor:
         nonlocal cache
         if cache is None:
-            cache = prefix.cache.gather(cache_rows, prior.max_length)
+            # 8-bit integers would magnify a difference of rounding, and a candidate depend on the others.
+            cache = prefix.cache.gather(cache_rows, prior.max_length, share=not prior.is_int8)
             logits = prefix.logits[cache_rows]
         else:
             last = tokens[:, -1].repeat(2) if guided else tokens[:, -1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dalle_pytorch.errors import UsageError
 
+DTYPES = ("auto", "float32", "int8", "bfloat16")  # see `dalle_pytorch.sampling.dtypes`
 SMALLEST_TEMPERATURE = 1e-12  # logits divided by less overflow
 
 

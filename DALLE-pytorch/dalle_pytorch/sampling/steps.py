@@ -1,6 +1,7 @@
 """Priors made ready for sampling: on a CPU a step's time goes into linear layers of few rows."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,17 +23,28 @@ def prepared(prior: AnyPrior) -> AnyPrior:
 
     The copy is kept for the next call, and made anew where weights have changed since.
     """
-    linears = [module for module in prior.modules() if isinstance(module, nn.Linear) and not module.weight.is_meta]
+    linears = linears_of_step(prior)
     if not linears or not _can_be_packed(linears):
         return prior
     weights = [(weight.data_ptr(), _version(weight)) for weight in prior.parameters()]
     kept: Any = _prepared.get(prior)
     if kept is None or kept[0] != weights:
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*prior.parameters(), *prior.buffers())}
-        memo |= {id(part): part for part in (prior.vae, prior.tokenizer)}
-        memo |= {id(module): PackedLinear(module) for module in linears}
-        kept = _prepared[prior] = weights, copy.deepcopy(prior, memo).eval()
+        packed = {id(linear): PackedLinear(linear) for linear in linears}
+        kept = _prepared[prior] = weights, shared_copy(prior, packed).eval()
     return kept[1]
+
+
+def linears_of_step(prior: Prior) -> list[nn.Linear]:
+    """The linear layers that a step runs, each once."""
+    return list({module: None for part in prior.step_parts() for module in part.modules()
+                 if isinstance(module, nn.Linear)})  # fmt: skip
+
+
+def shared_copy(prior: AnyPrior, replaced: Mapping[int, Any]) -> AnyPrior:
+    """A copy of the prior with other modules and tensors in place of those with some ids; it shares the other tensors,
+    the image tokenizer and the text tokenizer."""
+    shared = *prior.parameters(), *prior.buffers(), prior.vae, prior.tokenizer
+    return copy.deepcopy(prior, {**{id(value): value for value in shared}, **replaced})
 
 
 def _can_be_packed(linears: list[nn.Linear]) -> bool:
