@@ -27,6 +27,7 @@ from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.published.clip import load_clip
 from dalle_pytorch.published.common import is_file
 from dalle_pytorch.published.load import is_named, load_prior, load_vae
+from dalle_pytorch.sampling.dtypes import check_dtype, choose_dtype, converted, dtype_of
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.tokenizers.base import Tokenizer
 from dalle_pytorch.tokenizers.load import load_tokenizer
@@ -74,6 +75,8 @@ class Parts:
         super_resolution: a super-resolution U-Net: guided-diffusion's `.pt`, or a native folder.
         super_res_flags, super_res_class: its flags, and the ImageNet class that it is conditioned on.
         sampling: how tokens are sampled, in place of the prior's own settings.
+        dtype: what the prior computes with, one of `DTYPES`, see `converted`; "auto" leaves a prior that is given as an
+            object as it is, and see `choose_dtype` for the others.
         clip_guidance_scale: the strength of guidance by CLIP.
     """
 
@@ -97,6 +100,7 @@ class Parts:
     super_res_flags: Mapping[str, Any] = field(default_factory=dict)
     super_res_class: int | None = None
     sampling: SamplingSettings | None = None
+    dtype: str = "auto"
     clip_guidance_scale: float | None = None
 
     def check_paths(self) -> None:
@@ -126,6 +130,7 @@ class Model:
         self.parts, self.folder = parts, folder
         self._fingerprints: dict[str, str] = {}
         self.device = pick_device(None if device is None else str(device))
+        check_dtype(parts.dtype, self.device)
 
     @classmethod
     def from_pretrained(
@@ -159,6 +164,11 @@ class Model:
                 self._fingerprints[name] = getattr(self, name).fingerprint()
         return {name: self._fingerprints[name] for name in names}
 
+    def provenance(self, *names: str) -> dict[str, str]:
+        """`fingerprints`, with the prior's dtype where that is not float32."""
+        dtype = dtype_of(self.prior)
+        return self.fingerprints(*names) | ({} if dtype == "float32" else {"dtype": dtype})
+
     def num_bytes(self, name: str) -> int:
         """The memory that the weights of this part take."""
         return sum(tensor.nbytes for tensor in getattr(self, name).state_dict().values())
@@ -177,7 +187,12 @@ class Model:
             prior.tokenizer = parts.tokenizer
         elif parts.tokenizer is not None or parts.chinese or prior.tokenizer is None:
             prior.tokenizer = load_tokenizer(parts.tokenizer, hug=parts.hug, chinese=parts.chinese)
-        return prior
+        dtype = parts.dtype
+        if dtype == "auto":
+            dtype = "float32" if isinstance(given, Prior) else choose_dtype(prior, self.device.type)
+        if dtype != "float32":
+            self._fingerprints["prior"] = prior.fingerprint()  # of what the files hold
+        return converted(prior, dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -143,7 +143,7 @@ class TextToImage:
         return {
             "prompt": prompt, "seed": seed, "num_images": num_images, "keep": keep, "ranked": rank,
             "sampling": asdict(self.sampling(**sampling)), "init_image_tokens": first,
-            "models": self.model.fingerprints("prior", "tokenizer", *(["scorer"] if rank else [])),
+            "models": self.model.provenance("prior", "tokenizer", *(["scorer"] if rank else [])),
         }  # fmt: skip
 
     def complete_prompt(self, prompt: str, *, seed: int = 0, **sampling: float | None) -> str:

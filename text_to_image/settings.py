@@ -9,6 +9,7 @@ from dalle_pytorch.settings import Settings, listed, option
 
 OPTIMIZERS = ("Adam", "AdamW", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 INIT_NOISES = ("gradient", "pixels", "codes")
+DTYPE_HELP = "numbers of the prior: float32, int8 (on CPUs) or bfloat16; auto is int8 where it pays, see docs/dtypes.md"
 LATENTS = ("codes", "soft", "one_hot")
 AUGMENTS = {"Fl": "flip", "Af": "affine", "Ji": "colour", "Er": "erasing"}  # the short names are VQGAN+CLIP's
 #: what `plain` sets

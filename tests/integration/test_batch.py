@@ -25,15 +25,18 @@ from dalle_pytorch.data.datasets import open_dataset
 from dalle_pytorch.errors import UsageError, UserError
 from dalle_pytorch.files import lock
 from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.nn.linear import has_int8
 from diffusion import DiffusionDecoder
 from text_to_image import TextToImage
-from text_to_image.batch import driver, local, stages
+from text_to_image.batch import driver, job, local, stages
 from text_to_image.batch.folder import JobFolder
 from text_to_image.batch.job import run_job
 from text_to_image.batch.local import LocalExecutor, Place
 from text_to_image.batch.tasks import Task
 from text_to_image.commands import batch
 from text_to_image.inputs import find_inputs, read_caption
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this build of PyTorch has no FBGEMM for this processor")
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*local.PRELOAD, "batch_helpers"])
@@ -96,6 +99,27 @@ def test_a_job_draws_what_the_pipeline_draws(models, prompts, undisturbed, tmp_p
         redrawn, wanted = (np.asarray(image).astype(int) for image in
                            (Image.open(tmp_path / "redrawn.png"), expected[0].upscaled))  # fmt: skip
         assert np.abs(redrawn - wanted).max() <= 1
+
+
+@needs_int8
+def test_a_job_in_int8(models, tmp_path):
+    """The driver, which opens float32, and its workers agree on models; candidates are those of the pipeline."""
+    prompts = write_list(tmp_path / "prompts.txt", PROMPTS[:1])
+    run_inline(job_settings(models, tmp_path / "job", prompts, diffuse=0, dtype="int8"))
+    pipe = TextToImage.from_pretrained(prior=models / "dalle", scorer=models / "clip", device="cpu", dtype="int8")
+    expected, rows = pipe(PROMPTS[0], 6, keep=3, batch_size=1), manifest(tmp_path / "job")
+    assert pipe.model.prior.is_int8 and [row["candidate"] for row in rows] == [image.index for image in expected]
+    files = members(tmp_path / "job" / rows[0]["shard"])
+    facts = json.loads(files[rows[0]["file"].replace(".png", ".json")])
+    assert facts["models"] == pipe.model.provenance("prior", "tokenizer", "scorer")
+    assert facts["models"]["dtype"] == "int8"
+
+
+def test_int8_on_a_gpu_is_refused_before_any_work(models, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(UsageError, match="dtype int8 is for CPUs"):
+        run_inline(job_settings(models, tmp_path / "job", prompts, dtype="int8"))
+    assert not (tmp_path / "job/job.json").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -388,7 +412,8 @@ def test_tasks_and_results_larger_than_a_pipe_cross_each_other():
     ("changed", "message"),
     [({"keep": 2}, "--keep 3, not 2"), ({"num_images": 7}, "--num_images 6, not 7"),
      ({"batch_size": 5}, "--batch_size 4, not 5"), ({"temperature": 0.5}, "--temperature left out, not 0.5"),
-     ({"decoder_path": "default"}, "another decoder: "), ({"threads": 2}, "--threads 1, not 2")],
+     ({"decoder_path": "default"}, "another decoder: "), ({"threads": 2}, "--threads 1, not 2"),
+     ({"dtype": "bfloat16"}, "--dtype float32, not bfloat16")],
 )  # fmt: skip
 def test_another_setting_is_refused_by_name(models, prompts, undisturbed, tmp_path, changed, message):
     run_inline(job_settings(models, tmp_path / "job", prompts), stop=lambda: True)

@@ -1,6 +1,7 @@
 """generate.py: what it writes, what stays the same, and what it refuses."""
 
 import errno
+import json
 import os
 import threading
 
@@ -16,6 +17,8 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files import atomic, images
 from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.nn.linear import has_int8
+from dalle_pytorch.sampling import dtypes
 from text_to_image import TextToImage, model, results
 
 
@@ -103,6 +106,15 @@ def test_candidates_do_not_depend_on_batch_or_number(command):
     first = tokens()
     assert first == tokens("--batch_size", 5) == tokens("--num_images", 3)
     assert first != tokens("--seed", 1)
+
+
+@pytest.mark.skipif(not has_int8(), reason="this build of PyTorch has no FBGEMM for this processor")
+def test_int8_is_another_result(command, capsys):
+    """A prompt that was drawn in float32 is not finished in int8."""
+    folder = command("--output_npy") / "a_red_seven_on_brick"
+    assert "dtype" not in json.loads((folder / "settings.json").read_text())["models"]
+    command("--output_npy", "--dtype", "int8")
+    assert json.loads((folder / "settings.json").read_text())["models"]["dtype"] == "int8"
 
 
 def test_two_prompts_and_two_that_share_a_folder_name(command):
@@ -265,11 +277,14 @@ def refused(capsys):
         (["--num_images", 0], "a", "--num_images"),
         (["--num_init_img_tokens", 3], "a", "--image"),
         (["--device", "cuda:99"], "a", "cuda:99"),
+        (["--dtype", "float16"], "a", "--dtype"),
+        (["--dtype", "int8"], "a", "dtype int8 needs FBGEMM"),
         (["--dalle_path", "nowhere/dalle"], "a", "nowhere/dalle"),
         (["--dalle_path", "missing.pt"], "a", "missing.pt"),
     ],
 )
-def test_bad_arguments(refused, tmp_path, options, text, message):
+def test_bad_arguments(refused, tmp_path, options, text, message, monkeypatch):
+    monkeypatch.setattr(dtypes, "has_int8", lambda: False)
     assert message in refused(*options, out=tmp_path / "out", text=text)
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import dalle_pytorch
 from dalle_pytorch.devices import pick_device, release_memory
 from dalle_pytorch.errors import FileError, UsageError
 from dalle_pytorch.files.lock import locked
+from dalle_pytorch.sampling.dtypes import check_dtype, choose_dtype
 from text_to_image.batch.driver import Driver, Totals, Watch
 from text_to_image.batch.executor import Executor, WorkerConfig
 from text_to_image.batch.folder import PROMPTS_NAME, REJECTED_NAME, Job, JobFolder, counts_of
@@ -119,9 +120,13 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     if known is None:
         folder.check_unused()
     # On the CPU, and only to look at: the workers have their own.
-    pipe = TextToImage.from_pretrained(device="cpu", **settings.parts())
+    pipe = TextToImage.from_pretrained(device="cpu", **{**settings.parts(), "dtype": "float32"})
     pipe.model.open(*(name for name in settings.part_names() if name != "tokenizer"))
     check(pipe, settings)
+    device = device or pick_device(settings.device).type
+    check_dtype(settings.dtype, torch.device(device))
+    if settings.dtype == "auto":
+        settings = replace(settings, dtype=choose_dtype(pipe.model.prior, device))
     fingerprints = pipe.model.fingerprints(*settings.part_names())
     weights = sum(pipe.model.num_bytes(name) for name in settings.part_names() if name != "tokenizer")
     config = WorkerConfig(settings, fingerprints, images_folder(settings, files), weights)
@@ -130,7 +135,6 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     recorded = settings.recorded()
     if settings.clip_guidance and settings.clip_guidance_scale is None:
         recorded["clip_guidance_scale"] = pipe.model.clip_guidance_scale
-    device = device or pick_device(settings.device).type
     job = Job(recorded, asdict(sampling), fingerprints, device, digest(files),
               {"torch": torch.__version__, "dalle": dalle_pytorch.__version__})  # fmt: skip
     if known is not None:

@@ -29,6 +29,8 @@ class Packer:
 
     def __init__(self, settings: BatchSettings, models: Mapping[str, str]):
         self.settings, self.models = settings, dict(models)
+        if settings.dtype != "float32":
+            self.models["dtype"] = settings.dtype
 
     def pack(self, item: Finished) -> Packed:
         """The files of a prompt by name within its unit, and a row of the manifest for each image."""

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dalle_pytorch.errors import UsageError
+from dalle_pytorch.sampling.settings import DTYPES
 from dalle_pytorch.settings import Settings, name_value, option
 from text_to_image.batch.ray_settings import RayCluster
+from text_to_image.settings import DTYPE_HELP
 
 SAMPLERS = ("ddim", "ddpm", "dpm++", "unipc")
 COLUMNS = ("key", "prompt", "seed", "num_images", "top_k", "top_p", "temperature", "cond_scale", "image")
@@ -90,6 +92,7 @@ class Models(Settings):
     dalle_path: str | None = option(None, "a native folder, a dalle.pt, or min-dalle, min-dalle-mega or mindall-e")
     prior_flags: list = option([], "what the files of --dalle_path do not tell", kind=name_value, nargs="+",
                                metavar="NAME=VALUE")  # fmt: skip
+    dtype: str = option("auto", DTYPE_HELP + ". Part of the job", choices=DTYPES)
     low_memory: bool = option(False, "release the prior's text encoder after each batch of prompts")
     vqgan_model_path: str | None = option(None, "a VQGAN in place of the one that the prior names")
     vqgan_config_path: str | None = option(None, "its model.yaml")
@@ -148,7 +151,7 @@ class BatchSettings(Models, RayCluster, Running, Output, Diffusion, Ranking, Sam
             "clip_config": self.clip_config, "decoder": self.decoder_path, "model_size": self.model_size,
             "unet_flags": dict(self.unet_flags), "class_label": self.class_label,
             "super_resolution": self.super_res_path, "super_res_flags": dict(self.super_res_flags),
-            "super_res_class": self.super_res_class,
+            "super_res_class": self.super_res_class, "dtype": self.dtype,
         }  # fmt: skip
 
     def part_names(self) -> list[str]:
@@ -163,4 +166,4 @@ class BatchSettings(Models, RayCluster, Running, Output, Diffusion, Ranking, Sam
                 for name, value in self.values(part).items()}  # fmt: skip
         for name in ("prompts", "images_dir", "outputs_dir"):
             del kept[name]
-        return {**kept, "columns": dict(self.columns), "threads": self.threads}
+        return {**kept, "columns": dict(self.columns), "threads": self.threads, "dtype": self.dtype}

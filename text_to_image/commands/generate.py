@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from dalle_pytorch.errors import UsageError, shorten
+from dalle_pytorch.sampling.settings import DTYPES
 from dalle_pytorch.settings import Settings, name_value, option
 from text_to_image.inputs import read_prompts
+from text_to_image.settings import DTYPE_HELP
 
 
 @dataclass
@@ -63,6 +65,7 @@ class _Models(Settings):
                                          "name")  # fmt: skip
     clip_config: str | None = option(None, "open_clip's architecture of --clip_path where its files do not tell it, "
                                            "such as ViT-H-14, or its JSON file", metavar="NAME|FILE")  # fmt: skip
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, "cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         prior_flags=dict(settings.prior_flags), vae=settings.vqgan_model_path,
         vqgan_config_path=settings.vqgan_config_path, taming=settings.taming, tokenizer=settings.bpe_path,
         hug=settings.hug, chinese=settings.chinese, scorer=settings.clip_path,
-        clip_config=settings.clip_config,
+        clip_config=settings.clip_config, dtype=settings.dtype,
     )  # fmt: skip
     pipe.model.open("prior", *(["scorer"] if settings.clip_sort else []))
     sampling = {name: vars(settings)[name] for name in ("top_k", "top_p", "temperature", "cond_scale")}

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from dalle_pytorch.files.text import read_text
+from dalle_pytorch.sampling.settings import DTYPES
 from dalle_pytorch.settings import Settings, option
+from text_to_image.settings import DTYPE_HELP
 from text_to_image.web.forms import Limits
 from text_to_image.web.server import LOCAL, check_access, check_address, check_extra, served
 
@@ -34,6 +36,7 @@ class _Models(Settings):
     decoder_path: str | None = option(None, "the diffusion decoder, a native folder")
     devices: list[str] = option([], "cpu, cuda:0 …, each of which works on one request at a time (default: a GPU if "
                                     "there is one)", nargs="+", metavar="DEVICE")  # fmt: skip
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
     batch_size: int = option(4, "candidates sampled at once, and shown together", low=1)
 
 
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = Workers(
         [
             TextToImage.from_pretrained(settings.model, device, prior=settings.dalle_path, scorer=settings.clip_path,
-                                        decoder=settings.decoder_path)
+                                        decoder=settings.decoder_path, dtype=settings.dtype)
             for device in settings.devices or [None]
         ],
         diffusion=settings.dalle_path is None or settings.decoder_path is not None,

@@ -80,7 +80,7 @@ class Workers:
         parts = ("prior", "tokenizer", "scorer", *(["decoder"] if diffusion else []))
         for pipe in pipes:
             pipe.model.open(*parts)
-        self.models = pipes[0].model.fingerprints(*parts)
+        self.models = pipes[0].model.provenance(*parts)
         self._free: SimpleQueue[TextToImage] = SimpleQueue()
         for pipe in pipes:
             self._free.put(pipe)

@@ -10,10 +10,14 @@ import text_to_image.model
 from dalle_pytorch import load_prior
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.errors import CheckpointError, UsageError
+from dalle_pytorch.nn.linear import has_int8
 from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
+from dalle_pytorch.sampling import dtypes
 from dalle_pytorch.sampling.settings import SamplingSettings
 from text_to_image import Model, TextToImage
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this build of PyTorch has no FBGEMM for this processor")
 
 
 @pytest.fixture
@@ -100,6 +104,25 @@ def test_objects_as_parts(bundle, tiny_vae):
     assert model.prior is prior and model.decoder is decoder
     assert model.sampling.top_k == 3 and model.clip_guidance_scale == 2
     assert any(parameter.requires_grad for parameter in prior.parameters())  # a training may go on with it
+
+
+@needs_int8
+def test_dtypes(bundle, tmp_path, monkeypatch):
+    plain, int8 = (Model.from_pretrained(device="cpu", dtype=dtype) for dtype in ("auto", "int8"))
+    assert not plain.prior.is_int8 and int8.prior.is_int8
+    # Models are known by their files, whatever they compute with.
+    assert int8.fingerprints("prior") == plain.fingerprints("prior") == plain.provenance("prior")
+    assert int8.provenance("prior") == {**plain.fingerprints("prior"), "dtype": "int8"}
+    with pytest.raises(UsageError, match="dtype float32"):
+        int8.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(dtypes, "MEAN_WEIGHTS", 1)
+    assert Model.from_pretrained(device="cpu").prior.is_int8
+    # A prior of one's own stays as it is.
+    prior = load_prior(bundle / "dalle")
+    assert Model.from_pretrained(device="cpu", prior=prior).prior is prior
+    assert Model.from_pretrained(device="cpu", prior=prior, dtype="int8").prior.is_int8 and not prior.is_int8
+    with pytest.raises(UsageError, match="expected dtype as one of"):
+        Model.from_pretrained(device="cpu", dtype="int4")
 
 
 def test_saved_and_opened_again(bundle, tmp_path):
