@@ -25,8 +25,10 @@ from dalle_pytorch import DALLE, DiscreteVAE
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.nn.linear import Int8Linear
+from dalle_pytorch.sampling.dtypes import converted
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
-from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.settings import DTYPES, SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.settings import Settings, option
 from text_to_image import TextToImage
@@ -58,6 +60,7 @@ class SamplingBenchmark(Settings):
     measures: list[str] = option([*MEASURES], "which of " + ", ".join(MEASURES), nargs="+")
     models: list[str] = option([*MODELS], "which of " + ", ".join(MODELS), nargs="+")
     batch_sizes: list[int] = option([1, 8, 64, 256], "candidates at once", nargs="+", low=1)
+    dtypes: list[str] = option(["float32", "int8"], "what the prior computes with, for `batches`", nargs="+")
     threads: list[int] = option([1, 0], "threads; 0 for those that PyTorch takes by itself", nargs="+", low=0)
     repeats: int = option(3, "of which the median counts", low=1)
     positions: int = option(
@@ -77,6 +80,7 @@ class Cell:
     clock: str
     repeats: int
     weights: str  # of the reference prior, or "" for random ones
+    dtype: str = "float32"
     cond_scale: float | None = None  # the model's own by default
     total: int | None = None  # candidates ranked and decoded by the pipeline, in batches of `rows`
 
@@ -84,15 +88,15 @@ class Cell:
 def open_prior(cell: Cell) -> tuple[DALLE, SamplingSettings]:
     """The prior to measure, and how it is sampled: as the folder says, or by DALLE-pytorch's own settings."""
     if cell.model == "default":
-        model = TextToImage.from_pretrained(DEFAULT_MODEL, "cpu").model
+        model = TextToImage.from_pretrained(DEFAULT_MODEL, "cpu", dtype="float32").model
         assert isinstance(model.prior, DALLE)
-        return model.prior, model.sampling
+        return converted(model.prior, cell.dtype), model.sampling
     torch.manual_seed(0)
     vae = DiscreteVAE(image_size=256, num_layers=4, num_tokens=1024, codebook_dim=8, hidden_dim=8)
     prior = DALLE(vae=vae, **REFERENCE).eval()
     if cell.weights:
         prior.load_state_dict(torch.load(cell.weights), strict=True)
-    return prior, SamplingSettings(top_k=0.5)
+    return converted(prior, cell.dtype), SamplingSettings(top_k=0.5)
 
 
 def seconds_of(work: Callable[[], object], clock: Callable[[], float], repeats: int) -> list[float]:
@@ -112,8 +116,8 @@ def machine_rates(clock: Callable[[], float]) -> tuple[float, float]:
 
 
 def least_seconds(prior: DALLE, rows: int, multiply_adds: float, bandwidth: float) -> float:
-    """The limit of sampling whole grids of `rows` sequences."""
-    linears = [module for module in prior.transformer.modules() if isinstance(module, nn.Linear)]
+    """The limit of sampling whole grids of `rows` sequences in float32."""
+    linears = [module for module in prior.transformer.modules() if isinstance(module, nn.Linear | Int8Linear)]
     weights = sum(linear.weight.numel() for linear in linears) + prior.num_image_tokens * prior.to_logits.in_features
     channels = sum(layer.attn.fn.to_out.in_features for layer in prior.transformer.layers)
     seconds = prior.image_seq_len * max(rows * weights / multiply_adds, 4 * weights / bandwidth)
@@ -199,7 +203,7 @@ def print_table(*rows: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = SamplingBenchmark.parse(argv)
-    for name, known in (("measures", MEASURES), ("models", MODELS)):
+    for name, known in (("measures", MEASURES), ("models", MODELS), ("dtypes", DTYPES[1:])):
         if unknown := set(getattr(settings, name)) - set(known):
             raise UsageError(f"{name}: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
     folder, weights = settings.output_dir / "dalle_pytorch_1.6.6", settings.output_dir / "reference.pt"
@@ -220,21 +224,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = [replace(plain, model=model, threads=threads, rows=rows) for model in settings.models
              for threads in settings.threads for rows in settings.batch_sizes]  # fmt: skip
     if {"batches", "upstream"} & set(settings.measures):
-        lines = [["prior", "threads", "batch", "images/s", "tokens/s", "of the limit", "peak MiB",
+        lines = [["prior", "dtype", "threads", "batch", "images/s", "tokens/s", "of float32's limit", "peak MiB",
                   "against the forced cache", "against the default path"]]  # fmt: skip
         for cell in cells:
-            ours, ratios = record("batches", cell, in_new_process(cell)), ["–", "–"]
+            ours, theirs = [replace(cell, dtype=dtype) for dtype in settings.dtypes], []
+            ours = [record("batches", one, in_new_process(one)) for one in ours]
             if with_upstream and cell.model == "reference":
                 threads = cell.threads or torch.get_num_threads()
                 for i, (name, repeats) in enumerate((("forced cache", cell.repeats), ("default path", 1))):
-                    theirs = upstream(settings, folder, weights, rows=cell.rows, threads=threads, clock=clock,
-                                      cached=i == 0, repeats=repeats)  # fmt: skip
-                    record(name, cell, theirs)
-                    ratios[i] = f"{theirs['seconds'] / ours['seconds']:.2f} ×"
-            per_second = cell.rows / ours["seconds"]
-            lines.append([cell.model, str(cell.threads or torch.get_num_threads()), str(cell.rows), f"{per_second:.2f}",
-                          f"{256 * per_second:.0f}", f"{ours['limit'] / ours['seconds']:.0%}",
-                          f"{ours['peak_mib']:.0f}", *ratios])  # fmt: skip
+                    theirs.append(upstream(settings, folder, weights, rows=cell.rows, threads=threads, clock=clock,
+                                           cached=i == 0, repeats=repeats))  # fmt: skip
+                    record(name, cell, theirs[i])
+            for one in ours:
+                ratios = [f"{other['seconds'] / one['seconds']:.2f} ×" for other in theirs] or ["–", "–"]
+                per_second = cell.rows / one["seconds"]
+                lines.append([cell.model, one["dtype"], str(cell.threads or torch.get_num_threads()), str(cell.rows),
+                              f"{per_second:.2f}", f"{256 * per_second:.0f}", f"{one['limit'] / one['seconds']:.0%}",
+                              f"{one['peak_mib']:.0f}", *ratios])  # fmt: skip
         print_table(*lines)
 
     ratios = [["ratio", "time", "peak memory"]]
