@@ -1,5 +1,6 @@
 """Jobs of `dalle batch` whose processes are killed at random moments: drivers, workers, Ray's actors and Ray nodes."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from faults.harness import Outcome, start, wait
 from faults.models import CAPTIONS
+from text_to_image.batch import local
 from text_to_image.batch.folder import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"driver": (4, 30), "worker": (6, 30), "Ray driver": (4, 10), "Ray actor": (4, 20), "Ray node": (1, 10)}
 EARLY = 0.2  # of the kills are in the first START seconds, the others when some more is drawn
 START = 5.0
+FRESH = 5  # every so many jobs one is of new interpreters; the others are forked, workers too, and import nothing
 LOOKS = 0.01  # seconds between two
 BLOCKS = 3  # of candidates in a unit, of which there are UNITS
 UNITS = 8
@@ -102,9 +106,12 @@ def _title(process: psutil.Process) -> str:
 
 
 def workers(driver: psutil.Process) -> list[psutil.Process]:
-    """Those of a job on this machine: what its fork server has forked."""
-    return [worker for child in driver.children() if any("forkserver" in part for part in child.cmdline())
-            for worker in child.children()]  # fmt: skip
+    """Those of a job on this machine: what it has forked, or its fork server has."""
+    found = []
+    for child in driver.children():
+        command = " ".join(child.cmdline())
+        found += child.children() if "forkserver" in command else [] if "resource_tracker" in command else [child]
+    return found
 
 
 def victims(kind: str, driver: psutil.Process, ray: RayCluster | None) -> list[Callable[[], object]]:
@@ -130,15 +137,16 @@ def drawn(job: Path) -> int:
 
 @dataclass
 class Job:
-    """A job in a folder, and what an undisturbed one came to."""
+    """A job in a folder, and what an undisturbed one came to. A `fresh` one is run by a new interpreter."""
 
     command: list[str]
     folder: Path
     whole: dict[str, bytes] | None
+    fresh: bool = False
 
     def start(self) -> psutil.Process:
         self.folder.mkdir(exist_ok=True)
-        return psutil.Process(start(self.command, self.folder, self.folder.with_suffix(".log")))
+        return psutil.Process(start(self.command, self.folder, self.folder.with_suffix(".log"), self.fresh))
 
     def finish(self, name: str, driver: psutil.Process) -> Outcome:
         """Waits for the end of a job, and compares what it has made."""
@@ -193,6 +201,7 @@ def run(models: Path, folder: Path, count: int, rng: np.random.Generator) -> lis
     if has_ray := find_spec("ray") is not None:
         import_module("text_to_image.batch.ray_executor")  # here, so that drivers, which are forked, need not
     kinds = {kind: planned for kind, planned in KINDS.items() if has_ray or not kind.startswith("Ray")}
+    local._context = partial(multiprocessing.get_context, "fork")  # where drivers are not fresh
     undisturbed = Job(command, folder / "undisturbed", None)
     outcomes = [undisturbed.finish("undisturbed", undisturbed.start())]
     all_shares = sum(share for _, share in kinds.values())
@@ -207,7 +216,7 @@ def run(models: Path, folder: Path, count: int, rng: np.random.Generator) -> lis
             while left > 0:
                 if kind == "Ray node":
                     ray.join()
-                job = Job(command, folder / f"{kind} {trial}", undisturbed.whole)
+                job = Job(command, folder / f"{kind} {trial}", undisturbed.whole, trial % FRESH == FRESH - 1)
                 found = job.disturbed(kind, min(left, per_job), rng, ray)
                 outcomes += found
                 left, trial = left - len(found), trial + 1
