@@ -138,7 +138,7 @@ class JobBar:
     def begin(self, counts: Counts, totals: Totals, executor: Executor) -> None:
         self.started, self.first, self.counts = time.monotonic(), totals.prompts, counts
         self.before = totals.candidates
-        self.bar = self.make(desc=f"{executor.workers} workers", total=counts.candidates, initial=totals.candidates,
+        self.bar = self.make(desc=f"workers: {executor.workers}", total=counts.candidates, initial=totals.candidates,
                              unit="image", unit_scale=True, dynamic_ncols=True)  # fmt: skip
 
     def __call__(self, totals: Totals, drawn: int) -> None:
