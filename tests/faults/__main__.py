@@ -47,7 +47,7 @@ def main() -> int:
     rng = np.random.default_rng(arguments.seed)
     of_cases = groups(models, rng)
     of_scenarios = {"interruptions": interruptions.run, "surroundings": surroundings.run, "kills": kills.run}
-    names = arguments.only or [name for name in (*of_cases, *of_scenarios) if name != "kills"]  # which takes hours
+    names = arguments.only or [name for name in (*of_cases, *of_scenarios) if name != "kills"]  # which takes long
     if unknown := {*names} - {*of_cases, *of_scenarios}:
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join([*of_cases, *of_scenarios])}")
     outcomes: dict[str, list[Outcome]] = {}

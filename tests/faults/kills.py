@@ -16,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -201,12 +202,13 @@ def run(models: Path, folder: Path, count: int, rng: np.random.Generator) -> lis
     if has_ray := find_spec("ray") is not None:
         import_module("text_to_image.batch.ray_executor")  # here, so that drivers, which are forked, need not
     kinds = {kind: planned for kind, planned in KINDS.items() if has_ray or not kind.startswith("Ray")}
-    local._context = partial(multiprocessing.get_context, "fork")  # where drivers are not fresh
-    undisturbed = Job(command, folder / "undisturbed", None)
-    outcomes = [undisturbed.finish("undisturbed", undisturbed.start())]
-    all_shares = sum(share for _, share in kinds.values())
+    ray, all_shares = None, sum(share for _, share in kinds.values())
     with ExitStack() as stack, tqdm(total=count, desc="kills", dynamic_ncols=True, disable=None) as bar:
-        ray = None
+        # Where drivers are not fresh.
+        stack.enter_context(patch.object(local, "_context", partial(multiprocessing.get_context, "fork")))
+        undisturbed = Job(command, folder / "undisturbed", None)
+        outcome = undisturbed.finish("undisturbed", undisturbed.start())
+        outcomes = [outcome] if outcome.faults else []
         for kind, (per_job, share) in kinds.items():
             if kind.startswith("Ray") and ray is None:
                 ray = RayCluster(tempfile.mkdtemp(prefix="ray"))  # short, for the paths of sockets have a limit

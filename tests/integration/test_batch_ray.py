@@ -1,7 +1,4 @@
-"""Jobs on a small Ray cluster: their outputs are those of a job on this machine, whatever was killed.
-
-RAY_KILLS is how often actors, nodes and the driver are killed each.
-"""
+"""Jobs on a small Ray cluster: their outputs are those of a job on this machine, whatever was killed."""
 
 import contextlib
 import multiprocessing
@@ -30,7 +27,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from text_to_image.batch import ray_executor  # noqa: E402
 from text_to_image.batch.ray_executor import RayExecutor  # noqa: E402
 
-KILLS = int(os.environ.get("RAY_KILLS", "2"))
+KILLS = 2  # jobs whose actors, nodes and drivers are killed, each; `python -m faults --only kills` kills more
 NODE = {"object_store_memory": 2**27, "include_dashboard": False}
 BY_STAGE = [(("sample",), 0.5), (("score",), 0.2), (("diffuse",), 0.2), (("pack",), 0.1)]
 forkserver = multiprocessing.get_context("forkserver")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import commands, files, harness, pickles
+from faults import commands, files, harness, kills, pickles
 from faults.harness import CANARY, Case, run_case
 from faults.models import write_models
 
@@ -33,6 +33,27 @@ def test_hostile_inputs_are_refused_in_one_line_or_accepted(models, tmp_path, ca
     with capfd.disabled():  # a forked case writes to the true streams
         outcomes = [run_case(cases[number], tmp_path / str(number)) for number in rng.permutation(len(cases))[:count]]
     assert [(outcome.case, outcome.faults, outcome.errors) for outcome in outcomes if outcome.faults] == []
+
+
+@pytest.mark.slow
+def test_jobs_whose_processes_are_killed(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "KINDS", {kind: kills.KINDS[kind] for kind in ("driver", "worker")})
+    outcomes = kills.run(models, tmp_path / "kills", 4, np.random.default_rng(0))
+    assert [outcome.case.split(" ")[0] for outcome in outcomes] == ["driver"] * 2 + ["worker"] * 2
+    assert [(outcome.case, outcome.errors) for outcome in outcomes if outcome.faults] == []
+
+
+@pytest.mark.parametrize("made, units, seen", [(b"whole", [0], False), (b"other", [0], True), (b"whole", [0, 0], True)])
+def test_a_job_that_lost_work_or_did_it_twice_is_seen(models, tmp_path, monkeypatch, made, units, seen):
+    def run(command):
+        Path("job").mkdir()
+        Path("job/image").write_bytes(made)
+        Path("job/log.jsonl").write_text("".join(f'{{"event": "unit", "time": 1, "unit": {unit}}}\n' for unit in units))
+        return 0
+
+    monkeypatch.setattr(harness, "run_command", run)
+    job = kills.Job([], tmp_path / "a job", {"image": b"whole"})
+    assert job.finish("a job", job.start()).faults == ["work lost or done twice"] * seen
 
 
 def raises(error: BaseException) -> int:
