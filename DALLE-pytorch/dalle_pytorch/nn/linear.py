@@ -118,7 +118,7 @@ def _pack(weight: Tensor, scale: Tensor) -> Any:
         with warnings.catch_warnings():
             # Quantized tensors are to be removed some day; there is no other way to this product yet.
             warnings.simplefilter("ignore", UserWarning)
-            make = torch.ops.aten._make_per_channel_quantized_tensor
-            return torch.ops.quantized.linear_prepack(make(weight.contiguous(), scale[:, 0].double(), zeros, 0), None)
+            quantized = torch.quantize_per_channel(weight * scale, scale[:, 0].double(), zeros, 0, torch.qint8)
+            return torch.ops.quantized.linear_prepack(quantized, None)
     finally:
         torch.backends.quantized.engine = engine

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import run_python
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,6 +109,13 @@ class Kernels(TorchDispatchMode):
         if not func.is_view:
             self.names.append(str(func))
         return func(*args, **kwargs or {})
+
+
+def test_nothing_is_said_of_what_pytorch_will_remove():
+    made = "from dalle_pytorch.nn.linear import Int8Linear; Int8Linear(torch.nn.Linear(8, 8))"
+    code = f"import torch; {made}(torch.ones(1, 8))"
+    done, _ = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_engine_of_quantized_tensors_is_left_as_it_was():
