@@ -25,6 +25,7 @@ from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.sampling.loop import evaluation
 from dalle_pytorch.settings import Settings, option
+from text_to_image.batch.prune import repeat_last_row
 from text_to_image.model import DEFAULT_MODEL
 
 ROWS = (4, 6, 8)  # of 16: after which candidates are compared
@@ -102,12 +103,6 @@ def read_by_prior(prior: DALLE, text: Tensor, tokens: Tensor) -> dict[str, Tenso
                 found["last_state"].append(states[:, [end - 1 for end in ends]])
                 found["mean_state"].append(torch.stack([states[:, :end].mean(1) for end in ends], 1))
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def repeat_last_row(tokens: Tensor, side: int) -> Tensor:
-    """Grids (n, side²) of the first rows (n, k) of tokens, the last of which is repeated to the bottom."""
-    rows = tokens.unflatten(1, (-1, side))
-    return torch.cat((rows, rows[:, -1:].expand(-1, side - rows.shape[1], -1)), dim=1).flatten(1)
 
 
 def partial_scores(models: Models, prompt: str, tokens: Tensor) -> dict[str, Tensor]:

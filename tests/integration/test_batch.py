@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,31 @@ def test_the_same_bytes_on_any_number_of_processes(models, prompts, undisturbed,
 def test_the_same_bytes_in_any_order(models, prompts, undisturbed, tmp_path, seed):
     run_inline(job_settings(models, tmp_path / "job", prompts), seed=seed + 1)
     assert outputs(tmp_path / "job") == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_candidates_dropped_early(models, prompts, tmp_path, workers):
+    """Half of a prompt's in a batch go on after a quarter of the rows, and a quarter after half, but never fewer than
+    are kept; those are drawn as they would be with all others."""
+    options = {"num_images": 8, "batch_size": 8, "keep": 1, "diffuse": 0}
+    run_inline(job_settings(models, tmp_path / "whole", prompts, **options | {"keep": None}))
+    whole = {row["candidate"]: row["score"] for row in manifest(tmp_path / "whole") if row["number"] == 1}
+    settings = job_settings(models, tmp_path / "pruned", prompts, **options, prune=True)
+    run_inline(settings)
+    pruned = manifest(tmp_path / "pruned")
+    assert [row["number"] for row in pruned] == [0, 1, 2, 3, 4]
+    assert whole[pruned[1]["candidate"]] == pytest.approx(pruned[1]["score"], abs=1e-5)
+    scored = [json.loads(path.read_text().partition("\n")[0])["histogram"] for path in
+              sorted((tmp_path / "pruned/parts").glob("*.jsonl"))]  # fmt: skip
+    assert [sum(counts.values()) for counts in scored] == [4, 4, 2]  # two of eight for each prompt
+    run_job(replace(settings, outputs_dir=tmp_path / "again"), processes(workers))
+    assert outputs(tmp_path / "again") == outputs(tmp_path / "pruned")
+
+
+def test_dropping_is_for_what_is_ranked(models, prompts, tmp_path):
+    for options in ({"keep": None, "diffuse": 0}, {"clip_sort": False}):
+        with pytest.raises(UsageError, match="--prune goes with --keep"):
+            job_settings(models, tmp_path / "job", prompts, prune=True, **options)
 
 
 def test_trainings_read_the_shards(models, prompts, tmp_path):

@@ -43,6 +43,8 @@ class Packer:
                 "models": self.models}  # fmt: skip
         if prompt.image is not None:
             made |= {"image": prompt.image, "image_hash": prompt.image_hash}
+        if self.settings.prune:
+            made["pruned"] = True
         if self.settings.diffuse:
             made["diffusion"] = {name: getattr(self.settings, name) for name in DIFFUSION}
         return made

@@ -49,6 +49,8 @@ class Ranking(Settings):
     title: ClassVar[str] = "ranking"
     clip_sort: bool = option(True, "rank with CLIP, best first; with False the first --keep candidates are drawn")
     keep: int | None = option(None, "keep the best K candidates of a prompt (default: all)", low=1, metavar="K")
+    prune: bool = option(False, "draw only half of a prompt's candidates in a batch on after a quarter of the tokens, "
+                                "and a quarter after half of them: those that CLIP likes so far")  # fmt: skip
 
 
 @dataclass
@@ -131,6 +133,8 @@ class BatchSettings(Models, RayCluster, Running, Output, Diffusion, Ranking, Sam
             raise UsageError("--clip_config goes with --clip_path")
         if (self.super_res_flags or self.super_res_class is not None) and not self.super_res_path:
             raise UsageError("--super_res_flags and --super_res_class go with --super_res_path")
+        if self.prune and not (self.clip_sort and self.keep):
+            raise UsageError("--prune goes with --keep and with ranking by CLIP: only what is not kept may be dropped")
         if self.keep is not None and self.diffuse > self.keep:
             raise UsageError(f"--diffuse {self.diffuse} is more than --keep {self.keep}: only what is kept is redrawn")
         if self.image_format != "png" and self.output_format == "folders":

@@ -25,6 +25,7 @@ from diffusion.guidance import ClipGuidance
 from text_to_image.batch.executor import WorkerConfig
 from text_to_image.batch.outputs import Packer
 from text_to_image.batch.plan import read_image_bytes
+from text_to_image.batch.prune import Pruning
 from text_to_image.batch.settings import BatchSettings
 from text_to_image.batch.tasks import STAGES, Candidate, Chosen, Draw, Drawn, Finished, Packed, Prompt, Scored
 from text_to_image.pipeline import TextToImage, Upscaled
@@ -59,7 +60,8 @@ class Stages:
     def __init__(self, config: WorkerConfig, device: str, stages: Sequence[str] = STAGES):
         self.config, self.settings = config, config.settings
         self.pipe = TextToImage.from_pretrained(device=device, **self.settings.parts())
-        needed = [name for name in self.settings.part_names() if set(stages) & set(_NEEDED_BY[name])]
+        needed_by = _NEEDED_BY | ({"scorer": ("sample", *_NEEDED_BY["scorer"])} if self.settings.prune else {})
+        needed = [name for name in self.settings.part_names() if set(stages) & set(needed_by[name])]
         self.pipe.model.open(*(name for name in needed if name != "tokenizer"))
         for name, found in self.pipe.model.fingerprints(*needed).items():
             if found != config.fingerprints[name]:
@@ -76,7 +78,8 @@ class Stages:
     # sample
 
     def sample(self, items: Sequence[Draw]) -> list[np.ndarray]:
-        """The image tokens (count, image_seq_len) int64 of candidates of prompts with equal sampling settings."""
+        """The image tokens (count, image_seq_len) int64 of candidates of prompts with equal sampling settings; -1 those
+        of candidates that were dropped."""
         prior, prompts = self.pipe.model.prior, tuple(item.prompt for item in items)
         with evaluation(prior):
             text, prefix = prior.tokenize([prompt.text for prompt in prompts]), self._prefix(prompts)
@@ -87,9 +90,19 @@ class Stages:
                 for i, item in enumerate(items)
             ]  # fmt: skip
             tokens = sample_image_tokens(prior, prefix, torch.tensor(rows, device=prior.device), torch.cat(uniforms),
-                                         prompts[0].sampling).cpu().numpy()  # fmt: skip
+                                         prompts[0].sampling, select=self._pruning(items)).cpu().numpy()  # fmt: skip
         ends = np.cumsum([item.count for item in items])[:-1]
         return [part.copy() for part in np.split(tokens, ends)]
+
+    def _pruning(self, items: Sequence[Draw]) -> Pruning | None:
+        if not self.settings.prune or self.settings.keep is None:
+            return None
+        texts, counts = [item.prompt.text for item in items], [item.count for item in items]
+
+        def score(tokens: Tensor, counts: Sequence[int]) -> list[float]:
+            return self._scores(texts, counts, self._images(tokens)) or []
+
+        return Pruning(self.pipe.model.prior.image_fmap_size, counts, self.settings.keep, score)
 
     def _prefix(self, prompts: Sequence[Prompt]) -> Prefix:
         """The prompts after their pass through the prior; the blocks of one prompt need it one after the other."""
@@ -116,19 +129,19 @@ class Stages:
     def score(self, items: Sequence[Drawn]) -> list[Scored]:
         """The images of candidates, decoded and scored; of each item the best that may be kept."""
         prior = self.pipe.model.prior
-        counts = [len(item.tokens) for item in items]
+        drawn = [np.flatnonzero(item.tokens[:, 0] >= 0) for item in items]  # not dropped
+        counts = [len(rows) for rows in drawn]
         with evaluation(prior):
-            tokens = torch.from_numpy(np.concatenate([item.tokens for item in items])).to(prior.device)
-            images = prior.vae.decode_image(tokens)
-            require_finite(images.isfinite().all(), "pixels of the image tokenizer")
+            tokens = np.concatenate([item.tokens[rows] for item, rows in zip(items, drawn, strict=True)])
+            images = self._images(torch.from_numpy(tokens).to(prior.device))
             scores = self._scores([item.prompt.text for item in items], counts, images)
             pixels = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         results, start = [], 0
-        for item, count in zip(items, counts, strict=True):
+        for item, rows, count in zip(items, drawn, counts, strict=True):
             own = None if scores is None else scores[start : start + count]
             best = range(count) if own is None else heapq.nlargest(count, range(count), key=own.__getitem__)
             kept = [
-                Candidate(item.first + i, item.tokens[i].copy(), pixels[start + i].copy(),
+                Candidate(item.first + int(rows[i]), item.tokens[rows[i]].copy(), pixels[start + i].copy(),
                           None if own is None else own[i])
                 for i in list(best)[: self.settings.keep]
             ]  # fmt: skip
@@ -136,7 +149,13 @@ class Stages:
             start += count
         return results
 
-    def _scores(self, texts: list[str], counts: list[int], images: Tensor) -> list[float] | None:
+    def _images(self, tokens: Tensor) -> Tensor:
+        """(n, 3, h, w) in [0, 1] of grids (n, image_seq_len) of tokens."""
+        images = self.pipe.model.prior.vae.decode_image(tokens)
+        require_finite(images.isfinite().all(), "pixels of the image tokenizer")
+        return images
+
+    def _scores(self, texts: list[str], counts: Sequence[int], images: Tensor) -> list[float] | None:
         """CLIP's cosine similarities, n of them, of images (n, 3, h, w) to their prompts, `counts` of each."""
         if not self.settings.clip_sort:
             return None

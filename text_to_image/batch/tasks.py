@@ -69,7 +69,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Draw:
-    """sample: the candidates `first` to `first + count - 1` of a prompt → tokens (count, image_seq_len) int64."""
+    """sample: the candidates `first` to `first + count - 1` of a prompt → tokens (count, image_seq_len) int64, -1 those
+    of candidates that were dropped."""
 
     prompt: Prompt
     first: int
@@ -78,7 +79,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """score: candidates `first` … with tokens (count, image_seq_len) → `Scored`."""
+    """score: candidates `first` … with tokens (count, image_seq_len), of which those of -1 are left out → `Scored`."""
 
     prompt: Prompt
     first: int

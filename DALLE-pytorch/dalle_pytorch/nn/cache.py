@@ -43,12 +43,23 @@ class KVCache(nn.Module):
 
     def gather(self, rows: Tensor, max_length: int, share: bool = True) -> KVCache:
         """See `TransformerCache.gather`."""
-        if self.prompts is not None:
-            raise ValueError("a cache of sequences that share their prompts cannot be continued by others")
         _, heads, _, dim_head = self.keys.shape
-        options = self.keys.device, self.keys.dtype
+        options, filled = (self.keys.device, self.keys.dtype), self.length - self.start
+        keys, values = self.keys[:, :, :filled], self.values[:, :, :filled]
+        if self.prompts is not None:
+            # Those that go on of a batch share their prompts as before, if there are as many of each.
+            of_prompt = rows // (len(keys) // self.prompts.shape[1])
+            prompts, counts = of_prompt.unique_consecutive(return_counts=True)
+            if len(counts.unique()) > 1:
+                before = self.prompts[:, of_prompt]
+                cache = KVCache((len(rows), heads, max_length, dim_head), *options)
+                cache.update(torch.cat((before[0], keys[rows]), 2), torch.cat((before[1], values[rows]), 2))
+                return cache
+            shape = (len(rows), heads, max_length - self.start, dim_head)
+            cache = KVCache(shape, *options, self.prompts[:, prompts])
+            cache.update(keys[rows], values[rows])
+            return cache
         prompts, counts = rows.unique_consecutive(return_counts=True)
-        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         shared = self.length >= SHARED_LENGTH and int(counts.min()) >= SHARED_BY and len(counts.unique()) == 1
         if share and shared and self.keys.device.type == "cpu":
             shape = (len(rows), heads, max_length - self.length, dim_head)

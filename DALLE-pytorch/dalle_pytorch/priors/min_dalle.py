@@ -121,9 +121,10 @@ class DalleBartCache:
         self.image, self.text, self.mask = image, text, mask
 
     def gather(self, rows: Tensor, max_length: int, share: bool = True) -> DalleBartCache:
-        groups, counts = rows.unique_consecutive(return_counts=True)
+        of_prompt = rows // (len(self.image.layers[0].kv.keys) // len(self.mask))
+        groups, counts = of_prompt.unique_consecutive(return_counts=True)
         if len(counts.unique()) > 1:
-            groups = rows  # so many candidates here and so many there: a set for each of them
+            groups = of_prompt  # so many candidates here and so many there: a set for each of them
         text = [(keys[groups], values[groups]) for keys, values in self.text]
         return DalleBartCache(self.image.gather(rows, max_length, share), text, self.mask[groups])
 

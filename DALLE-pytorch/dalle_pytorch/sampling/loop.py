@@ -15,6 +15,10 @@ from dalle_pytorch.sampling.steps import prepared
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 
 OnToken = Callable[[], object]
+#: from the tokens (n, k) of some candidates so far, the rows of those that go on in ascending order, None for all
+Select = Callable[[Tensor], Tensor | None]
+#: from the tokens so far, and the rows of the last ones that these are, None for all, the logits of the next
+NextLogits = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @contextmanager
@@ -68,6 +72,7 @@ def sample_image_tokens(
     uniforms: Tensor,
     settings: SamplingSettings,
     on_token: OnToken | None = None,
+    select: Select | None = None,
 ) -> Tensor:
     """Samples the image tokens (n, image_seq_len) of n candidates, including the initial ones.
 
@@ -76,23 +81,28 @@ def sample_image_tokens(
         uniforms: (n, image_seq_len) in [0, 1), see `candidate_uniforms`.
         settings: filters and temperature; the guidance is that of `prefix`.
         on_token: called after each position.
+        select: called before each position but the first. What it leaves out is not drawn any further, and comes back
+            as tokens of -1.
     """
     guided = prefix.cond_scale != 1
     cache_rows = torch.cat((rows, rows + len(prefix.init_image_tokens))) if guided else rows
-    stepper, cache = prepared(prior), None
+    stepper, cache, count = prepared(prior), None, len(rows)
 
-    def next_logits(tokens: Tensor) -> Tensor:
-        nonlocal cache
+    def next_logits(tokens: Tensor, kept: Tensor | None) -> Tensor:
+        nonlocal cache, count
         if cache is None:
             # 8-bit integers would magnify a difference of rounding, and a candidate depend on the others.
             cache = prefix.cache.gather(cache_rows, prior.max_length, share=not prior.is_int8)
             logits = prefix.logits[cache_rows]
         else:
+            if kept is not None:
+                both, count = torch.cat((kept, kept + count)) if guided else kept, len(kept)
+                cache = cache.gather(both, prior.max_length, share=False)
             last = tokens[:, -1].repeat(2) if guided else tokens[:, -1]
             logits = stepper.step(last, tokens.shape[1] - 1, cache)
         return guide(logits, prefix.cond_scale) if guided else logits
 
-    return _sample(prior, next_logits, prefix.init_image_tokens[rows], uniforms, settings, on_token)
+    return _sample(prior, next_logits, prefix.init_image_tokens[rows], uniforms, settings, on_token, select)
 
 
 def sample_image_tokens_uncached(
@@ -107,7 +117,7 @@ def sample_image_tokens_uncached(
     guided = settings.cond_scale != 1
     both = torch.cat((text, prior.unconditional_text(text))) if guided else text
 
-    def next_logits(tokens: Tensor) -> Tensor:
+    def next_logits(tokens: Tensor, kept: Tensor | None) -> Tensor:
         logits = prior.next_token_logits(both, tokens.repeat(2, 1) if guided else tokens)[:, -1]
         return guide(logits, settings.cond_scale) if guided else logits
 
@@ -122,11 +132,12 @@ def guide(logits: Tensor, cond_scale: float) -> Tensor:
 
 def _sample(
     prior: Prior,
-    next_logits: Callable[[Tensor], Tensor],
+    next_logits: NextLogits,
     init_image_tokens: Tensor,
     uniforms: Tensor,
     settings: SamplingSettings,
     on_token: OnToken | None,
+    select: Select | None = None,
 ) -> Tensor:
     """The loop: `next_logits` maps the tokens so far (n, k) to the logits (n, num_image_tokens) of the next."""
     device, first = init_image_tokens.device, init_image_tokens.shape[1]
@@ -134,14 +145,19 @@ def _sample(
     tokens = init_image_tokens.new_zeros(len(init_image_tokens), prior.image_seq_len)
     tokens[:, :first] = init_image_tokens
     finite = torch.ones((), dtype=torch.bool, device=device)
+    everything, drawn = torch.full_like(tokens, -1), torch.arange(len(tokens), device=device)
     for position in range(first, prior.image_seq_len):
-        logits = next_logits(tokens[:, :position])
+        kept = None if select is None or position == first else select(tokens[:, :position])
+        if kept is not None:
+            tokens, uniforms, drawn = tokens[kept], uniforms[kept], drawn[kept]
+        logits = next_logits(tokens[:, :position], kept)
         finite &= finite_rows(logits)
         tokens[:, position] = draw(logits, uniforms[:, position], settings, prior.num_filtered_tokens)
         if on_token is not None:
             on_token()
     require_finite(finite, "logits of the prior")
-    return tokens
+    everything[drawn] = tokens
+    return everything
 
 
 def sample_text(

@@ -183,8 +183,29 @@ def test_prompts_of_different_numbers_of_candidates_are_not_shared(monkeypatch):
     assert cache.gather(torch.tensor([0] * 7), 43).layers[0].kv.prompts is None
     shared = cache.gather(torch.tensor([1] * 8), 43)
     assert shared.layers[0].kv.prompts is not None and shared.length == cache.length
-    with pytest.raises(ValueError, match="share"):
-        shared.gather(torch.tensor([0]), 43)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.5])
+@pytest.mark.parametrize("kept", [[0, 2, 4, 5], [1, 3, 4], [5]], ids=["as many of each prompt", "not", "of one"])
+@pytest.mark.parametrize("shared_by", [1, 8], ids=["shared", "not shared"])
+def test_candidates_that_are_left_out_are_not_drawn_further(kept, cond_scale, shared_by, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARED_LENGTH", 1)
+    monkeypatch.setattr(cache_module, "SHARED_BY", shared_by)
+    dalle, text, rows = make_dalle(), make_text(2), torch.tensor([0, 0, 0, 1, 1, 1])
+    uniforms = torch.rand(6, 36, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    settings, sizes = SamplingSettings(cond_scale=cond_scale), list[int]()
+    select = {9: torch.tensor(kept), 20: torch.tensor([0])}
+    with torch.no_grad():
+        prefix = prefill(dalle, text, cond_scale=cond_scale)
+        whole = sample_image_tokens(dalle, prefix, rows, uniforms, settings)
+        step = dalle.step
+        monkeypatch.setattr(dalle, "step", lambda last, *rest: sizes.append(len(last)) or step(last, *rest))
+        part = sample_image_tokens(dalle, prefix, rows, uniforms, settings,
+                                   select=lambda tokens: select.get(tokens.shape[1]))  # fmt: skip
+    assert torch.equal(part[kept[0]], whole[kept[0]])
+    assert (part[[row for row in range(6) if row != kept[0]]] == -1).all()
+    doubled = 1 if cond_scale == 1 else 2
+    assert sizes == [doubled * 6] * 8 + [doubled * len(kept)] * 11 + [doubled] * 16  # the first is of the prompt's pass
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 0.0, 2.5])
