@@ -45,7 +45,7 @@ class BenchmarkSettings(Settings):
     keep: int = option(4, "of them kept", low=1)
     diffuse: int = option(1, "of them redrawn", low=0)
     batch_size: int = option(32, "candidates sampled at once", low=1)
-    steps: str = option("quad25", "diffusion steps")
+    steps: str | None = option(None, "diffusion steps (default: the model's own)")
     workers: int = option(1, "processes of the job", low=1)
     ray: str | None = option(None, "measure the job on this Ray cluster too, auto or HOST:PORT")
     output_dir: Path = option(Path("outputs/batch_benchmark"), "where the job's folders go, which must be new")

@@ -68,7 +68,7 @@ class QualitySettings(Settings):
     temperature: float | None = option(None, "(default: the model's own)", low=0)
     cond_scale: float | None = option(None, "(default: the model's own)", low=0)
     split: str = option("test", "captions that training never showed, or others", choices=glyphs.world.SPLITS)
-    steps: str = option("quad25", "diffusion steps")
+    steps: str | None = option(None, "diffusion steps (default: the model's own)")
     seed: int = option(0, "of candidates and noise")
     output_dir: Path = option(Path("outputs/quality"), "where the records and tables go")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
@@ -89,10 +89,11 @@ class Models:
         self.sampling = sampling
 
     def recorded(self) -> Record:
-        """How tokens are sampled and images guided."""
+        """How tokens are sampled and images diffused."""
         sampling = {name: value for name, value in asdict(self.pipe.sampling(**self.sampling)).items() if value}
-        scale = self.pipe.model.clip_guidance_scale
-        return sampling if scale is None else sampling | {"clip_guidance_scale": scale}
+        model = self.pipe.model
+        diffusion = {"num_inference_steps": model.num_inference_steps, "sampler": model.sampler}
+        return {**sampling, **model.guidance, **diffusion}
 
     def candidates(self, scene: glyphs.Scene, count: int, seed: int) -> tuple[Record, list[ResultImage]]:
         """What CLIP and the judge say of `count` candidates, in the order of their numbers, and the candidates."""
@@ -102,9 +103,11 @@ class Models:
         right = [judge_by_attribute(scene, answers) for answers in seen]
         return {"scores": [image.score for image in found], "right": right}, found
 
-    def diffuse(self, tokens: Tensor, steps: str, seed: int, guidance: ClipGuidance | None = None) -> Tensor:
+    def diffuse(self, tokens: Tensor, steps: str | None, seed: int, guidance: ClipGuidance | None = None,
+                sampler: str | None = None) -> Tensor:  # fmt: skip
         """The image (1, 3, h, w) of a grid of tokens."""
-        result = self.pipe.upscale(tokens, num_inference_steps=steps, seed=seed, clip_guidance=guidance or False)
+        result = self.pipe.upscale(tokens, num_inference_steps=steps, sampler=sampler, seed=seed,
+                                   clip_guidance=guidance or False)  # fmt: skip
         return result[0].upscaled_pixels[0][None]
 
     @torch.no_grad()

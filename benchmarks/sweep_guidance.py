@@ -44,7 +44,8 @@ class GuidanceSettings(Settings):
     guidance_min_sigma: list[float] = option([0.0], "noise below which there is no guidance", low=0, nargs="+")
     guidance_through_unet: list[bool] = option([True], "gradients through the network, or not", nargs="+")
     worst: bool = option(False, "the candidate that CLIP ranks last, which guidance has more to change in")
-    steps: str = option("quad25", "diffusion steps")
+    steps: str | None = option(None, "diffusion steps (default: the model's own)")
+    sampler: str | None = option(None, "(default: the model's own)")
     output_dir: Path = option(Path("outputs/sweep"), "where the table goes")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
     jobs: int = option(1, "as in quality.py", low=1)
@@ -61,7 +62,7 @@ def guide_caption(models: Models, group: str, index: int, *, settings: GuidanceS
     for way in ways:
         started = clock()
         guidance = None if way is None else models.pipe.guidance(scene.caption, **way)
-        image = models.diffuse(chosen.tokens, settings.steps, seed=0, guidance=guidance)
+        image = models.diffuse(chosen.tokens, settings.steps, 0, guidance, settings.sampler)
         opinions.append({"seconds": clock() - started, **models.opinion(scene, image)})
     return opinions
 

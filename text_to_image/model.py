@@ -44,6 +44,8 @@ DEFAULT_MODEL = next(
 )
 GENERATORS = ("vqgan", "dvae")  # the published ones
 SAMPLING_NAME, WORDS_NAME = "sampling.json", "words.json"
+GUIDANCE = ("clip_guidance_scale", "cutn", "guidance_every", "guidance_min_sigma", "guidance_through_unet")
+NUM_INFERENCE_STEPS, SAMPLER = "quad25", "ddim"  # of a decoder that nothing else is recorded of
 
 Source = str | os.PathLike
 Module = TypeVar("Module", bound=nn.Module)
@@ -77,7 +79,9 @@ class Parts:
         sampling: how tokens are sampled, in place of the prior's own settings.
         dtype: what the prior computes with, one of `DTYPES`, see `converted`; "auto" leaves a prior that is given as an
             object as it is, and see `choose_dtype` for the others.
-        clip_guidance_scale: the strength of guidance by CLIP.
+        clip_guidance_scale, cutn, guidance_every, guidance_min_sigma, guidance_through_unet: how CLIP guides, see
+            `ClipGuidance`.
+        num_inference_steps, sampler: the diffusion steps that `decoder` is visited at, and how.
     """
 
     prior: Prior | Source | None = None
@@ -102,6 +106,12 @@ class Parts:
     sampling: SamplingSettings | None = None
     dtype: str = "auto"
     clip_guidance_scale: float | None = None
+    cutn: int | None = None
+    guidance_every: int | None = None
+    guidance_min_sigma: float | None = None
+    guidance_through_unet: bool | None = None
+    num_inference_steps: str | None = None
+    sampler: str | None = None
 
     def check_paths(self) -> None:
         """Raises `CheckpointError` for a path to nothing, whether it would be opened or not."""
@@ -260,11 +270,25 @@ class Model:
             return replace(self.prior.sampling, **own)
 
     @property
-    def clip_guidance_scale(self) -> float | None:
-        """The strength of guidance that the folder's own CLIP is best used with, if it says one."""
-        if self.parts.clip_guidance_scale is not None or self.parts.scorer or self.parts.decoder:
-            return self.parts.clip_guidance_scale
-        return self._recorded.get("clip_guidance_scale")
+    def guidance(self) -> dict[str, Any]:
+        """How the folder's own CLIP best guides its own decoder, as arguments of `ClipGuidance`, if it says so."""
+        own = {name: self._recorded_with(name, self.parts.scorer, self.parts.decoder) for name in GUIDANCE}
+        return {name: value for name, value in own.items() if value is not None}
+
+    @property
+    def num_inference_steps(self) -> str:
+        """The diffusion steps that are enough for the folder's own decoder, or 25 of any."""
+        return self._recorded_with("num_inference_steps", self.parts.decoder) or NUM_INFERENCE_STEPS
+
+    @property
+    def sampler(self) -> str:
+        """The sampler of these steps."""
+        return self._recorded_with("sampler", self.parts.decoder) or SAMPLER
+
+    def _recorded_with(self, name: str, *replaced: object) -> Any:
+        """The setting as given, or as the folder's `sampling.json` says of parts of its own."""
+        given = getattr(self.parts, name)
+        return given if given is not None or any(replaced) else self._recorded.get(name)
 
     @cached_property
     def words(self) -> frozenset[str] | None:
@@ -303,7 +327,9 @@ class Model:
             PretrainedModel.save_pretrained(self.prior, folder / "dalle", dtype)
             self.prior.vae.save_pretrained(folder / "vae", dtype)
             self.tokenizer.save(folder / "tokenizer.json")
-            settings = {**asdict(self.sampling), "clip_guidance_scale": self.clip_guidance_scale}
+            settings = {**asdict(self.sampling), **self.guidance}
+            for name in ("num_inference_steps", "sampler"):
+                settings[name] = self._recorded_with(name, self.parts.decoder)
             settings = {name: value for name, value in settings.items() if value is not None}
             write_text(folder / SAMPLING_NAME, json.dumps(settings) + "\n")
             if self.words is not None:

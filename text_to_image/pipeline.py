@@ -29,7 +29,7 @@ from diffusion.guidance import ClipGuidance, parse_prompts
 from diffusion.schedule import spaced_steps
 from text_to_image.inputs import clean_prompt
 from text_to_image.latents import Chapter, Optimization, start_tokens
-from text_to_image.model import Model, Source
+from text_to_image.model import NUM_INFERENCE_STEPS, SAMPLER, Model, Source
 from text_to_image.progress import Progress, as_progress
 from text_to_image.results import Result, ResultImage
 from text_to_image.settings import INIT_NOISES, OptimizationSettings
@@ -68,7 +68,7 @@ class TextToImage:
         keep: int | None = None,
         upscale: bool = False,
         clip_guidance: bool = False,
-        num_inference_steps: str | int = "quad25",
+        num_inference_steps: str | int | None = None,
         seed: int = 0,
         progress: Progress | bool | None = None,
         **options: Any,
@@ -186,8 +186,8 @@ class TextToImage:
         num_images: int = 1,
         *,
         batch_size: int = 4,
-        num_inference_steps: str | int = "quad25",
-        sampler: str = "ddim",
+        num_inference_steps: str | int | None = None,
+        sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         stop_at: int | None = None,
         output_size: int | None = None,
@@ -203,8 +203,9 @@ class TextToImage:
         Args:
             batch_size: images diffused at once, of the same input or of several, which does not change them beyond
                 rounding: noise is fixed by the seed, the tokens, and which of an input's images it is.
-            num_inference_steps: diffusion steps, in any of the ways of `diffusion.schedule.spaced_steps`.
-            sampler: one of `diffusion.samplers.SAMPLERS`.
+            num_inference_steps: diffusion steps, in any of the ways of `diffusion.schedule.spaced_steps`; the model's
+                own unless given.
+            sampler: one of `diffusion.samplers.SAMPLERS`; the model's own unless given.
             seed: of the noise, for all inputs or one for each.
             stop_at: ends after so many steps, with the image predicted by then.
             output_size: side of the images in pixels; the decoder's, or 4 times that with super-resolution.
@@ -219,6 +220,9 @@ class TextToImage:
         Raises `UsageError` for what is out of range, before anything is drawn.
         """
         result, decoder, enlarger = self.read(inputs), self.model.decoder, self.model.super_resolution
+        enlarger_steps, enlarger_sampler = num_inference_steps or NUM_INFERENCE_STEPS, sampler or SAMPLER
+        num_inference_steps = num_inference_steps or self.model.num_inference_steps
+        sampler = sampler or self.model.sampler
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
@@ -237,7 +241,7 @@ class TextToImage:
         steps = decoder.denoiser.respaced(num_inference_steps, skip_steps).num_steps
         if stop_at is not None and not 1 <= stop_at <= steps:
             raise UsageError(f"stop_at must be from 1 to {steps}, the number of steps, not {stop_at}")
-        more = 0 if enlarger is None else len(spaced_steps(enlarger.denoiser.num_steps, num_inference_steps))
+        more = 0 if enlarger is None else len(spaced_steps(enlarger.denoiser.num_steps, enlarger_steps))
         if clip_guidance is True:
             if result.prompt is None:
                 raise UsageError("guidance by CLIP needs a prompt, and these inputs have none; give pipe.guidance(…)")
@@ -270,7 +274,7 @@ class TextToImage:
                 if enlarger is not None:
                     rows = zip(tokens.tolist(), batch, strict=True)
                     identities = [(seeds[i], tuple(row), n) for row, (i, n) in rows]
-                    images = enlarger.enlarge(images, size, identities, num_inference_steps, sampler,
+                    images = enlarger.enlarge(images, size, identities, enlarger_steps, enlarger_sampler,
                                               callback=lambda batch=batch: step(batch))  # fmt: skip
                 for (i, number), pixels in zip(batch, resize(images.cpu(), size), strict=True):
                     yield Upscaled(i, number, pixels)
@@ -335,15 +339,11 @@ class TextToImage:
         self,
         prompts: str | Sequence[tuple[str, float]],
         image_prompts: Sequence[tuple[ImageInput, float]] = (),
-        *,
-        clip_guidance_scale: float | None = None,
         **options: Any,
     ) -> ClipGuidance:
         """Guidance of the decoder by CLIP towards a prompt, or towards weighted prompts and images; `options` are those
-        of `ClipGuidance`. The scale is the model's own unless given."""
-        scale = self.model.clip_guidance_scale if clip_guidance_scale is None else clip_guidance_scale
-        if scale is not None:
-            options["clip_guidance_scale"] = scale
+        of `ClipGuidance`, the model's own unless given (not None)."""
+        options = self.model.guidance | {name: value for name, value in options.items() if value is not None}
         images = [(_prompt_image(image), weight) for image, weight in image_prompts]
         prompts = [(prompts, 1.0)] if isinstance(prompts, str) else prompts
         return ClipGuidance(self.model.scorer, prompts, images, **options)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from dalle_pytorch.checks import check_types, check_values
 from dalle_pytorch.errors import CheckpointError
@@ -226,10 +227,22 @@ def sized_by(state: Mapping[str, Tensor]) -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NotDrawn():
             yield
     finally:
         hook.remove()
+
+
+class _NotDrawn(TorchFunctionMode):
+    """Draws no numbers on the meta device, for which PyTorch would import its compiler and sympy: seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.randn, torch.rand) and kwargs.get("device") is None:
+            func = torch.empty
+        return func(*args, **kwargs)
 
 
 def load_state(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -27,6 +28,7 @@ from text_to_image.batch.prompts import digest, is_address, list_files, read_row
 from text_to_image.batch.settings import BatchSettings
 from text_to_image.batch.stages import check
 from text_to_image.batch.tasks import unit_size
+from text_to_image.model import Model
 from text_to_image.pipeline import TextToImage
 from text_to_image.results import make_writable
 
@@ -107,6 +109,16 @@ def _draw(folder: JobFolder, settings: BatchSettings, job: Job, config: WorkerCo
         executor.close()
 
 
+def with_own_diffusion(settings: BatchSettings, model: Model) -> BatchSettings:
+    """The settings with those of the model where diffusion is left to it."""
+    own: dict[str, Any] = {}
+    if settings.diffuse:
+        own = {"steps": settings.steps or model.num_inference_steps, "sampler": settings.sampler or model.sampler}
+    if settings.clip_guidance and settings.clip_guidance_scale is None:
+        own["clip_guidance_scale"] = model.guidance.get("clip_guidance_scale")
+    return replace(settings, **own)
+
+
 def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
             reading: Callable[[int], object] | None = None,
             device: str | None = None) -> tuple[Job, WorkerConfig]:  # fmt: skip
@@ -122,6 +134,7 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     # On the CPU, and only to look at: the workers have their own.
     pipe = TextToImage.from_pretrained(device="cpu", **{**settings.parts(), "dtype": "float32"})
     pipe.model.open(*(name for name in settings.part_names() if name != "tokenizer"))
+    settings = with_own_diffusion(settings, pipe.model)
     check(pipe, settings)
     device = device or pick_device(settings.device).type
     check_dtype(settings.dtype, torch.device(device))
@@ -132,9 +145,7 @@ def prepare(folder: JobFolder, settings: BatchSettings, files: list[str],
     config = WorkerConfig(settings, fingerprints, images_folder(settings, files), weights)
     sampling = pipe.sampling(top_k=settings.top_k, top_p=settings.top_p, temperature=settings.temperature,
                              cond_scale=settings.cond_scale)  # fmt: skip
-    recorded = settings.recorded()
-    if settings.clip_guidance and settings.clip_guidance_scale is None:
-        recorded["clip_guidance_scale"] = pipe.model.clip_guidance_scale
+    recorded = settings.recorded() | ({"guidance": pipe.model.guidance} if settings.clip_guidance else {})
     job = Job(recorded, asdict(sampling), fingerprints, device, digest(files),
               {"torch": torch.__version__, "dalle": dalle_pytorch.__version__})  # fmt: skip
     if known is not None:

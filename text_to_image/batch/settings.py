@@ -58,8 +58,9 @@ class Diffusion(Settings):
     title: ClassVar[str] = "diffusion, as in upscale"
     diffuse: int = option(0, "redraw the best K of a prompt by the diffusion decoder", low=0, metavar="K")
     diffuse_batch_size: int = option(8, "images diffused at once", low=1)
-    steps: str = option("quad25", "diffusion steps")
-    sampler: str = option("ddim", "one of " + ", ".join(SAMPLERS), choices=SAMPLERS)
+    steps: str | None = option(None, "diffusion steps (default: the default model's own, or quad25 with another)")
+    sampler: str | None = option(None, "one of " + ", ".join(SAMPLERS) + " (default: the default model's own, or ddim "
+                                       "with another)", choices=SAMPLERS)  # fmt: skip
     output_size: int | None = option(None, "side of the redrawn images in pixels (default: the model's)", low=16,
                                      high=8192)  # fmt: skip
     clip_guidance: bool = option(False, "guide the images towards their prompts")

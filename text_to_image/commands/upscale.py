@@ -34,9 +34,11 @@ class _Sampling(Settings):
     batch_size: int = option(1, "images per batch: each input is redrawn num_batches × batch_size times", low=1)
     inputs_per_batch: int = option(4, "inputs diffused together, which does not change the images; less needs less "
                                      "memory", low=1)  # fmt: skip
-    steps: str = option("quad25", "diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as "
-                                  "guided-diffusion's, 10,10,5 of three equal parts")  # fmt: skip
-    sampler: str = option("ddim", "one of " + ", ".join(SAMPLERS), choices=SAMPLERS)
+    steps: str | None = option(None, "diffusion steps: 25 evenly spaced, quad25 mostly late ones, ddim25 as "
+                                     "guided-diffusion's, 10,10,5 of three equal parts (default: the default model's "
+                                     "own, or quad25 with another)")  # fmt: skip
+    sampler: str | None = option(None, "one of " + ", ".join(SAMPLERS) + " (default: the default model's own, or ddim "
+                                       "with another)", choices=SAMPLERS)  # fmt: skip
     seed: int = option(0, "an image is the same under a seed, whatever else is drawn", high=2**64)
     stop_at: int | None = option(None, "end after N steps: early images are smooth", low=1, metavar="N")
     output_size: int | None = option(None, "final side in pixels (default: the model's, and four times that with "
@@ -61,14 +63,17 @@ class _Guidance(Settings):
     text: str | None = option(None, "prompts, separated by |, each with a weight if wanted, prompt:weight "
                                     "(default: the folder's caption.txt)")  # fmt: skip
     image_prompts: str | None = option(None, "images as prompts, likewise")
-    clip_guidance_scale: float | None = option(None, "(default: the default model's own, or 1000 with another)", low=0)
+    clip_guidance_scale: float | None = option(None, "strength (default: 1000, or as for the following, with the "
+                                                     "default model its own)", low=0)  # fmt: skip
     tv_scale: float = option(0.0, "smoothness", low=0)
     range_scale: float = option(0.0, "holds colours in range", low=0)
-    cutn: int = option(16, "cutouts that CLIP sees a step", low=1)
-    guidance_every: int = option(1, "take CLIP's gradient at every N-th step, and use it again between", low=1,
-                                 metavar="N")  # fmt: skip
-    guidance_min_sigma: float = option(0.0, "no guidance where the noise is below this, in units of the image", low=0)
-    guidance_through_unet: bool = option(True, "take the gradient through the U-Net, at twice its cost")
+    cutn: int | None = option(None, "cutouts that CLIP sees a step (default: 16)", low=1)
+    guidance_every: int | None = option(None, "take CLIP's gradient at every N-th step, and use it again between "
+                                              "(default: 1)", low=1, metavar="N")  # fmt: skip
+    guidance_min_sigma: float | None = option(None, "no guidance where the noise, in units of the image, is below this "
+                                                    "(default: 0)", low=0)  # fmt: skip
+    guidance_through_unet: bool | None = option(None, "take the gradient through the U-Net, which costs a pass back "
+                                                      "(default: True)")  # fmt: skip
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dalle_pytorch.files.images import save_image
 from text_to_image.results import ResultImage
 from text_to_image.web.files import Folders, read_picture
 from text_to_image.web.forms import Diffusion, Generation, Limits, Saved, are_tokens, check_prompt
-from text_to_image.web.work import Drawn, Workers, diffuse, generate
+from text_to_image.web.work import Drawn, Workers, diffuse, generate, own_steps
 
 
 class Api:
@@ -57,17 +57,18 @@ class Api:
                         yield [_row(image) | {"image": await _file(folder, image.pixels)} for image in shown]
 
     async def diffuse(
-        self, prompt: str, tokens: list[list[int]], clip_guidance: bool = False, steps: int = 25,
+        self, prompt: str, tokens: list[list[int]], clip_guidance: bool = False, steps: int | None = None,
         size: int | None = None, seed: int = 0
     ) -> AsyncIterator[list[dict]]:  # fmt: skip
         """Redraws images by diffusion: a list of {"image"}, one for each list of tokens; before they are finished,
-        previews. With clip_guidance they are led towards the prompt. `size` is their side in pixels, the decoder's own
-        unless given."""
+        previews. With clip_guidance they are led towards the prompt. `steps` of diffusion and `size`, their side in
+        pixels, are the model's own unless given."""
         model = self.workers.pipes[0].model
         number, length = model.prior.num_image_tokens, model.prior.image_seq_len
         rows = tokens if isinstance(tokens, list) else []
         if not rows or any(not are_tokens(row, number) or len(row) != length for row in rows):
             raise gr.Error(f"tokens: expected lists of {length} tokens below {number}", print_exception=False)
+        steps = own_steps(model) if steps is None else steps
         form = accepted(Diffusion(list(range(len(rows))), clip_guidance, steps, size), self.limits)
         saved = Saved(accepted(Generation(prompt, seed=seed), self.limits), form)
         shown = None

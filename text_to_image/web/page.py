@@ -20,7 +20,7 @@ from text_to_image.web import html
 from text_to_image.web.api import Api, accepted, running
 from text_to_image.web.files import Folders, preview, read_picture, write_files
 from text_to_image.web.forms import LONGEST_PROMPT, Diffusion, Generation, Limits, check_prompt, read_settings
-from text_to_image.web.work import Drawn, Workers, diffuse, generate, pick
+from text_to_image.web.work import Drawn, Workers, diffuse, generate, own_steps, pick
 
 STYLE = Path(__file__).with_name("page.css")
 EXAMPLES = ("an avocado to the left of a chair on wood", "a penguin on white", "a star made of water",
@@ -108,10 +108,11 @@ class Page:
 
     def _diffusion_parts(self) -> None:
         most = self.limits.max_steps
+        own = own_steps(self.pipe.model) if self.workers.diffusion else most
         with gr.Row(elem_id="diffusion"):
             self.clip_guidance = gr.Checkbox(False, label="CLIP guidance", info="Slower, nearer to the prompt",
                                              min_width=140, elem_id="clip-guidance")  # fmt: skip
-            self.steps = gr.Slider(1, most, min(25, most), step=1, buttons=[], label="Steps", min_width=140,
+            self.steps = gr.Slider(1, most, min(own, most), step=1, buttons=[], label="Steps", min_width=140,
                                    elem_id="steps")  # fmt: skip
             self.size = gr.Slider(64, self.limits.max_size, min(self._own_size(), self.limits.max_size), step=64,
                                   buttons=[], label="Pixels", min_width=140, elem_id="size")  # fmt: skip

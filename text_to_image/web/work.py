@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffusion.schedule import spaced_steps
+from text_to_image.model import Model
 from text_to_image.pipeline import ImageInput, TextToImage
 from text_to_image.results import Result
 from text_to_image.web.forms import Diffusion, Generation, Saved
@@ -191,6 +193,11 @@ def diffuse(workers: Workers, inputs: Result | Sequence[Tensor], saved: Saved) -
             update(replace(drawn, done=drawn.total))
 
     return stream(work)
+
+
+def own_steps(model: Model) -> int:
+    """How many diffusion steps the model's own are."""
+    return len(spaced_steps(model.decoder.denoiser.num_steps, model.num_inference_steps))
 
 
 def pick(result: Result | None, picks: Sequence[int]) -> Result:

@@ -24,7 +24,8 @@ needs_int8 = pytest.mark.skipif(not has_int8(), reason="this build of PyTorch ha
 def bundle(tiny_bundle, tiny_vae, monkeypatch):
     """A whole model, in the place of the default one."""
     small_decoder(tiny_vae).save_pretrained(tiny_bundle / "decoder")
-    settings = {"top_p": 0.8, "temperature": 0.7, "cond_scale": 1.5, "clip_guidance_scale": 30}
+    settings = {"top_p": 0.8, "temperature": 0.7, "cond_scale": 1.5, "clip_guidance_scale": 30, "cutn": 3,
+                "guidance_through_unet": False, "num_inference_steps": "quad7", "sampler": "dpm++"}  # fmt: skip
     (tiny_bundle / "sampling.json").write_text(json.dumps(settings))
     (tiny_bundle / "words.json").write_text('["a", "red", "seven"]')
     monkeypatch.setattr(text_to_image.model, "DEFAULT_MODEL", tiny_bundle)
@@ -57,14 +58,38 @@ def test_parts_are_opened_when_they_are_used(bundle, monkeypatch, clips):
 def test_the_default_model(bundle, clips):
     model = Model.from_pretrained(device="cpu").open("prior", "scorer", "decoder")
     assert clips == [bundle / "clip"]
-    assert model.sampling == SamplingSettings(None, 0.8, 0.7, 1.5) and model.clip_guidance_scale == 30
+    assert model.sampling == SamplingSettings(None, 0.8, 0.7, 1.5)
+    assert model.guidance == {"clip_guidance_scale": 30, "cutn": 3, "guidance_through_unet": False}
+    assert (model.num_inference_steps, model.sampler) == ("quad7", "dpm++")
     assert model.unknown_words("a red, blue seven blue") == ["blue"]
+
+
+def test_the_models_own_steps_are_those_that_are_visited(bundle):
+    tokens = torch.zeros(256, dtype=torch.long)
+
+    def passes(**options):
+        pipe = TextToImage.from_pretrained(device="cpu")
+        seen = []
+        pipe.model.decoder.unet.register_forward_pre_hook(lambda *_: seen.append(1))
+        return pipe.upscale(tokens, **options)[0].upscaled_pixels[0], len(seen)
+
+    own, count = passes()
+    assert count == 7
+    torch.testing.assert_close(own, passes(num_inference_steps="quad7", sampler="dpm++")[0])
+    assert (own - passes(sampler="ddim")[0]).abs().max() > 1e-3 and passes(num_inference_steps=3)[1] == 3
+
+
+def test_how_the_model_guides_is_the_default(bundle):
+    pipe = TextToImage.from_pretrained(device="cpu")
+    own, other = pipe.guidance("a red seven"), pipe.guidance("a red seven", cutn=5, guidance_every=None)
+    assert (own.clip_guidance_scale, own.cutn, own.guidance_through_unet, own.guidance_every) == (30, 3, False, 1)
+    assert (other.clip_guidance_scale, other.cutn, other.guidance_every) == (30, 5, 1)
 
 
 def test_a_prior_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips):
     model = Model.from_pretrained(device="cpu", prior=bundle / "dalle").open("scorer")
     assert clips == [None]  # the published one
-    assert model.sampling == SamplingSettings(top_p=0.9) and model.clip_guidance_scale is None
+    assert model.sampling == SamplingSettings(top_p=0.9) and model.guidance == {}
     assert model.words is None
     with pytest.raises(UsageError, match="no decoder"):
         model.open("decoder")
@@ -72,12 +97,13 @@ def test_a_prior_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips):
 
 def test_a_decoder_of_ones_own_is_not_mixed_with_the_default_model(bundle, clips):
     model = Model.from_pretrained(device="cpu", decoder=bundle / "decoder").open("decoder", "scorer")
-    assert clips == [None] and model.clip_guidance_scale is None
+    assert clips == [None] and model.guidance == {}
+    assert (model.num_inference_steps, model.sampler) == ("quad25", "ddim")
     with pytest.raises(UsageError, match="no prior"):
         model.open("prior")
     # Another CLIP leaves the rest of the default model as it is, but its guidance scale.
     model = Model.from_pretrained(device="cpu", scorer="owner/clip").open("prior", "scorer")
-    assert clips == [None, "owner/clip"] and model.clip_guidance_scale is None and model.sampling.temperature == 0.7
+    assert clips == [None, "owner/clip"] and model.guidance == {} and model.sampling.temperature == 0.7
 
 
 @pytest.mark.parametrize("part", ["prior", "vae", "vqgan_config_path", "tokenizer", "scorer", "decoder",
@@ -100,9 +126,10 @@ def test_settings_that_no_vqgan_reads_are_refused(bundle):
 def test_objects_as_parts(bundle, tiny_vae):
     prior, decoder = load_prior(bundle / "dalle"), small_decoder(tiny_vae)
     model = Model.from_pretrained(device="cpu", prior=prior, decoder=decoder, sampling=SamplingSettings(top_k=3),
-                                  clip_guidance_scale=2)  # fmt: skip
+                                  clip_guidance_scale=2, sampler="ddpm")  # fmt: skip
     assert model.prior is prior and model.decoder is decoder
-    assert model.sampling.top_k == 3 and model.clip_guidance_scale == 2
+    assert model.sampling.top_k == 3 and model.guidance == {"clip_guidance_scale": 2}
+    assert (model.num_inference_steps, model.sampler) == ("quad25", "ddpm")
     assert any(parameter.requires_grad for parameter in prior.parameters())  # a training may go on with it
 
 
@@ -136,7 +163,8 @@ def test_saved_and_opened_again(bundle, tmp_path):
     second = TextToImage.from_pretrained(tmp_path / "saved", "cpu")
     assert isinstance(second.model.scorer, CLIPModel)
     assert second.model.sampling == first.model.sampling and second.model.words == first.model.words
-    assert second.model.clip_guidance_scale == 30
+    assert second.model.guidance == first.model.guidance
+    assert (second.model.num_inference_steps, second.model.sampler) == ("quad7", "dpm++")
     a, b = (pipe("a red seven", 2, upscale=True, num_inference_steps=1) for pipe in (first, second))
     assert torch.equal(a[0].tokens, b[0].tokens) and a[0].score == b[0].score
     assert torch.equal(a[0].upscaled_pixels[0], b[0].upscaled_pixels[0])
