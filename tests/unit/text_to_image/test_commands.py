@@ -41,6 +41,19 @@ finally:
     assert done.returncode == 0 and done.stdout.startswith(f"usage: dalle {name}") and done.stdout.endswith("False\n")
 
 
+def test_opening_the_default_model_imports_nothing_that_takes_seconds():
+    probe = """
+import sys
+import torch
+before = {*sys.modules}
+from text_to_image import TextToImage
+TextToImage.from_pretrained(device="cpu").model.open("prior", "scorer", "decoder")
+print({"torch._dynamo", "sympy", "transformers", "diffusers", "accelerate"} & {*sys.modules} - before)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "set()\n")
+
+
 def test_the_console_command_is_there():
     module, _, function = PROJECT["project"]["scripts"]["dalle"].partition(":")
     assert module == "text_to_image.__main__" and function == "main"
