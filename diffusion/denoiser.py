@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_pytorch.errors import UsageError
@@ -189,13 +188,17 @@ class Denoiser:
         output, log_variance, residual = self._evaluate(x, step)
         if use_kl:
             return self._bound(x, x_0, step, self._mean(x, step, output), log_variance) * self.num_steps
-        loss = F.mse_loss(output, x_0 if self.predicts_x_0 else noise, reduction="none").flatten(1).mean(1)
-        if residual is not None:
-            loss = loss / residual.std.flatten() ** 2
+        loss = _mean_square(output - (x_0 if self.predicts_x_0 else noise), residual)
         if self.learn_sigma:
             mean = self._mean(x, step, output.detach())
             loss = loss + self._bound(x, x_0, step, mean, log_variance) * (self.num_steps / 1000)
         return loss
+
+    def imitation_loss(self, x: Tensor, step: int | Tensor, x_0: Tensor) -> Tensor:
+        """How far the prediction at `x` is from `x_0`, scaled as `loss` scales it: (b,). The network predicts x_0, or
+        residuals."""
+        output, _, residual = self._evaluate(x, step)
+        return _mean_square(output - x_0, residual)
 
     def _mean(self, x: Tensor, step: Tensor, output: Tensor) -> Tensor:
         x_0 = output if self.predicts_x_0 else self.x_0_from_eps(x, step, output)
@@ -210,6 +213,12 @@ class Denoiser:
         nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         first = (step == 0).to(kl.device)
         return torch.where(first, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+def _mean_square(error: Tensor, residual: Residual | None) -> Tensor:
+    """The mean square of each image's error, (b,); of a residual that of the network's own, scaled output."""
+    loss = error.square().flatten(1).mean(1)
+    return loss if residual is None else loss / residual.std.flatten() ** 2
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,7 +36,7 @@ def spaced_steps(num_steps: int, spacing: str | int | Iterable[int]) -> list[int
 
     `spacing` as in guided-diffusion: "ddimN" is N steps at a fixed stride from 0; N or "N" is N evenly spaced steps,
     the first and the last included; "a,b,c" divides the steps into equal sections with a, b and c such steps. "quadN"
-    is N steps that grow quadratically (Song et al. 2021), most of them where fine detail is decided.
+    is N steps that grow quadratically (Song et al. 2021), most of them where fine detail is decided; one is the last.
     Raises `UsageError` if there are not enough steps.
     """
     if isinstance(spacing, str) and spacing.startswith("ddim"):
@@ -86,7 +86,7 @@ def skipped_steps(num_steps: int, skip_steps: str | float) -> int:
 
 def _quadratic_steps(num_steps: int, count: int) -> list[int]:
     _check_count(count, num_steps)
-    steps = [0]
+    steps = [0] if count > 1 else [num_steps - 1]
     for i in range(1, count):
         # The next step where the squares grow by less than one.
         steps.append(max(steps[-1] + 1, round((num_steps - 1) * (i / (count - 1)) ** 2)))
@@ -125,11 +125,14 @@ class Schedule:
 
         It has the same alphas_cumprod at each.
         """
-        steps = torch.tensor(spaced_steps(self.num_steps, spacing))
-        steps = steps[: len(steps) - skipped_steps(len(steps), skip_steps)]
-        visited = self.alphas_cumprod[steps]
+        steps = spaced_steps(self.num_steps, spacing)
+        return self.visiting(steps[: len(steps) - skipped_steps(len(steps), skip_steps)])
+
+    def visiting(self, steps: Sequence[int]) -> Schedule:
+        """The schedule of these steps alone, ascending, with the same alphas_cumprod at each."""
+        visited = self.alphas_cumprod[list(steps)]
         before = torch.cat([torch.ones(1, dtype=torch.float64), visited[:-1]])
-        return Schedule(1 - visited / before, self.timestep_map[steps], self.num_training_steps)
+        return Schedule(1 - visited / before, self.timestep_map[list(steps)], self.num_training_steps)
 
     @property
     def num_steps(self) -> int:

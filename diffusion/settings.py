@@ -58,6 +58,10 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
 
         python diffusion/train.py --image_text_folder pictures --super_res --image_size 1024 --output_dir runs/super_res
         python upscale.py --super_res_path runs/super_res/super_res --input outputs/a_red_seven_on_brick
+
+        python diffusion/train.py --image_text_folder pictures --resume_checkpoint runs/decoder/decoder --distill 2 \\
+            --learning_rate 1e-4 --output_dir runs/student
+        python upscale.py --model_path runs/student/decoder --steps quad2 --sampler ddim --input outputs
     """
 
     title = "what is learned"
@@ -83,6 +87,9 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
     emb_condition: bool = option(True, "condition on the codebook rows of the tokens")
     emb_output_dims: int = option(64, "channels by which they join the middle", low=1)
     low_res_condition: bool = option(True, "condition on the image that the VAE decodes")
+    distill: int | None = option(None, "learn to draw in this number of passes what the decoder of "
+                                       "--resume_checkpoint, a native folder, draws in four times as many", low=1,
+                                 high=1000, metavar="PASSES")  # fmt: skip
     class_cond: bool = option(False, "must be False: classes are not supported")
     predict: str | None = option(None, "what the network predicts; residual is the difference of x_0 from the VAE's "
                                        "image, or from the small one (default: that with such an image, else x_0)",
@@ -104,6 +111,8 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
             raise UsageError("--timestep_respacing does not apply to training; upscale.py takes --steps")
         if not self.super_res and self.small_size:
             raise UsageError("--small_size needs --super_res")
+        if self.distill is not None and (self.super_res or not _is_folder(self.resume_checkpoint)):
+            raise UsageError("--distill needs --resume_checkpoint, the native folder of a decoder")
         has_image = self.low_res_condition or self.super_res
         if self.predict_xstart is not None and self.predict is None:
             self.predict = "x_0" if self.predict_xstart else "eps"
@@ -120,3 +129,7 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
             self.batch_size = self.microbatch
         if self.use_fp16:
             self.mixed_precision = "fp16"
+
+
+def _is_folder(path: str | None) -> bool:
+    return path is not None and Path(path).is_dir()

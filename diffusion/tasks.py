@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from dalle_pytorch.training.tasks.base import Batch, Loss, Preview, TrainingTask
 from diffusion.decoder import DiffusionDecoder, to_unit
 from diffusion.denoiser import Denoiser
 from diffusion.published import DIFFUSION_NAME, make_denoiser, read_diffusion
+from diffusion.samplers import sample_dpm
+from diffusion.schedule import spaced_steps
 from diffusion.settings import DiffusionSettings, TrainDiffusionSettings, UNetArchitecture
 from diffusion.super_resolution import SuperResolution
 from diffusion.unet import UNet
@@ -114,13 +120,18 @@ class DiffusionTask(TrainingTask):
     def compiled_parts(self) -> list[nn.Module]:
         return [self.denoiser.network]
 
-    def forward(self, batch: Batch) -> Loss:
+    def examples(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (b, 3, h, w) in [-1, 1], whole or cut, and what conditions the network on them."""
         images = batch["image"].float() / 255
         with torch.no_grad():
             conditioning = self.conditioning(images, batch)
         maps = [images * 2 - 1, *conditioning.values()]
         images, *maps = random_crops(maps, self.crop_size, self.conditioning_side, self.full_share)
-        denoiser = self.denoiser.conditioned(**dict(zip(conditioning, maps, strict=True)))
+        return images, dict(zip(conditioning, maps, strict=True))
+
+    def forward(self, batch: Batch) -> Loss:
+        images, conditioning = self.examples(batch)
+        denoiser = self.denoiser.conditioned(**conditioning)
         step, weights = self.steps.draw(len(images), images.device)
         loss = denoiser.loss(images, step, torch.randn_like(images), use_kl=self.use_kl)
         detached = loss.detach()
@@ -165,6 +176,9 @@ class DecoderTask(DiffusionTask):
     def fixed_parts(self) -> dict[str, str]:
         return {"VAE": self.decoder.vae.fingerprint()}
 
+    def preview_steps(self) -> str:
+        return f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
+
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"decoder": self.decoder}
 
@@ -177,8 +191,61 @@ class DecoderTask(DiffusionTask):
         images = batch["image"].float() / 255
         tokens = self.tokens(images, batch)
         reconstructed = resize(self.decoder.vae.decode_image(tokens), images.shape[-1])
-        steps = f"quad{min(PREVIEW_STEPS, self.denoiser.num_steps)}"
-        return {"decoded": _side_by_side(images, reconstructed, self.decoder.decode(tokens, steps))}
+        return {"decoded": _side_by_side(images, reconstructed, self.decoder.decode(tokens, self.preview_steps()))}
+
+
+class DistillationTask(DecoderTask):
+    """A copy of the decoder, its student, learns to draw in `passes` DDIM steps, `quadN`, what the decoder itself draws
+    in `substeps` for each of them (Salimans & Ho 2022, arXiv:2202.00512, in one stage).
+
+    The teacher goes from an image under the noise of one of the steps to that of the next; the student is to predict
+    the x_0 that leads there at once. Raises `UsageError` for a network that predicts noise: from noise alone, where the
+    first step is, no x_0 follows.
+    """
+
+    def __init__(self, decoder: DiffusionDecoder, passes: int, crop_size: int | None = None, full_share: float = 0.25,
+                 substeps: int = 4):  # fmt: skip
+        super().__init__(decoder, crop_size, full_share)
+        if not self.denoiser.predicts_x_0:
+            raise UsageError("only a decoder that predicts residuals or x_0 is distilled, and this one predicts noise")
+        self.teacher = deepcopy(decoder.unet).requires_grad_(False).eval()
+        self.visited = spaced_steps(self.denoiser.num_steps, f"quad{passes}")
+        self.substeps = substeps
+
+    def train(self, mode: bool = True) -> DistillationTask:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def fixed_parts(self) -> dict[str, str]:
+        return {**super().fixed_parts(), "teacher": self.teacher.fingerprint()}
+
+    def preview_steps(self) -> str:
+        return f"quad{len(self.visited)}"
+
+    def forward(self, batch: Batch) -> Loss:
+        images, conditioning = self.examples(batch)
+        number = int(torch.randint(len(self.visited), ()))  # one step for the batch: the loop of a sampler takes it
+        denoiser = self.denoiser.conditioned(**conditioning)
+        student = replace(denoiser, schedule=denoiser.schedule.visiting(self.visited))
+        x = student.q_sample(images, number, torch.randn_like(images))
+        with torch.no_grad():
+            x_0 = self.target(replace(denoiser, network=self.teacher), x, number)
+        loss = student.imitation_loss(x, number, x_0).mean()
+        nan = torch.full_like(loss.detach(), torch.nan)  # which is not shown
+        return loss, {f"loss_{i}": loss.detach() if i == number else nan for i in range(len(self.visited))}
+
+    def target(self, teacher: Denoiser, x: Tensor, number: int) -> Tensor:
+        """The x_0 that a DDIM step from `x`, at visited step `number`, must predict to end where the teacher does."""
+        start, end = self.visited[number], self.visited[number - 1] if number else -1
+        count = min(self.substeps, start - end)
+        between = [end + round((start - end) * i / count) for i in range(1, count + 1)]
+        path = replace(teacher, schedule=teacher.schedule.visiting([*([end] if number else []), *between]))
+        *_, (_, result, _) = islice(sample_dpm(path, x, lambda: x), count)
+        alpha_bar = teacher.schedule.alphas_cumprod
+        before, after = alpha_bar[start].item(), alpha_bar[end].item() if number else 1.0
+        ratio = math.sqrt((1 - after) / (1 - before))
+        return (result - ratio * x) / (math.sqrt(after) - ratio * math.sqrt(before))
 
 
 class SuperResolutionTask(DiffusionTask):
@@ -247,6 +314,8 @@ def make_decoder_task(settings: TrainDiffusionSettings) -> DecoderTask:
         )
         decoder = DiffusionDecoder(unet, vae, **settings.values(DiffusionSettings))
     decoder.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if settings.distill is not None:
+        return DistillationTask(decoder, settings.distill, settings.crop_size)
     return DecoderTask(decoder, settings.crop_size, step_sampler=settings.schedule_sampler, use_kl=settings.use_kl)
 
 

@@ -174,7 +174,10 @@ def test_going_on_from_a_decoder(runs, tmp_path):
     call("diffusion/train.py", *common, "--output_dir", tmp_path / "d", "--resume_checkpoint", runs / "decoder/decoder")
     call("diffusion/train.py", *common, "--output_dir", tmp_path / "s", "--super_res", "--resume_checkpoint",
          runs / "super_res/super_res")  # fmt: skip
-    for old, new in (("decoder/decoder", "d/decoder"), ("super_res/super_res", "s/super_res")):
+    call("diffusion/train.py", *common, "--output_dir", tmp_path / "t", "--distill", 2, "--resume_checkpoint",
+         runs / "decoder/decoder")  # fmt: skip
+    for old, new in (("decoder/decoder", "d/decoder"), ("decoder/decoder", "t/decoder"),
+                     ("super_res/super_res", "s/super_res")):  # fmt: skip
         before, after = (PretrainedModel.from_pretrained(path) for path in (runs / old, tmp_path / new))
         assert after.config == before.config
     before, after = (path / "super_res/diffusion.json" for path in (runs / "super_res", tmp_path / "s"))
@@ -186,6 +189,8 @@ REFUSED = [
     ("diffusion/train.py --timestep_respacing ddim25", "upscale.py takes --steps"),
     ("diffusion/train.py --batch_size 6 --microbatch 4", "does not divide"),
     ("diffusion/train.py", "--vae_path is missing"),
+    ("diffusion/train.py --distill 2", "--distill needs --resume_checkpoint, the native folder of a decoder"),
+    ("diffusion/train.py --super_res --distill 2 --resume_checkpoint .", "--distill needs --resume_checkpoint"),
     ("diffusion/train.py --super_res --image_text_folder glyphs?sky=2", "data set glyphs: no option sky=2"),
     ("diffusion/train.py --super_res --image_text_folder glyphs?twins=2", "data set glyphs: no option twins=2"),
     ("DALLE-pytorch/train_dalle.py --vqgan_config_path model.yaml", "needs the weights of its VQGAN"),
