@@ -1,7 +1,7 @@
 # `make demo` shows the system at work, `make test` runs the tests, `make test-all` the slow ones too, `make lint` checks
 # style and types, `make faults` tries hostile inputs, `make breakages` looks for faults that the tests do not notice,
 # `make notebooks` runs the notebooks and writes their pages in docs/, `make quality` measures how well the embedded
-# model draws, `make bench` how fast. All set up .venv first.
+# model draws, `make bench` and `make bench-e2e` how fast. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 PROMPT ?= an avocado to the left of a chair on wood
 
-.PHONY: demo test test-all faults breakages notebooks lint quality bench clean
+.PHONY: demo test test-all faults breakages notebooks lint quality bench bench-e2e clean
 
 demo: $(VENV)/.installed
 	@$(RUN) demo.py --text "$(PROMPT)"
@@ -42,6 +42,9 @@ quality: $(VENV)/.installed-benchmark
 
 bench: $(VENV)/.installed-benchmark
 	$(RUN) benchmarks/sampling.py
+
+bench-e2e: $(VENV)/.installed-benchmark
+	$(RUN) benchmarks/end_to_end.py
 
 # torch goes first and alone: with it in place nothing that follows asks for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt

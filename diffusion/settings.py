@@ -111,7 +111,7 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
             raise UsageError("--timestep_respacing does not apply to training; upscale.py takes --steps")
         if not self.super_res and self.small_size:
             raise UsageError("--small_size needs --super_res")
-        if self.distill is not None and (self.super_res or not _is_folder(self.resume_checkpoint)):
+        if self.distill is not None and (self.super_res or not self.resume_checkpoint):
             raise UsageError("--distill needs --resume_checkpoint, the native folder of a decoder")
         has_image = self.low_res_condition or self.super_res
         if self.predict_xstart is not None and self.predict is None:
@@ -129,7 +129,3 @@ class TrainDiffusionSettings(DiffusionSettings, UNetArchitecture, ImageSettings,
             self.batch_size = self.microbatch
         if self.use_fp16:
             self.mixed_precision = "fp16"
-
-
-def _is_folder(path: str | None) -> bool:
-    return path is not None and Path(path).is_dir()

@@ -298,6 +298,8 @@ def make_decoder_task(settings: TrainDiffusionSettings) -> DecoderTask:
     if folder := _native_folder(settings):
         overrides: dict[str, Any] = {} if vae is None else {"vae": vae}
         decoder = DiffusionDecoder.from_pretrained(folder, **overrides)
+    elif settings.distill is not None:
+        raise UsageError(f"--distill needs the native folder of a decoder, and {settings.resume_checkpoint} is none")
     elif vae is None:
         raise UsageError("--vae_path is missing: the VAE whose tokens are to be decoded")
     elif vae.channels != 3:

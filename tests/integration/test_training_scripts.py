@@ -190,6 +190,7 @@ REFUSED = [
     ("diffusion/train.py --batch_size 6 --microbatch 4", "does not divide"),
     ("diffusion/train.py", "--vae_path is missing"),
     ("diffusion/train.py --distill 2", "--distill needs --resume_checkpoint, the native folder of a decoder"),
+    ("diffusion/train.py --distill 2 --resume_checkpoint none", "native folder of a decoder, and none is none"),
     ("diffusion/train.py --super_res --distill 2 --resume_checkpoint .", "--distill needs --resume_checkpoint"),
     ("diffusion/train.py --super_res --image_text_folder glyphs?sky=2", "data set glyphs: no option sky=2"),
     ("diffusion/train.py --super_res --image_text_folder glyphs?twins=2", "data set glyphs: no option twins=2"),
