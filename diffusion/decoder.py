@@ -70,8 +70,10 @@ class DiffusionDecoder(PretrainedModel):
         return self.unet.settings.emb_condition or self.unet.settings.low_res_condition
 
     def conditioning(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The U-Net's conditions for (b, side²) tokens: `image_embeds`, `low_res`, and the class `y`."""
+        """The U-Net's conditions for (b, side²) tokens: `image_embeds`, `low_res`, and the class `y`. Those of equal
+        tokens are computed once."""
         self.unet.check_class(self.class_label)
+        tokens, rows = tokens.unique(dim=0, return_inverse=True)
         conditioning = {}
         if self.class_label is not None:
             conditioning["y"] = torch.full((len(tokens),), self.class_label, device=tokens.device)
@@ -79,7 +81,7 @@ class DiffusionDecoder(PretrainedModel):
             conditioning["image_embeds"] = self.vae.embed(tokens)
         if self.unet.settings.low_res_condition:
             conditioning["low_res"] = self.vae.decode_image(tokens) * 2 - 1
-        return conditioning
+        return {name: value[rows] for name, value in conditioning.items()}
 
     @property
     def image_fmap_size(self) -> int:

@@ -259,6 +259,17 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_vae, sampler)
         assert not torch.allclose(together[1], other[1], atol=0.01)
 
 
+def test_images_of_equal_tokens_share_their_conditioning(tiny_vae, monkeypatch):
+    decoder, decoded = small_decoder(tiny_vae), []
+    decode_image = tiny_vae.decode_image
+    monkeypatch.setattr(tiny_vae, "decode_image", lambda tokens: [decoded.append(len(tokens)), decode_image(tokens)][1])
+    tokens = torch.randint(32, (2, 256), generator=generator("tokens"))
+    shared = decoder.conditioning(tokens[[1, 0, 1, 1]])
+    assert decoded == [2]
+    for name, alone in decoder.conditioning(tokens).items():
+        torch.testing.assert_close(shared[name], alone[[1, 0, 1, 1]])
+
+
 def test_stopping_early_gives_what_was_predicted_by_then(tiny_vae):
     decoder = small_decoder(tiny_vae)
     tokens, seen = torch.zeros(1, 256, dtype=torch.long), []
