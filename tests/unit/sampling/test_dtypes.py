@@ -10,8 +10,9 @@ from dalle_pytorch.errors import UsageError
 from dalle_pytorch.nn import cache as cache_module
 from dalle_pytorch.nn.linear import Int8Linear, has_int8
 from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.sampling import dtypes
+from dalle_pytorch.sampling import dtypes, loop
 from dalle_pytorch.sampling.dtypes import check_dtype, choose_dtype, converted, dtype_of
+from dalle_pytorch.sampling.filters import draw
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
@@ -78,14 +79,20 @@ def test_all_linear_layers_of_a_step_are_replaced_and_nothing_else_is_copied():
 @pytest.mark.parametrize("cond_scale", [1.0, 2.0])
 def test_int8_candidates_are_the_same_alone_and_in_any_batch(cond_scale, monkeypatch):
     monkeypatch.setattr(cache_module, "SHARED_LENGTH", 1)  # prompts would be shared by 8 candidates
-    int8 = converted(make_dalle(), "int8")
-    together = sample(int8, [1] * 12, list(range(12)), cond_scale)
-    assert together.min() >= 0 and together.max() < 40 and len(together.unique(dim=0)) == 12
-    for first, count in ((0, 1), (3, 2), (4, 8)):
-        candidates = list(range(first, first + count))
-        assert torch.equal(sample(int8, [1] * count, candidates, cond_scale), together[first : first + count])
-    mixed = sample(int8, [2, 1, 0, 1], [0, 7, 0, 2], cond_scale)
-    assert torch.equal(mixed[[1, 3]], together[[7, 2]])
+    int8, drawn_from = converted(make_dalle(), "int8"), []
+    monkeypatch.setattr(loop, "draw", lambda logits, *given: drawn_from.append(logits) or draw(logits, *given))
+
+    def tokens_and_logits(rows: list[int], candidates: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn_from.clear()
+        return sample(int8, rows, candidates, cond_scale), torch.stack(drawn_from, dim=1)
+
+    tokens, logits = tokens_and_logits([1] * 12, list(range(12)))
+    assert tokens.min() >= 0 and tokens.max() < 40 and len(tokens.unique(dim=0)) == 12
+    for rows, candidates in (([1], [0]), ([1] * 2, [3, 4]), ([1] * 8, [*range(4, 12)]), ([2, 1, 0, 1], [0, 7, 0, 2])):
+        own = [i for i, row in enumerate(rows) if row == 1]
+        expected = [candidates[i] for i in own]
+        again = tokens_and_logits(rows, candidates)
+        assert torch.equal(again[0][own], tokens[expected]) and torch.equal(again[1][own], logits[expected])
 
 
 @needs_int8
