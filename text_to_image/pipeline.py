@@ -377,6 +377,14 @@ class TextToImage:
             raise UsageError("expected one or more inputs, all of the same number of tokens")
         return Result(images, inputs.prompt if isinstance(inputs, Result) else None)
 
+    @torch.no_grad()
+    def rank(self, inputs: Any, prompt: str) -> Result:
+        """Inputs of `upscale`, see `read`, with CLIP's scores for a prompt, the best first."""
+        prompt, images = clean_prompt(prompt), self.read(inputs).images
+        scores = self.model.scorer.score(prompt, torch.stack([image.pixels for image in images])).tolist()
+        ranked = [replace(image, score=score) for image, score in zip(images, scores, strict=True)]
+        return Result(sorted(ranked, key=lambda image: image.score or 0.0, reverse=True), prompt)
+
 
 def encode_image(vae: ImageTokenizer, image: ImageInput, side: int) -> Tensor:
     """The tokens (side²,) of the centre square of an image."""

@@ -41,6 +41,13 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(autouse=True)
+def no_traceback(capfd):
+    """The server runs in this process, and prints what nobody caught."""
+    yield
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.fixture
 def visit(address, browser):
     """Opens the page as another visitor each time."""
@@ -60,10 +67,10 @@ def visit(address, browser):
 
 
 def generate(page: Page, prompt=PROMPT, count=2):
-    page.locator("#prompt textarea").fill(prompt)
     page.locator("#num-images input[type=number]").fill(str(count))
     page.locator("#num-images input[type=number]").blur()
-    page.get_by_role("button", name="Generate").click()
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#prompt textarea").press("Enter")
 
 
 def status(page: Page):
@@ -140,6 +147,12 @@ def test_from_a_prompt_to_the_files(visit, tmp_path):
     assert settings["picks"] == [int(numbers[1]), int(numbers[2])]
     assert settings["clip_guidance"] and settings["steps"] == 8
 
+    # What another request draws takes their place.
+    generate(page, count=1)
+    expect(page.locator("#before-after")).to_be_hidden()
+    expect(page.locator("#after")).to_be_hidden()
+    expect(page.locator("#picks .token")).to_have_count(0)
+
     # Another visitor loads them.
     other = visit()
     other.get_by_role("button", name="Finish a picture").click()
@@ -147,6 +160,13 @@ def test_from_a_prompt_to_the_files(visit, tmp_path):
     expect(other.locator("#prompt textarea")).to_have_value(PROMPT)
     expect(other.locator("#settings-note")).to_contain_text("The settings are loaded.")
     expect(other.locator("#num-images input[type=number]")).to_have_value("3")
+    other.locator("#tokens input[type=file]").set_input_files(tmp_path / f"{name}.npy")
+    expect(status(other)).to_have_text("1 image. Done.")
+    expect(candidates(other)).to_have_count(1)
+    candidates(other).nth(0).click()
+    (tmp_path / "other").mkdir()
+    loaded = np.load(download(other, "candidate-0.npy", tmp_path / "other"))
+    assert np.array_equal(loaded, np.load(tmp_path / f"{name}.npy"))
     other.get_by_role("button", name="Generate").click()
     expect(status(other)).to_have_text("3 candidates. Done.")
     assert candidates(other).all_inner_texts() == captions
@@ -195,6 +215,8 @@ def test_what_is_refused_is_told_beside_the_field(visit, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     page.locator("#picture input[type=file]").set_input_files(tmp_path / "a.png")
     expect(page.locator("#picture")).to_contain_text("the picture cannot be used")
+    page.locator("#tokens input[type=file]").set_input_files(tmp_path / "a.png")
+    expect(page.locator("#tokens")).to_contain_text("not a usable token file")
     (tmp_path / "settings.json").write_text('{"prompt": "a", "num_images": "all"}')
     page.locator("#settings input[type=file]").set_input_files(tmp_path / "settings.json")
     expect(page.locator("#settings")).to_contain_text("num_images: expected a whole number, 1 or more")

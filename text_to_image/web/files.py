@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from dalle_pytorch.errors import FileError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import decode_image, save_image
-from dalle_pytorch.files.tokens import save_tokens
+from dalle_pytorch.files.tokens import load_tokens, save_tokens
 from text_to_image.results import Result
 from text_to_image.web.forms import Saved
 
@@ -52,6 +53,14 @@ def read_picture(path: str | Path) -> Image.Image:
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side))
     return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def read_tokens(path: str | Path, num_tokens: int, image_seq_len: int) -> Tensor:
+    """The tokens of an image in an uploaded `.npy`, (image_seq_len,) int64 below `num_tokens`. Raises `FileError`."""
+    try:
+        return load_tokens(path, num_tokens, image_seq_len)
+    except FileError as error:
+        raise FileError(str(error).replace(str(path), "the file")) from None
 
 
 def preview(picture: Image.Image, share: float) -> Image.Image:

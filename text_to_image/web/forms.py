@@ -96,15 +96,21 @@ class Saved:
     Attributes:
         init_image_tokens: the tokens that every candidate began with, of a picture that was completed.
         models: hashes of the networks that drew the images.
+        loaded: whether the images are of tokens that were given. Of the generation only the prompt and the seed, that
+            of the diffusion, are kept then.
     """
 
     generation: Generation
     diffusion: Diffusion
     init_image_tokens: list[int] | None = None
     models: Mapping[str, str] | None = None
+    loaded: bool = False
 
     def to_json(self) -> str:
-        content = {**self.generation.as_dict(), **self.diffusion.as_dict(), "models": dict(self.models or {}),
+        generation = self.generation.as_dict()
+        if self.loaded:
+            generation = {name: generation[name] for name in ("prompt", "seed")}
+        content = {**generation, **self.diffusion.as_dict(), "models": dict(self.models or {}),
                    "init_image_tokens": self.init_image_tokens}  # fmt: skip
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 

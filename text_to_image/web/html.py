@@ -29,10 +29,10 @@ def marked(prompt: str, unknown: Collection[str], lost: str) -> str:
     return f'<div class="note">{"".join(said)}</div>' if said else ""
 
 
-def pick_style(places: Sequence[int]) -> str:
-    """The style sheet that frames the images at these places of the gallery, with a tick in their corner."""
-    if not places:
+def pick_style(picks: Sequence[int]) -> str:
+    """The style sheet that frames the candidates of these numbers in the gallery, with a tick in their corner."""
+    if not picks:
         return ""
-    images = [f"#candidates .grid-container > :nth-child({place + 1})" for place in places]
+    images = [f"#candidates .grid-container > :has([alt^='#{number} '])" for number in picks]
     frames, ticks = (", ".join(f"{image}::{part}" for image in images) for part in ("before", "after"))
     return f"<style>{frames} {{ content: ''; }} {ticks} {{ content: '✓'; }}</style>"

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import astuple, fields, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from PIL import Image
+from torch import Tensor
 
-from dalle_pytorch.errors import FileError, UserError
-from dalle_pytorch.files.images import resize, tensor_to_image
+from dalle_pytorch.errors import UserError
+from dalle_pytorch.files.images import tensor_to_image
 from text_to_image.model import DEFAULT_MODEL
 from text_to_image.results import Result
 from text_to_image.web import html
+from text_to_image.web.answers import candidates, file_validation, given, pair, progress, validation
 from text_to_image.web.api import Api, accepted, running
-from text_to_image.web.files import Folders, preview, read_picture, write_files
+from text_to_image.web.files import Folders, preview, read_picture, read_tokens, write_files
 from text_to_image.web.forms import LONGEST_PROMPT, Diffusion, Generation, Limits, check_prompt, read_settings
-from text_to_image.web.work import Drawn, Workers, diffuse, generate, own_steps, pick
+from text_to_image.web.work import Drawn, Workers, diffuse, generate, load, own_steps, pick
 
 STYLE = Path(__file__).with_name("page.css")
 EXAMPLES = ("an avocado to the left of a chair on wood", "a penguin on white", "a star made of water",
@@ -58,7 +60,7 @@ class Page:
         return blocks
 
     def _request_parts(self) -> None:
-        self.prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], lines=2, max_lines=5, autofocus=True,
+        self.prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], lines=1, max_lines=5, autofocus=True,
                                  max_length=LONGEST_PROMPT, elem_id="prompt")  # fmt: skip
         self.note = gr.HTML(elem_id="note")
         examples = EXAMPLES if self.pipe.model.folder == DEFAULT_MODEL else OTHER_EXAMPLES
@@ -79,10 +81,10 @@ class Page:
             self.temperature = gr.Slider(0, 2, own.temperature, step=0.05, buttons=[], label="Temperature",
                                          info="Lower is likelier, higher more varied")  # fmt: skip
             self.top_p = gr.Slider(0.05, 1, own.top_p or 1, step=0.05, buttons=[], label="Top-p",
-                                   info="Only the likeliest tokens of this share")  # fmt: skip
+                                   info="Only the likeliest tokens, as many as reach this probability")  # fmt: skip
             self.cond_scale = gr.Slider(0, 8, own.cond_scale, step=0.25, buttons=[], label="Guidance",
                                         info="How strongly the prompt is followed; 1 is none")  # fmt: skip
-        with gr.Accordion("Finish a picture, or load settings", open=False, elem_id="given"):
+        with gr.Accordion("Finish a picture, or load earlier images", open=False, elem_id="given"):
             self.picture = gr.File(label="A picture, of which the top rows are kept", height=130, elem_id="picture")
             self.picture_preview = gr.Image(show_label=False, interactive=False, visible=False, buttons=[], height=200,
                                             elem_id="picture-preview")  # fmt: skip
@@ -91,6 +93,8 @@ class Page:
                                   visible=False, elem_id="rows")  # fmt: skip
             self.settings = gr.File(label="settings.json of earlier images", height=130, elem_id="settings")
             self.settings_note = gr.HTML(elem_id="settings-note")
+            self.tokens = gr.File(label=".npy of earlier images, to diffuse them", height=130, file_count="multiple",
+                                  visible=self.workers.diffusion, elem_id="tokens")  # fmt: skip
 
     def _result_parts(self) -> None:
         self.status = gr.HTML(html.status("Say what to draw."), elem_id="status")
@@ -139,13 +143,16 @@ class Page:
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {**hidden, "queue": False}
         generation = [self.prompt, self.num_images, self.temperature, self.top_p, self.cond_scale, self.seed, self.rows]
+        results = [self.gallery, self.picks, self.status, self.drawn, self.diffused]
         generating = gr.on(
             [self.generate_button.click, self.prompt.submit], self.on_generate, [*generation, self.start],
-            [self.gallery, self.picks, self.status, self.drawn, self.diffused], validator=self.check_generation,
-            **shown,
+            results, validator=self.check_generation, **shown,
         )  # fmt: skip
-        generating.then(self.on_end, self.drawn, self.status, **quick)
-        running: list[Any] = [generating]
+        loading = self.tokens.upload(self.on_tokens, [self.tokens, self.prompt, self.seed], results,
+                                     validator=self.check_tokens, **shown)  # fmt: skip
+        running: list[Any] = [generating, loading]
+        for event in running:
+            event.then(self.on_end, self.drawn, self.status, **quick)
         diffusion, images = [self.clip_guidance, self.steps, self.size], [self.drawn, self.picks]
         if self.workers.diffusion:
             diffusing = self.diffuse_button.click(
@@ -158,9 +165,10 @@ class Page:
             running.append(diffusing)
         self.cancel_button.click(lambda: html.status("Cancelled."), None, self.status, cancels=running, **quick)
         self.gallery.select(self.on_select, images, [self.picks, self.gallery], **quick)
-        self.gallery.change(self.on_candidates, [*images, self.diffused],
-                            [self.second_stage, self.pick_style, self.slider, self.after], **quick)  # fmt: skip
-        self.picks.change(lambda drawn, picks: html.pick_style(_places(drawn, picks)), images, self.pick_style, **quick)
+        # Without the picks: gradio refuses those that the browser may still have of the candidates before.
+        self.gallery.change(self.on_candidates, [self.drawn, self.diffused],
+                            [self.second_stage, self.slider, self.after], **quick)  # fmt: skip
+        self.picks.change(html.pick_style, self.picks, self.pick_style, **quick)
         self.picks.change(self.on_files, [*images, self.diffused], self.files, **hidden)
         self.prompt.change(self.on_prompt, self.prompt, self.note, trigger_mode="always_last", **quick)
         self.new_seed_button.click(lambda: random.getrandbits(32), None, self.seed, **quick)
@@ -175,26 +183,33 @@ class Page:
         Api(self.workers, self.limits, self.folders, self.batch_size).connect(**device)
 
     def check_generation(self, *values: Any) -> list[Any]:
-        return _validation(Generation(*values[:-1]).refusals(self.limits), Generation, values)
+        return validation(Generation(*values[:-1]).refusals(self.limits), Generation, values)
 
     async def on_generate(self, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Draws candidates for a prompt; yields them, best first, whenever a batch of them is finished."""
         form = accepted(Generation(*values[:-1]), self.limits)
+        async for answer in self._candidates(
+            generate(self.workers, form, values[-1], self.batch_size), "candidate", "candidates"
+        ):
+            yield answer
+
+    async def _candidates(self, work: AsyncGenerator[Drawn], one: str, many: str) -> AsyncIterator[tuple[Any, ...]]:
+        """What the page shows of work that makes candidates."""
         shown = None
-        async with running(generate(self.workers, form, values[-1], self.batch_size)) as work:
+        async with running(work):
             async for drawn in work:
                 shown, old = drawn.result, shown
-                told = _progress(drawn, "candidate", "candidates")
+                told = progress(drawn, one, many)
                 if shown is None:
                     yield [], gr.Dropdown(choices=[], value=[]), told, drawn, None
                 elif shown is old and not drawn.finished:
                     yield KEEP, KEEP, told, drawn, KEEP
                 else:
                     choices = [(f"#{index}", index) for index in sorted(image.index for image in shown)]
-                    yield _candidates(shown), gr.Dropdown(choices=choices), told, drawn, None
+                    yield candidates(shown), gr.Dropdown(choices=choices), told, drawn, None
 
     def check_diffusion(self, *values: Any) -> list[Any]:
-        return _validation(Diffusion(*values[:-1]).refusals(self.limits), Diffusion, values)
+        return validation(Diffusion(*values[:-1]).refusals(self.limits), Diffusion, values)
 
     async def on_diffuse(self, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Redraws picked candidates of the session by diffusion; yields previews, and at last the images."""
@@ -208,7 +223,7 @@ class Page:
             async for diffused in work:
                 shown, old = diffused.result, shown
                 images = [image for image in shown or () if image.upscaled_pixels]
-                told = _progress(diffused, "image diffused", "images diffused")
+                told = progress(diffused, "image diffused", "images diffused")
                 if not images:
                     yield HIDDEN, HIDDEN, told, diffused
                 elif shown is old and not diffused.finished:
@@ -216,7 +231,7 @@ class Page:
                 else:
                     after = [(tensor_to_image(image.upscaled_pixels[0]), f"#{image.index}") for image in images]
                     yield (gr.Gallery(after, visible=len(picked) > 1),
-                           gr.ImageSlider(_pair(images[0]), visible=True), told, diffused)  # fmt: skip
+                           gr.ImageSlider(pair(images[0]), visible=True), told, diffused)  # fmt: skip
 
     def on_end(self, work: Drawn | None) -> Any:
         """The status of work that was cancelled or failed, over the progress that it said last."""
@@ -224,11 +239,11 @@ class Page:
 
     def on_compare(self, diffused: Drawn | None, event: gr.SelectData) -> Any:
         images = [image for image in (diffused and diffused.result) or () if image.upscaled_pixels]
-        return _pair(images[event.index]) if event.index < len(images) else KEEP
+        return pair(images[event.index]) if event.index < len(images) else KEEP
 
-    def on_candidates(self, drawn: Drawn | None, picks: Sequence[int], diffused: Drawn | None) -> tuple[Any, ...]:
+    def on_candidates(self, drawn: Drawn | None, diffused: Drawn | None) -> tuple[Any, ...]:
         old = KEEP if diffused else HIDDEN  # images of candidates that are not shown any more
-        return gr.Column(visible=bool(drawn and drawn.result)), html.pick_style(_places(drawn, picks)), old, old
+        return gr.Column(visible=bool(drawn and drawn.result)), old, old
 
     def on_select(self, drawn: Drawn | None, picks: Sequence[int], event: gr.SelectData) -> tuple[Any, Any]:
         """Picks the image that was clicked on, or puts it back; the gallery forgets it, so that it can be clicked on
@@ -246,10 +261,12 @@ class Page:
         if drawn is None or not picked:
             yield gr.File(None, visible=False)
             return
-        last = diffused or drawn
-        saved = last.saved if diffused else replace(last.saved, diffusion=Diffusion(list(picks)))
+        if diffused is not None and diffused.finished:
+            result, saved = diffused.result, diffused.saved
+        else:  # the previews of diffusion that was cancelled are no images
+            result, saved = None, replace(drawn.saved, diffusion=Diffusion(list(picks)))
         with self.folders.writing() as folder:
-            paths = write_files(folder, picked, diffused and diffused.result, saved)
+            paths = write_files(folder, picked, result, saved)
             yield gr.File([str(path) for path in paths], visible=True)
 
     def on_prompt(self, prompt: str) -> str:
@@ -262,11 +279,11 @@ class Page:
         return html.marked(prompt, model.unknown_words(prompt), model.prior.lost_text(prompt))
 
     def check_picture(self, path: str | None, rows: int) -> list[Any]:
-        return [_file_validation(path, read_picture), gr.validate(True, "")]
+        return [file_validation(path, read_picture), gr.validate(True, "")]
 
     def on_picture(self, path: str, rows: int) -> tuple[Any, ...]:
         """A picture for the session, whose top rows every candidate begins with."""
-        picture = _given(path, read_picture)
+        picture = given(path, read_picture)
         return picture, gr.Image(self._preview(picture, rows), visible=True), gr.Slider(visible=True), ""
 
     def on_rows(self, start: Image.Image | list[int] | None, rows: int) -> Any:
@@ -280,11 +297,11 @@ class Page:
         return read_settings(path, prior.num_image_tokens, prior.image_seq_len)
 
     def check_settings(self, path: str | None) -> Any:
-        return _file_validation(path, self._read_settings)  # gradio makes a list of it, of one field
+        return file_validation(path, self._read_settings)  # gradio makes a list of it, of one field
 
     def on_settings(self, path: str) -> tuple[Any, ...]:
         """The values of a file of settings."""
-        saved = _given(path, self._read_settings)
+        saved = given(path, self._read_settings)
         said, first = ["The settings are loaded."], saved.init_image_tokens
         if first:
             rows = len(first) // self.pipe.model.prior.image_fmap_size
@@ -297,53 +314,21 @@ class Page:
             first, HIDDEN, HIDDEN, html.note(*said), None,
         )  # fmt: skip
 
+    def _read_tokens(self, path: str) -> Tensor:
+        prior = self.pipe.model.prior
+        return read_tokens(path, prior.num_image_tokens, prior.image_seq_len)
 
-def _validation(refusals: dict[str, str], form: type[Any], values: Sequence[Any]) -> list[Any]:
-    """gradio's answer for each of the values, of which the first are those of the form."""
-    said = [refusals.get(field.name) for field in fields(form)]
-    return [gr.validate(not text, text or "") for text in [*said, *[None] * (len(values) - len(said))]]
+    def check_tokens(self, paths: Sequence[str] | None, prompt: str, seed: int) -> list[Any]:
+        said = [file_validation(path, self._read_tokens) for path in paths or ()]
+        refused = next((answer for answer in said if not answer["is_valid"]), gr.validate(True, ""))
+        if len(said) > self.limits.max_images:
+            refused = gr.validate(False, f"this page allows at most {self.limits.max_images}, got {len(said)}")
+        refusals = Generation(prompt, seed=seed).refusals(self.limits)
+        return [refused, *(gr.validate(name not in refusals, refusals.get(name, "")) for name in ("prompt", "seed"))]
 
-
-def _file_validation(path: str | None, read: Callable[[str], Any]) -> Any:
-    try:
-        if path is not None:
-            read(path)
-    except FileError as error:
-        Path(path or "").unlink(missing_ok=True)
-        return gr.validate(False, str(error))
-    return gr.validate(True, "")
-
-
-def _given(path: str, read: Callable[[str], Any]) -> Any:
-    """What is read of an uploaded file, which is deleted: nothing of it is served."""
-    if not Path(path).is_file():
-        raise gr.Error("the file is not there any more; upload it again", print_exception=False)
-    try:
-        return read(path)
-    except FileError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-    finally:
-        Path(path).unlink(missing_ok=True)
-
-
-def _progress(drawn: Drawn, one: str, many: str) -> str:
-    """The status of a request."""
-    count = len(drawn.result or ())
-    if drawn.finished:
-        return html.status(f"{count} {one if count == 1 else many}. Done.")
-    return html.status(f"{drawn.done / drawn.total:.0%}", drawn.done, drawn.total)
-
-
-def _candidates(result: Result) -> list[tuple[Image.Image, str]]:
-    return [(image.image, f"#{image.index} · {image.score:.3f}") for image in result]
-
-
-def _places(drawn: Drawn | None, picks: Sequence[int]) -> list[int]:
-    """Where the picked candidates are in the gallery."""
-    return [place for place, image in enumerate((drawn and drawn.result) or ()) if image.index in picks]
-
-
-def _pair(image: Any) -> tuple[Image.Image, Image.Image]:
-    """A candidate and what the diffusion made of it, of the same size."""
-    after = image.upscaled_pixels[0]
-    return tensor_to_image(resize(image.pixels[None], after.shape[-1])[0]), tensor_to_image(after)
+    async def on_tokens(self, paths: Sequence[str], prompt: str, seed: int) -> AsyncIterator[tuple[Any, ...]]:
+        """The images of earlier tokens as candidates, the best first by the prompt."""
+        form = accepted(Generation(prompt, len(paths), seed=seed), self.limits)
+        tokens = [given(path, self._read_tokens) for path in paths]
+        async for answer in self._candidates(load(self.workers, tokens, form), "image", "images"):
+            yield answer

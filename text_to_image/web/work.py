@@ -147,6 +147,18 @@ def generate(
     return stream(work)
 
 
+def load(workers: Workers, tokens: Sequence[Tensor], form: Generation) -> AsyncGenerator[Drawn]:
+    """Yields the images of earlier tokens, numbered in that order, the best first by the prompt of the form."""
+
+    def work(update: Callable[[Drawn], None]) -> None:
+        with workers.one() as pipe:
+            drawn = Drawn(Saved(form, Diffusion(), models=workers.models, loaded=True))
+            update(drawn)
+            update(replace(drawn, done=drawn.total, result=pipe.rank(list(tokens), form.prompt)))
+
+    return stream(work)
+
+
 def _init_tokens(pipe: TextToImage, start: ImageInput | Sequence[int] | None, rows: int) -> Tensor | None:
     if start is None:
         return None

@@ -189,6 +189,14 @@ def test_bars_where_they_are_asked_for(pipe, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_was_drawn_earlier_is_ranked(pipe):
+    result = pipe.generate(PROMPT, 4, seed=2)
+    ranked = pipe.rank([image.tokens for image in result[[3, 1, 0, 2]]], f" {PROMPT.upper()}")
+    assert ranked.prompt == PROMPT and [image.index for image in ranked] == [2, 1, 3, 0]
+    assert all(torch.equal(image.tokens, other.tokens) for image, other in zip(ranked, result, strict=True))
+    assert [image.score for image in ranked] == pytest.approx([image.score for image in result], abs=1e-4)
+
+
 def test_an_image_is_completed(pipe):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     tokens = pipe.encode_init_image(image)

@@ -1,6 +1,7 @@
 """What a visitor may ask for, why the rest is refused, and the file of settings."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_a_file_of_settings_is_read_as_it_was_written(tmp_path):
     assert read_settings(tmp_path / "settings.json", 32, 256) == SAVED
     (tmp_path / "settings.json").write_text('{"prompt": "a red seven", "of": "another version"}')
     assert read_settings(tmp_path / "settings.json", 32, 256).generation == Generation("a red seven")
+
+
+def test_settings_of_loaded_tokens_do_not_say_how_they_were_sampled():
+    saved = replace(SAVED, init_image_tokens=None, loaded=True)
+    assert json.loads(saved.to_json()) == {
+        "prompt": "a жук", "seed": 7, "picks": [2, 0], "clip_guidance": True, "steps": 9, "size": 128,
+        "models": {"prior": "ab"}, "init_image_tokens": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, said", [

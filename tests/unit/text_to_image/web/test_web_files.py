@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from dalle_pytorch.errors import FileError, UsageError
-from dalle_pytorch.files.tokens import load_tokens
+from dalle_pytorch.files.tokens import load_tokens, save_tokens
 from text_to_image.results import Result, ResultImage
 from text_to_image.web import html
-from text_to_image.web.files import Folders, preview, read_picture, write_files
+from text_to_image.web.files import Folders, preview, read_picture, read_tokens, write_files
 from text_to_image.web.forms import Diffusion, Generation, Saved
 from text_to_image.web.server import check_access
 from text_to_image.web.uploads import rename
@@ -59,6 +59,19 @@ def test_what_is_no_picture_is_refused_without_its_path(tmp_path):
     assert str(tmp_path) not in str(raised.value)
 
 
+def test_uploaded_tokens(tmp_path):
+    save_tokens(tmp_path / "upload", torch.arange(16))
+    assert torch.equal(read_tokens(tmp_path / "upload", 16, 16), torch.arange(16))
+    for size, length, said in ((15, 16, "the file: expected tokens from 0 to 14"), (16, 25, "expected 25 tokens")):
+        with pytest.raises(FileError, match=said) as raised:
+            read_tokens(tmp_path / "upload", size, length)
+        assert str(tmp_path) not in str(raised.value)
+    (tmp_path / "upload").write_text("no tokens")
+    with pytest.raises(FileError, match="the file is not a usable token file") as raised:
+        read_tokens(tmp_path / "upload", 16, 16)
+    assert str(tmp_path) not in str(raised.value)
+
+
 BODY = (b'--b0und\r\nContent-Disposition: form-data; name="files"; filename="../../a;\\"b.png"\r\n'
         b'Content-Type: image/png\r\n\r\nfilename="kept"\r\n\r\nfilename="kept"\r\n'
         b"--b0und\r\ncontent-disposition: form-data; name=\"files\"; filename*=utf-8''%2e%2e\r\n\r\nx\r\n"
@@ -86,7 +99,7 @@ def test_unknown_words_are_marked():
 
 def test_picked_images_are_framed():
     style = html.pick_style([0, 4])
-    assert "> :nth-child(1)::before" in style and "> :nth-child(5)::after" in style and ":nth-child(2)" not in style
+    assert "> :has([alt^='#0 '])::before" in style and "> :has([alt^='#4 '])::after" in style and "#1" not in style
     assert html.pick_style([]) == ""
 
 

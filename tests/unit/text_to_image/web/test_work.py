@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_pytorch.errors import UsageError
 from text_to_image import TextToImage
 from text_to_image.web.forms import Diffusion, Generation, Saved
-from text_to_image.web.work import Cancelled, Workers, diffuse, generate, pick, stream
+from text_to_image.web.work import Cancelled, Workers, diffuse, generate, load, pick, stream
 
 PROMPT = "a red seven on brick"
 
@@ -144,6 +144,15 @@ def test_diffusion_with_previews(workers, guided):
     tokens = [image.tokens for image in picked]
     again = asyncio.run(gather(diffuse(workers, tokens, saved)))[-1]
     assert torch.equal(again.result[0].upscaled_pixels[0], last.result[0].upscaled_pixels[0])
+
+
+def test_earlier_tokens_are_candidates_again(workers):
+    result = workers.pipes[0].generate(PROMPT, 2, seed=4)
+    form = Generation(PROMPT, 2, seed=4)
+    last = asyncio.run(gather(load(workers, [image.tokens for image in result], form)))[-1]
+    assert last.finished and [image.index for image in last.result] == [0, 1]
+    assert all(torch.equal(image.tokens, other.tokens) for image, other in zip(last.result, result, strict=True))
+    assert last.saved == Saved(form, Diffusion(), models=workers.models, loaded=True)
 
 
 def test_cancelled_work_ends_within_a_step(workers):
