@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Two processes of one thread each; a module's tests stay together, for what they share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
+# Two processes of one thread each; a module's tests stay together, for what they share is made once. Why tests are
+# skipped is told at the end.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist loadfile
 PROMPT ?= an avocado to the left of a chair on wood
 
 .PHONY: demo test test-all faults breakages notebooks lint quality bench bench-e2e clean

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Error, Page, expect, sync_playwright
 
 from text_to_image import TextToImage
 from text_to_image.web.forms import Limits
@@ -36,7 +36,10 @@ def address():
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        except Error as error:  # Ubuntu's chromium-browser only says how to install one
+            pytest.skip(f"{CHROMIUM} does not start: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
 
@@ -252,6 +255,21 @@ def test_a_picture_is_finished(visit, tmp_path):
     settings = json.loads(download(page, "settings.json", tmp_path).read_text())
     tokens = np.load(download(page, "candidate-0.npy", tmp_path))
     assert len(settings["init_image_tokens"]) == 7 * 16 and tokens[:112].tolist() == settings["init_image_tokens"]
+
+
+def test_a_visitor_logs_in(tiny_bundle, browser):
+    workers = Workers([TextToImage.from_pretrained(tiny_bundle, "cpu")], diffusion=False)
+    with served(workers, accounts=[("ada", "secret")]) as address, browser.new_context() as context:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        for password in ("wrong", "secret"):
+            page.get_by_label("username").fill("ada")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            if password == "wrong":
+                expect(page.get_by_text("Incorrect")).to_be_visible()
+        expect(page.get_by_role("button", name="Generate")).to_be_visible()
 
 
 def test_a_phone(address, browser):

@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import gradio
 import pytest
 from factories import small_decoder
 from gradio_client import Client, handle_file
@@ -19,6 +21,7 @@ from helpers import ROOT
 from PIL import Image
 
 from dalle_pytorch.cli import run
+from dalle_pytorch.errors import UsageError
 from text_to_image import TextToImage
 from text_to_image.commands import serve
 from text_to_image.web import server
@@ -144,6 +147,18 @@ def test_accounts_are_asked_for(tiny_bundle, tiny_vae):
         folder = Path(os.environ["GRADIO_TEMP_DIR"]).parent
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_a_tunnel_that_cannot_be_reached(tiny_bundle, monkeypatch, capsys, tmp_path):
+    def setup_tunnel(**options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(gradio.networking, "setup_tunnel", setup_tunnel)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    workers = Workers([TextToImage.from_pretrained(tiny_bundle, "cpu")], diffusion=False)
+    with pytest.raises(UsageError, match="no public address"), served(workers, share=True, accounts=[("a", "b")]):
+        pass
+    assert capsys.readouterr().out == "" and not list(tmp_path.glob("dalle-serve-*"))
 
 
 # The command

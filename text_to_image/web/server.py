@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ def served(
     """Serves the page, of which it yields the address, until the block ends.
 
     All files, the visitors' and ours, are in a temporary folder that is removed then. Without `port` it is the first
-    free one from 7860 on. Raises `UsageError` if it cannot listen there.
+    free one from 7860 on. Raises `UsageError` if it cannot listen there, or with `share` gets no public address.
     """
     check_address(host, port)
 
@@ -89,14 +90,17 @@ def served(
             primary_hue="indigo", neutral_hue="zinc", radius_size="lg",
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],  # none is downloaded
         )  # fmt: skip
-        _, local, public = page.launch(
-            server_name=f"[{host}]" if ":" in host else host, server_port=port, share=share,
-            auth=list(accounts) or None, prevent_thread_lock=True, quiet=True, footer_links=[],
-            run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
-            mcp_server=False, allowed_paths=[], max_file_size=most, state_session_capacity=limits.max_visitors,
-            app_kwargs={"middleware": [Middleware(PlainNames, most=most)]}, theme=theme, css_paths=STYLE, head=HEAD,
-        )  # fmt: skip
+        with redirect_stdout(io.StringIO()):  # of a tunnel that fails gradio tells in many lines
+            _, local, public = page.launch(
+                server_name=f"[{host}]" if ":" in host else host, server_port=port, share=share,
+                auth=list(accounts) or None, prevent_thread_lock=True, quiet=True, footer_links=[],
+                run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
+                mcp_server=False, allowed_paths=[], max_file_size=most, state_session_capacity=limits.max_visitors,
+                app_kwargs={"middleware": [Middleware(PlainNames, most=most)]}, theme=theme, css_paths=STYLE, head=HEAD,
+            )  # fmt: skip
         try:
+            if share and not public:
+                raise UsageError("no public address: gradio's tunnel, which --share needs, cannot be reached")
             yield public or local
         finally:
             page.close(verbose=False)
