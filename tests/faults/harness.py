@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 MEMORY = 2 * 2**30  # bytes that a case may use beyond what was there before it
 SECONDS = 20  # of processor time
@@ -58,6 +60,7 @@ def run_command(command: list[str]) -> int:
     from text_to_image.__main__ import dispatch
 
     torch.set_num_threads(1)  # threads are not forked: OpenMP would wait for those that it began before
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
     sys.argv = ["dalle", *command]
     try:
         run(dispatch, command)
