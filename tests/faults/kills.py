@@ -27,6 +27,7 @@ from faults.harness import Outcome, start, wait
 from faults.models import CAPTIONS
 from text_to_image.batch import local
 from text_to_image.batch.folder import JobFolder
+from text_to_image.batch.tasks import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 #: kinds of kills: how many a job has, and their share of all in percent
@@ -40,31 +41,58 @@ UNITS = 8
 SECONDS = 1800.0  # that a job may take on a machine that does other things too
 
 
+#: `ray start`, which otherwise gives up after half a minute
+START_RAY = """
+import time, ray._private.services as services
+from ray.scripts.scripts import main
+once = services.get_node
+def get_node(*arguments):
+    for _ in range(600):
+        try:
+            return once(*arguments)
+        except RuntimeError:
+            time.sleep(1)
+    return once(*arguments)
+services.get_node = get_node
+main()
+"""
+#: Ray waits for ports that it chooses a quarter of a minute, and not for those that are told
+PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600", "RAY_health_check_failure_threshold": "20",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "DALLE-pytorch")]),
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 class RayCluster:
     """Two nodes of one CPU each on this machine, of which the second is lost again and again."""
 
     def __init__(self, folder: str):
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        head = ["--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false",
-                f"--temp-dir={folder}"]  # fmt: skip
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
         self.nodes = [self._start(head)]
 
     def _start(self, options: list[str]) -> psutil.Process:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
-                   f"--object-store-memory={2**27}", *options]  # fmt: skip
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0",
-                       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "DALLE-pytorch")])}  # fmt: skip
+        ports = [f"--{name}={free_port()}" for name in PORTS]
+        command = [sys.executable, "-c", START_RAY, "start", "--block", "--num-cpus=1",
+                   f"--object-store-memory={2**27}", *ports, *options]  # fmt: skip
         path = Path(self.folder) / "start.log"
-        for _ in range(STARTS):
-            with open(path, "wb") as log:
-                process = psutil.Process(subprocess.Popen(command, env=environment, stdout=log, stderr=log).pid)
-            while runs(process):
-                if STARTED in path.read_text("utf-8", "replace"):
-                    return process
-                time.sleep(LOOKS)
-        raise RuntimeError(f"Ray does not start: {path.read_text('utf-8', 'replace')}")
+        with open(path, "wb") as log:
+            started = subprocess.Popen(command, env={**os.environ, **RAY_ENVIRONMENT}, stdout=log, stderr=log)
+        process = psutil.Process(started.pid)
+        while STARTED not in path.read_text("utf-8", "replace"):
+            if not runs(process):
+                raise RuntimeError(f"Ray does not start: {path.read_text('utf-8', 'replace')}")
+            time.sleep(LOOKS)
+        return process
 
     def join(self) -> None:
         """Adds the second node unless it is there."""
@@ -84,7 +112,7 @@ class RayCluster:
     def actors(self, nodes: Sequence[psutil.Process]) -> list[psutil.Process]:
         """The processes of actors that have opened their models."""
         return [process for node in nodes for process in node.children(recursive=True)
-                if _title(process).startswith("ray::") and not _title(process).startswith(WITHOUT_MODELS)]  # fmt: skip
+                if _title(process).startswith(ACTORS) and not _title(process).endswith("__init__")]  # fmt: skip
 
     def close(self) -> None:
         for node in self.nodes:
@@ -95,9 +123,8 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-STARTS = 10  # of a node, for which Ray takes half a minute at most, which a busy machine may need
 STARTED = "Ray runtime started"  # what Ray prints
-WITHOUT_MODELS = ("ray::IDLE", "ray::open", "ray::StageActor.__init__")  # titles of Ray's processes
+ACTORS = tuple(f"ray::{name}" for name in ("StageActor", *STAGES))  # titles of processes; `open` is another
 
 
 def _title(process: psutil.Process) -> str:
