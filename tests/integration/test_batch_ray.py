@@ -41,6 +41,8 @@ def cluster():
         root = Path(__file__).parents[2]
         patch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "DALLE-pytorch")]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder)  # below which the cluster's address is noted, in a folder that must be there
+        (Path(folder) / "ray").mkdir()
         cluster = Cluster(head_node_args={"num_cpus": 2, "temp_dir": folder, **NODE}, initialize_head=True)
         try:
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
