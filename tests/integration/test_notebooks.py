@@ -82,8 +82,9 @@ def test_runs_from_start_to_end(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_first_cell_installs(name, monkeypatch):
+def test_what_the_first_cell_installs(name, monkeypatch, tmp_path):
     """With a package missing; with everything there nothing is installed, see above."""
+    monkeypatch.chdir(ROOT / "notebooks")  # as Jupyter does
     asked, cell = [], TransformerManager().transform_cell(source(read(name), "Install"))
     missing = {"text_to_image"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
@@ -102,7 +103,12 @@ def test_what_the_first_cell_installs(name, monkeypatch):
     address = "https://host.example/project.git"
     assert run(address) == f"dalle-diffusion[notebook] @ git+{address}"
     assert asked == [("pip", 'install -q "{package}"')] * 2
+    monkeypatch.chdir(tmp_path)
+    assert run(address) == f"dalle-diffusion[notebook] @ git+{address}"
+    with pytest.raises(FileNotFoundError, match="give the address of the repository"):
+        run("")
     if name == "how_it_works":
+        monkeypatch.chdir(ROOT / "notebooks")
         missing.add("matplotlib")
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'dalle-diffusion\[notebook\]'"):
             run("")
