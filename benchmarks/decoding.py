@@ -32,8 +32,8 @@ from text_to_image.model import DEFAULT_MODEL
 @dataclass
 class DecodingSettings(Settings):
     """What the decoder draws from the tokens of drawn scenes, by sampler, number of passes and guidance: the attributes
-    that the judge reads as the caption says, the Fréchet distance to the drawn scenes on the judge's features, the
-    distance to a converged image from the same noise, and the time of an image.
+    that the judge reads as the caption says, the Fréchet distance to the drawn scenes on the first principal components
+    of the judge's features, the distance to a converged image from the same noise, and the time of an image.
 
     python benchmarks/decoding.py --count 30
     python benchmarks/decoding.py --count 1 --kinds 'a thing' 'two subjects' --steps 250 --guided_steps
@@ -51,6 +51,7 @@ class DecodingSettings(Settings):
     steps: list[str] = option(["quad4", "quad6", "quad10", "10", "quad25", "25"], "diffusion steps", nargs="*")
     guided_steps: list[str] = option(["quad25"], "those taken with CLIP guidance", nargs="*")
     reference: str = option("dpm++ quad25", "the way that the others are compared with")
+    components: int = option(32, "principal components for the Fréchet distance, fewer than captions", low=1)
     converged: str = option("dpm++ quad100", "sampler and steps of the converged image")
     converged_count: int = option(1, "captions of each kind that get one", low=0)
     split: str = option("test", "captions that training never showed, or others", choices=glyphs.world.SPLITS)
@@ -151,11 +152,14 @@ def all_records(settings: DecodingSettings, ways: Sequence[Way]) -> dict[str, di
     return {way: found for way, found in records.items() if found}
 
 
-def summarize(records: dict[str, dict[Key, Record]], reference: str, num_steps: int) -> list[Record]:
+def summarize(records: dict[str, dict[Key, Record]], reference: str, num_steps: int,
+              components: int) -> list[Record]:  # fmt: skip
     """Of each way: captions, passes, attributes and images right, distances, seconds; and against the reference."""
+    drawn = np.asarray([record["features"] for record in records["drawn"].values()])
+    axes = np.linalg.svd(drawn - drawn.mean(0), full_matrices=False)[2][:components]
 
     def features(way: str, keys: Sequence[Key]) -> np.ndarray:
-        return np.asarray([records[way][key]["features"] for key in keys])
+        return np.asarray([records[way][key]["features"] for key in keys]) @ axes.T
 
     def attributes(way: str, keys: Sequence[Key]) -> np.ndarray:
         return np.asarray([np.mean([*records[way][key]["right"].values()]) for key in keys])
@@ -174,15 +178,14 @@ def summarize(records: dict[str, dict[Key, Record]], reference: str, num_steps: 
             "seconds": float(np.median([one["seconds"] for one in found.values()])),
             "frechet": None, "frechet_ratio": None, "attributes_difference": None,
         }  # fmt: skip
-        # Of no more images than features the covariance says nothing.
-        enough = len(next(iter(found.values()))["features"])
-        if len(keys) > enough:
+        # Of no more images than components the covariance says nothing.
+        if len(keys) > components:
             row["frechet"] = frechet_distance(features(name, keys), features("drawn", keys))
         shared = [key for key in keys if key in records.get(reference, ())]
         if name != reference and shared:
             difference = attributes(name, shared) - attributes(reference, shared)
             row["attributes_difference"] = with_interval(difference.tolist())
-            if len(shared) > enough:
+            if len(shared) > components:
                 sets = (features(each, shared) for each in (name, reference, "drawn"))
                 row["frechet_ratio"] = dict(zip(("mean", "low", "high"), frechet_ratio(*sets), strict=True))
         rows.append(row)
@@ -244,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder = json.loads((settings.model / "decoder/config.json").read_text("utf-8"))
     for way in (*ways, Way.of(settings.reference), Way.of(settings.converged)):
         spaced_steps(decoder["diffusion_steps"], way.steps)  # a mistake is told at once
-    rows = summarize(all_records(settings, ways), settings.reference, decoder["diffusion_steps"])
+    records = all_records(settings, ways)
+    rows = summarize(records, settings.reference, decoder["diffusion_steps"], settings.components)
     text = table(rows, settings.reference)
     print(text)
     write_text(settings.output_dir / "decoding.md", text)

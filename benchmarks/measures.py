@@ -32,7 +32,7 @@ def best_of(scores: Sequence[float], right: Sequence[float], n: int) -> float:
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) of two sets of features (n, d) (Heusel et al. 2017, arXiv:1706.08500)."""
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     # (Σa Σb)^½ has the trace of (Σa^½ Σb Σa^½)^½, which is symmetric.

@@ -234,7 +234,7 @@ def test_summary_of_decoding():
                 for i in range(300)}  # fmt: skip
 
     records = {"drawn": found(0, 1, 1000), "ddim 4": found(3, 1, 2), "ddim 10": found(1, 1, 1000)}
-    four, ten = decoding.summarize(records, "ddim 10", 100)
+    four, ten = decoding.summarize(records, "ddim 10", 100, components=2)
     assert (four["passes"], ten["passes"], four["seconds"]) == (4, 10, 1)
     assert four["frechet"] == pytest.approx(18) and ten["frechet"] == pytest.approx(2)
     assert four["frechet_ratio"]["mean"] == pytest.approx(9)
@@ -242,6 +242,28 @@ def test_summary_of_decoding():
     assert ten["attributes_difference"] is None
     text = decoding.table([four, ten], "ddim 10")
     assert "| ddim 10 | 10 | 300 |" in text and "| 9.00 (9.00 to 9.00) | – | 1.00 |" in text
+
+
+def test_distances_of_decoding_are_of_principal_components():
+    """The drawn scenes differ along (3, 4); across, where the others lie apart, nothing is seen of one component."""
+    along = np.random.default_rng(0).standard_normal((50, 1)) * [0.6, 0.8]
+
+    def found(features):
+        return {("a glyph", i): {"right": {"count": True}, "seconds": 1, "distance": None, "features": one.tolist()}
+                for i, one in enumerate(features)}  # fmt: skip
+
+    records = {
+        "drawn": found(along),
+        "ddim 4": found(np.add(along, [0.6, 0.8])),
+        "ddim 5": found(np.add(along, [-0.8, 0.6])),
+    }
+
+    def distances(components):
+        return [row["frechet"] for row in decoding.summarize(records, "ddim 4", 100, components)]
+
+    assert distances(1) == pytest.approx([1, 0], abs=1e-6)
+    assert distances(2) == pytest.approx([1, 1], abs=1e-6)
+    assert distances(50) == [None, None]
 
 
 def test_skipped_steps_are_compared(model, tiny_vae, tmp_path, capsys):
