@@ -287,6 +287,35 @@ def test_workers_killed_at_any_moment(models, prompts, undisturbed, tmp_path):
     assert deaths
 
 
+class Restarting(Inline):
+    """One worker, which dies with every task once; nothing has room until the next one has begun."""
+
+    def __init__(self, config):
+        super().__init__(config, fail=self.die, workers=1)
+        self.tried, self.begins = set(), False
+
+    def die(self, task):
+        if (place := (task.stage, task.unit, task.block)) not in self.tried:
+            self.tried.add(place)
+            raise RuntimeError("the worker ended")
+
+    def free(self, stage):
+        return 0 if self.begins else super().free(stage)
+
+    def wait(self, seconds):
+        if self.begins:
+            self.begins = False
+            return []
+        outcomes = super().wait(seconds)
+        self.begins = any(outcome.error for outcome in outcomes)
+        return outcomes
+
+
+def test_the_last_task_waits_for_a_worker_to_begin(models, prompts, undisturbed, tmp_path):
+    assert run_job(job_settings(models, tmp_path / "job", prompts), Restarting).finished
+    assert outputs(tmp_path / "job") == undisturbed
+
+
 def run_in_process(settings, workers):
     torch.set_num_threads(1)
     run_job(settings, processes(workers) if workers else Inline)

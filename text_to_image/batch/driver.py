@@ -276,6 +276,7 @@ class Driver:
         """Whether all is done; False if it was to stop."""
         more = True
         while not self.stop():
+            self._submit()  # also what had no room when it came: a worker may have begun since
             more = more and self._fill(units)
             if self.watch is not None:
                 self.watch(self.totals, self.drawn)
@@ -286,8 +287,7 @@ class Driver:
         return False
 
     def _fill(self, units: Iterator[Unit]) -> bool:
-        """Gives the executor what it has room for, and opens units while it has more. Whether there may be others."""
-        self._submit()
+        """Opens units while the executor has room. Whether there may be others."""
         while self.executor.free("sample") > 0 and len(self.open) < 2 * self.executor.workers + 2:
             unit = next(units, None)
             if unit is None:

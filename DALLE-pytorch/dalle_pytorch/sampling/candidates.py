@@ -15,6 +15,7 @@ from dalle_pytorch.priors.base import Prior
 from dalle_pytorch.sampling.filters import require_finite
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import SamplingSettings
+from dalle_pytorch.sampling.threads import StepThreads
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 
 
@@ -61,6 +62,7 @@ def candidate_batches(
     with evaluation(prior):
         prefix = prefill(prior, text, init_image_tokens, settings.cond_scale)
 
+    threads = StepThreads(prior.device)
     for start in range(0, num_images, batch_size):
         indices = range(start, min(start + batch_size, num_images))
         sampled = 0
@@ -68,13 +70,15 @@ def candidate_batches(
         def on_token(start: int = start) -> None:
             nonlocal sampled
             sampled += 1
+            threads.step()
             if progress is not None:
                 progress(start, sampled)
 
         with evaluation(prior):
             rows = torch.zeros(len(indices), dtype=torch.long, device=prior.device)
             uniforms = candidate_uniforms(seed, text[0], indices, prior.image_seq_len)
-            tokens = sample_image_tokens(prior, prefix, rows, uniforms, settings, on_token)
+            with threads.batch():
+                tokens = sample_image_tokens(prior, prefix, rows, uniforms, settings, on_token)
             images = prior.vae.decode_image(tokens)
             require_finite(images.isfinite().all(), "pixels of the image tokenizer")
             scores = [None] * len(indices) if scorer is None else scorer.score(prompt, images).tolist()
