@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from dalle_pytorch.nn.linear import Int8Linear
 from dalle_pytorch.sampling.dtypes import converted
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import DTYPES, SamplingSettings
+from dalle_pytorch.sampling.threads import StepThreads
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
 from dalle_pytorch.settings import Settings, option
 from text_to_image import TextToImage
@@ -61,7 +62,7 @@ class SamplingBenchmark(Settings):
     models: list[str] = option([*MODELS], "which of " + ", ".join(MODELS), nargs="+")
     batch_sizes: list[int] = option([1, 8, 64, 256], "candidates at once", nargs="+", low=1)
     dtypes: list[str] = option(["float32", "int8"], "what the prior computes with, for `batches`", nargs="+")
-    threads: list[int] = option([1, 0], "threads; 0 for those that PyTorch takes by itself", nargs="+", low=0)
+    threads: list[int] = option([1, 0], "threads; 0 for as many as make the steps fastest", nargs="+", low=0)
     repeats: int = option(3, "of which the median counts", low=1)
     positions: int = option(
         8, "where the default path of DALLE-pytorch is measured, to be scaled to 256", low=1, high=256
@@ -149,9 +150,12 @@ def measure(cell: Cell) -> Record:
     uniforms = candidate_uniforms(0, text[0], range(cell.rows), prior.image_seq_len)
 
     def sample() -> None:
+        threads = StepThreads(prior.device)
         with evaluation(prior):
             prefix = prefill(prior, text, None, settings.cond_scale)
-            sample_image_tokens(prior, prefix, torch.zeros(cell.rows, dtype=torch.long), uniforms, settings)
+            with threads.batch() if cell.threads == 0 else nullcontext():
+                sample_image_tokens(prior, prefix, torch.zeros(cell.rows, dtype=torch.long), uniforms, settings,
+                                    threads.step if cell.threads == 0 else None)  # fmt: skip
 
     seconds, peak = median(seconds_of(sample, clock, cell.repeats)), peak_mib()
     rates = machine_rates(clock)

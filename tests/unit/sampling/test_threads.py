@@ -36,7 +36,7 @@ def test_all_of_them_where_nothing_else_runs(monkeypatch):
     assert machine.count == 4 and set(machine.taken) == {4, 2}
 
 
-def test_one_beside_a_busy_core_and_all_again_when_it_is_idle(monkeypatch):
+def test_one_beside_a_busy_core_and_all_again(monkeypatch):
     machine = Machine(monkeypatch, 2, {2: 10, 1: 2})
     threads = StepThreads("cpu", lambda: machine.now)
     assert machine.run(threads, 256) <= 256 * 2 * 1.3
