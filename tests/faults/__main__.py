@@ -24,7 +24,7 @@ def groups(models: Path, rng: np.random.Generator) -> dict[str, Callable[[], Ite
 def table(outcomes: dict[str, list[Outcome]]) -> str:
     counts = {group: Counter(outcome.kind for outcome in found) for group, found in outcomes.items()}
     lines = [f"{'':24}" + "".join(f"{group:>{len(group) + 2}}" for group in counts)]
-    for kind in ("tried", "refused in one line", "accepted", *FAULTS):
+    for kind in ("tried", "refused in one line", "accepted", "ended by the signal", *FAULTS):
         numbers = ((group, len(outcomes[group]) if kind == "tried" else counts[group][kind]) for group in counts)
         lines.append(f"{kind:24}" + "".join(f"{number:{len(group) + 2}}" for group, number in numbers))
     return "\n".join(lines)

@@ -51,7 +51,9 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        return self.faults[0] if self.faults else "accepted" if self.code == 0 else "refused in one line"
+        if self.faults:
+            return self.faults[0]
+        return "accepted" if self.code == 0 else "refused in one line" if self.code > 0 else "ended by the signal"
 
 
 def run_command(command: list[str]) -> int:
