@@ -15,6 +15,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from text_to_image import Model
 
@@ -40,10 +41,10 @@ class TwinSettings(Settings):
 @torch.no_grad()
 def tell_apart(clip: CLIPModel, scenes: Sequence[glyphs.Scene]) -> tuple[float, float]:
     """1 or 0: whether the first scene's own caption fits its picture best, and its own picture its caption."""
-    pictures = [torch.from_numpy(glyphs.draw(scene, clip.image_size)).permute(2, 0, 1) / 255 for scene in scenes]
+    pictures = images_of(scenes, clip.image_size)
     tokens = clip.tokenize([scene.caption for scene in scenes])
     texts = F.normalize(clip.encode_text(tokens.to(clip.device)), dim=-1)
-    fit = texts @ F.normalize(clip.encode_image(torch.stack(pictures).to(clip.device)), dim=-1).T
+    fit = texts @ F.normalize(clip.encode_image(pictures.to(clip.device)), dim=-1).T
     return float(fit[0, 0] > fit[1, 0]), float(fit[0, 0] > fit[0, 1])
 
 

@@ -23,6 +23,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import atomic_write, write_text
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import spaced_steps
@@ -84,7 +85,7 @@ def decode_scene(models: Models, key: Key, ways: Sequence[Way], settings: Decodi
     """The judge's opinion of a scene's tokens decoded in each way, with seconds and the distance to the converged
     image, if it has one; under "drawn" that of the drawn scene."""
     scene = scene_of(*key, settings.split)
-    drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
+    drawn = images_of([scene], 256)
     prior = models.pipe.model.prior
     clock = time.process_time if models.pipe.model.device.type == "cpu" else time.perf_counter
     tokens = prior.encode_image(drawn.to(prior.device))[0].cpu()

@@ -16,7 +16,6 @@ from quality import GROUPS, scene_of
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
@@ -25,6 +24,7 @@ from dalle_pytorch.sampling.dtypes import converted
 from dalle_pytorch.sampling.loop import evaluation, prefill, sample_image_tokens
 from dalle_pytorch.sampling.settings import DTYPES
 from dalle_pytorch.sampling.uniforms import candidate_uniforms
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from text_to_image import TextToImage
 from text_to_image.model import DEFAULT_MODEL
@@ -62,8 +62,7 @@ def measure(settings: DtypeSettings, pipe: TextToImage, priors: Sequence[Prior],
     scenes = [scene_of(*key, settings.split) for key in keys]
     sampling, device = pipe.model.sampling, pipe.model.device
     records: list[Record] = [{"group": group, "index": index, "loss": [], "right": []} for group, index in keys]
-    pixels = torch.stack([torch.from_numpy(glyphs.draw(scene, priors[0].vae.image_size)) for scene in scenes])
-    targets = priors[0].encode_image(pixels.permute(0, 3, 1, 2).to(device) / 255)
+    targets = priors[0].encode_image(images_of(scenes, priors[0].vae.image_size).to(device))
     drawn = []
     for prior in priors:
         with evaluation(prior):

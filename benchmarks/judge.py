@@ -20,6 +20,7 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.scenes import facts
+from dalle_pytorch.scenes.dataset import image_of, images_of
 from dalle_pytorch.scenes.facts import NOT_ASKED, answers
 from dalle_pytorch.settings import again, option
 from dalle_pytorch.training import TrainingSettings, TrainingTask
@@ -166,7 +167,7 @@ class QuestionDataset(SampleDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene = glyphs.make_scene(index, "train", of=MIXTURES[index % len(MIXTURES)])
         indices = facts.indices(answers(scene) | {"detail": "fine"}, QUESTIONS)
-        image = torch.from_numpy(glyphs.draw(scene, IMAGE_SIZE)).permute(2, 0, 1)
+        image = image_of(scene, IMAGE_SIZE)
         return {"image": image, "answers": torch.tensor(indices)}
 
 
@@ -176,8 +177,7 @@ def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAG
     right = 0
     for start in range(0, count, 100):
         scenes = [glyphs.make_scene(i, "test", of=of) for i in range(start, min(start + 100, count))]
-        images = torch.stack([torch.from_numpy(glyphs.draw(scene, resolution)).permute(2, 0, 1) for scene in scenes])
-        seen = judge.read(images.float() / 255)
+        seen = judge.read(images_of(scenes, resolution))
         right += sum(all(judge_by_attribute(*pair).values()) for pair in zip(scenes, seen, strict=True))
     return right / count
 

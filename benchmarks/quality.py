@@ -23,6 +23,7 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import contact_sheet, image_to_tensor, read_image, resize, save_image
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from diffusion.guidance import ClipGuidance
 from text_to_image import TextToImage
@@ -139,7 +140,7 @@ def measure(settings: QualitySettings, models: Models, group: str, index: int) -
     record, found = models.candidates(scene, count, settings.seed)
     best = clip_choice(found[: settings.num_images])
     diffuse = partial(models.diffuse, steps=settings.steps, seed=settings.seed)
-    drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
+    drawn = images_of([scene], 256)
     strip = {"drawn": drawn, "enlarged": resize(best.pixels[None], 256), "diffused": diffuse(best.tokens)}
     if index < settings.guided_count:
         strip["guided"] = diffuse(best.tokens, guidance=models.pipe.guidance(scene.caption))

@@ -8,16 +8,15 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from jobs import shared_by
 from measures import frechet_distance
 from quality import GROUPS, Models, Record, scene_of, with_interval
 from tqdm import tqdm
 
-from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.files.atomic import write_text
 from dalle_pytorch.files.images import resize
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from diffusion.decoder import DiffusionDecoder
 from diffusion.unet import UNet
@@ -79,7 +78,7 @@ def begin(settings: SkipSettings) -> None:
 def redraw(decoders: Decoders, group: str, index: int, *, settings: SkipSettings) -> dict[str, Record]:
     """The judge's opinion of a drawn scene, of its VQGAN image enlarged, and of each decoder's image by skip."""
     scene = scene_of(group, index, "test")
-    drawn = torch.from_numpy(glyphs.draw(scene, 256)).permute(2, 0, 1)[None].float() / 255
+    drawn = images_of([scene], 256)
     decoder = decoders.pipe.model.decoder
     tokens = decoder.vae.get_codebook_indices(resize(drawn, decoder.vae.image_size).to(decoder.device))[0].cpu()
     images = {"drawn": drawn, "enlarged": resize(decoders.pipe.read(tokens)[0].pixels[None], 256)}

@@ -1,15 +1,26 @@
 """The drawn world as a data set, registered as `glyphs`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.drawing import check_resolution
 from dalle_pytorch.scenes.facts import QUESTIONS, answers, indices
+
+
+def image_of(scene: glyphs.Scene, resolution: int) -> Tensor:
+    """The picture of a scene: (3, resolution, resolution) uint8."""
+    return torch.from_numpy(glyphs.draw(scene, resolution)).permute(2, 0, 1)
+
+
+def images_of(scenes: Sequence[glyphs.Scene], resolution: int) -> Tensor:
+    """The pictures of scenes: (n, 3, resolution, resolution) float in [0, 1]."""
+    return torch.stack([image_of(scene, resolution) for scene in scenes]).float() / 255
 
 
 class GlyphsDataset(RegisteredDataset):
@@ -51,7 +62,7 @@ class GlyphsDataset(RegisteredDataset):
 
     def _sample(self, scene: glyphs.Scene, index: int) -> dict[str, Any]:
         item: dict[str, Any] = {
-            "image": torch.from_numpy(glyphs.draw(scene, self.resolution)).permute(2, 0, 1),
+            "image": image_of(scene, self.resolution),
             "caption": scene.caption,
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }

@@ -21,6 +21,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.published.load import load_vae
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from dalle_pytorch.tokenizers.hug import SPACE, HugTokenizer
 from dalle_pytorch.vae.vqgan import VQGanVAE
@@ -59,9 +60,8 @@ def shared_squares(old: VQGanVAE, new: VQGanVAE, of: str, count: int) -> Tensor:
     pairs = torch.zeros(new.num_tokens * old.num_tokens)
     for start in range(0, count, 50):
         scenes = [glyphs.make_scene(index, of=of) for index in range(start, min(start + 50, count))]
-        drawn = [torch.from_numpy(glyphs.draw(scene, old.image_size)).permute(2, 0, 1) for scene in scenes]
-        images = torch.stack(drawn)
-        old_tokens, new_tokens = (vae.get_codebook_indices(images.float() / 255).flatten() for vae in (old, new))
+        images = images_of(scenes, old.image_size)
+        old_tokens, new_tokens = (vae.get_codebook_indices(images).flatten() for vae in (old, new))
         found, times = (new_tokens * old.num_tokens + old_tokens).unique(return_counts=True)
         pairs[found] += times
     return pairs.unflatten(0, (new.num_tokens, old.num_tokens))
