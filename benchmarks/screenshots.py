@@ -33,7 +33,7 @@ class ScreenshotSettings(Settings):
     model: Path = option(DEFAULT_MODEL, "folder of the model")
     text: str = option("an avocado to the left of a chair on wood", "the prompt")
     num_images: int = option(8, "candidates", low=3)
-    steps: int = option(25, "diffusion steps", low=3)
+    steps: int = option(6, "diffusion steps", low=3)
     batch_size: int = option(4, "candidates that are shown together", low=1)
     output_dir: Path = option(Path("images"), "where page_*.webp go")
     chromium: str | None = option(None, "the browser (default: chromium on the path)")
