@@ -249,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for way in (*ways, Way.of(settings.reference), Way.of(settings.converged)):
         spaced_steps(decoder["diffusion_steps"], way.steps)  # a mistake is told at once
     records = all_records(settings, ways)
+    if not records:
+        raise UsageError("nothing to draw, and nothing was drawn before: give --steps or --guided_steps")
     rows = summarize(records, settings.reference, decoder["diffusion_steps"], settings.components)
     text = table(rows, settings.reference)
     print(text)

@@ -223,6 +223,8 @@ def test_decoding_goes_on_adds_ways_and_refuses_other_settings(model, tmp_path, 
         decoding.main([*command, "--count", "1", "--seed", "1"])
     with pytest.raises(quality.UsageError, match="101 of 100"):
         decoding.main([*command, "--steps", "101"])
+    with pytest.raises(quality.UsageError, match="nothing to draw"):
+        decoding.main([*command, "--steps", "--guided_steps", "--output_dir", str(tmp_path / "empty")])
 
 
 def test_summary_of_decoding():

@@ -1,5 +1,6 @@
 """How many threads sampling takes: by the time of its steps, not by the number of cores."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ class StepThreads:
         self._clock = clock
         self._before: int | None = None  # number of threads before the trial that is on
         self._fewer = True  # in the next trial
-        self._usual: float | None = None  # seconds of a step
+        self._usual = math.inf  # seconds of a step
         self._times: list[float] = []
         self._started: float | None = None  # of the step; None for one that is not measured
         self._left, self._wait = 0, FIRST_WAIT
@@ -54,37 +55,32 @@ class StepThreads:
         if started is None:
             return
         self._times.append(now - started)
-        hopeless = self._before and self._usual and sum(self._times) > STEPS * GAIN * self._usual
-        if len(self._times) < STEPS and not hopeless:
+        # A trial ends as soon as it cannot succeed any more.
+        failed = self._before is not None and sum(self._times) > STEPS * GAIN * self._usual
+        if len(self._times) < STEPS and not failed:
             return
         mean = sum(self._times) / len(self._times)
         self._times.clear()
-        if self._before:
-            self._end_trial(mean, bool(hopeless))
-        else:
-            slower = self._usual is not None and mean > SLOWER * self._usual
+        if self._before is None:
+            slower = mean > SLOWER * self._usual
             self._usual = mean
             self._left -= STEPS
             if slower or self._left <= 0:
                 self._begin_trial()
-
-    def _begin_trial(self) -> None:
-        if self.threads == 1:
-            self._fewer = False
-        elif self.threads == self.most:
-            self._fewer = True
-        self._before = self.threads
-        self._set(max(1, self.threads // 2) if self._fewer else min(self.most, self.threads * 2))
-
-    def _end_trial(self, mean: float, failed: bool) -> None:
-        before, self._before = self._before, None
+            return
         if failed:
-            self._set(before or self.most)
+            self._set(self._before)
             self._fewer = not self._fewer
             self._left, self._wait = self._wait, min(2 * self._wait, LAST_WAIT)
         else:
             further = 1 < self.threads < self.most  # perhaps more of the same is better still
             self._usual, self._left, self._wait = mean, 0 if further else FIRST_WAIT, FIRST_WAIT
+        self._before = None
+
+    def _begin_trial(self) -> None:
+        self._before = self.threads
+        self._fewer = self.threads == self.most or (self._fewer and self.threads > 1)
+        self._set(self.threads // 2 if self._fewer else min(self.most, self.threads * 2))
 
     def _set(self, threads: int) -> None:
         self.threads = threads
