@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_pytorch.cli import run
+from dalle_pytorch.scenes import MIXTURES
 from dalle_pytorch.settings import Settings, option
 
 
@@ -16,8 +17,8 @@ class DrawSettings(Settings):
     count: int = option(1000, "how many scenes", low=1)
     start: int = option(0, "number of the first", low=0)
     split: str = option("train", choices=["train", "validation", "test"])
-    of: str = option("glyphs", "glyphs; things in their own colours, recoloured, or made of a material; or everything",
-                     choices=["glyphs", "things", "recoloured", "made", "everything"])  # fmt: skip
+    of: str = option("glyphs", "glyphs; things in their own colours, recoloured, or made of a material; everything; or "
+                               "everything with more of it painted", choices=MIXTURES)  # fmt: skip
     resolution: int = option(256, "side in pixels, a multiple of 16", low=16)
 
 

@@ -1,7 +1,9 @@
 """The optimizers of a training."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle_pytorch.training.settings import OptimizationSettings
 
@@ -21,6 +23,41 @@ def make_optimizers(task: nn.Module, settings: OptimizationSettings) -> list[tor
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+        optimizers.append(Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay))
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with steps as large as AdamW's (arXiv:2502.16982), in float32 on CPUs: torch's own iterates in
+    bfloat16, which a CPU without instructions for it multiplies some 30 times slower."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalized(p.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"],
+                                        group["ns_steps"], group["eps"])  # fmt: skip
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+        return loss
+
+
+def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The matrix (m, n) with singular values near 1, by the quintic Newton–Schulz iteration of Muon."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -6,7 +6,7 @@ from torch import nn
 
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.training import TrainingSettings
-from dalle_pytorch.training.optimizers import make_optimizers
+from dalle_pytorch.training.optimizers import Muon, make_optimizers
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 TRANSFORMER_MATRICES = ("to_qkv.weight", "to_out.weight", "proj_in.weight", "proj_out.weight")
@@ -64,3 +64,34 @@ def test_muon_has_the_transformers_matrices_and_nothing_else(tmp_path, settings)
     assert muon.param_groups[0]["weight_decay"] == 0.3
     rest = [parameter for group in adamw.param_groups for parameter in group["params"]]
     assert names(dalle, rest) == sorted(set(trained) - set(matrices))
+
+
+def test_muon_on_a_cpu_takes_torchs_steps_without_bfloat16(monkeypatch):
+    """torch's Muon iterates in bfloat16, to some two digits."""
+    shapes = (6, 6), (6, 24), (24, 6)
+    starts = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    moved = []
+    for optimizer in (Muon, torch.optim.Muon):
+        matrices = [nn.Parameter(start.clone()) for start in starts]
+        muon = optimizer(matrices, lr=0.1, weight_decay=0.3)
+        muon.param_groups[0]["adjust_lr_fn"] = "match_rms_adamw"
+        grads = torch.Generator().manual_seed(1)
+        with monkeypatch.context() as patch:
+            if optimizer is Muon:
+                patch.setattr(torch.Tensor, "bfloat16", lambda tensor: pytest.fail("bfloat16 on a CPU"))
+            for _ in range(3):
+                for matrix in matrices:
+                    matrix.grad = torch.randn(matrix.shape, generator=grads)
+                muon.step()
+        assert muon.state_dict()["state"][2]["momentum_buffer"].shape == (24, 6)
+        moved.append([matrix.detach() - start for matrix, start in zip(matrices, starts, strict=True)])
+    for ours, theirs in zip(*moved, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_muon_passes_by_what_has_no_gradient():
+    matrices = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))]
+    muon = Muon(matrices, lr=0.1, weight_decay=0.0)
+    matrices[0].grad = torch.eye(3)
+    muon.step()
+    assert (matrices[1] == 1).all() and not (matrices[0] == 1).all()
