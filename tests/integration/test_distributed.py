@@ -23,6 +23,7 @@ from dalle_pytorch.nn.transformer import Transformer
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.launch import make_accelerator
+from dalle_pytorch.training.tasks.base import SharedRows
 
 STEPS = 4
 ZERO = pytest.mark.skipif(
@@ -228,6 +229,15 @@ def test_deepspeed_file_that_cannot_be_used(tmp_path, text, says):
     settings = TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, deepspeed_config=str(path))
     with pytest.raises(UsageError, match=says):
         make_accelerator(settings, TransformerTask())
+
+
+def test_rows_that_learn_together_are_not_sharded(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    task = TransformerTask()
+    weight = next(task.parameters())
+    monkeypatch.setattr(task, "shared_rows", lambda: [SharedRows(weight, torch.eye(len(weight)))])
+    with pytest.raises(UsageError, match="leave out --share_codes"):
+        make_accelerator(TrainingSettings(output_dir=tmp_path, steps=1, batch_size=1, fsdp=True), task)
 
 
 def test_scalars_are_not_sharded(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ class _Run:
         self.checkpoints.lock(held)
         parts = {name: (digest, settings.named(name)) for name, digest in task.fixed_parts().items()}
         self.native = NativeFolders(task, settings.output_dir, accelerator)
-        self.model, *self.optimizers = accelerator.prepare(task, *make_optimizers(task, settings))
+        self.model, *self.optimizers = accelerator.prepare(task, *make_optimizers(task, settings, task.shared_rows()))
         self.model.train()
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.state = RunState(accelerator, task, self.model, self.optimizers, self.lr_schedule, self.ema, parts)

@@ -1,14 +1,18 @@
 """The optimizers of a training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dalle_pytorch.training.settings import OptimizationSettings
+from dalle_pytorch.training.tasks.base import SharedRows
+
+Closure = Callable[[], float]
 
 
-def make_optimizers(task: nn.Module, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(task: nn.Module, settings: OptimizationSettings,
+                    shared: Iterable[SharedRows] = ()) -> list[torch.optim.Optimizer]:
     """AdamW for what `task` trains, without weight decay for vectors; with `muon` it leaves the matrices to Muon."""
     matrices, decayed, plain = [], [], []
     embeddings = {id(m.weight) for m in task.modules() if isinstance(m, nn.Embedding)}
@@ -21,10 +25,40 @@ def make_optimizers(task: nn.Module, settings: OptimizationSettings) -> list[tor
         else:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))]
+    optimizers: list[torch.optim.Optimizer] = [AdamW(groups, settings.learning_rate, shared)]
     if matrices:
         optimizers.append(Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay))
     return optimizers
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW (arXiv:1711.05101) whose `shared` rows of matrices also move together where their features are alike.
+
+    To such a matrix belongs a second one, features × columns, whose product with the features is added to its rows.
+    It is never kept: AdamW's step for it is added at once, and only its moments remain.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, shared: Iterable[SharedRows] = ()):
+        super().__init__(groups, lr=lr, betas=(0.9, 0.98))
+        self.shared = [*shared]
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:
+        loss = super().step(closure)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for i, (weight, features) in enumerate(self.shared):
+            if weight.grad is None:
+                continue
+            self.shared[i] = SharedRows(weight, features := features.to(weight))
+            group, state, rows = groups[weight], self.state[weight], len(features)
+            (beta1, beta2), steps = group["betas"], float(state["step"])
+            grad = features.T @ weight.grad[-rows:]
+            mean = state.setdefault("shared_exp_avg", torch.zeros_like(grad)).lerp_(grad, 1 - beta1)
+            square = state.setdefault("shared_exp_avg_sq", torch.zeros_like(grad))
+            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            size = (square / (1 - beta2**steps)).sqrt().add_(group["eps"])
+            weight[-rows:] -= features @ (mean / size) * (group["lr"] / (1 - beta1**steps))
+        return loss
 
 
 class Muon(torch.optim.Muon):
@@ -35,7 +69,7 @@ class Muon(torch.optim.Muon):
         super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Closure | None = None) -> float | None:
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()

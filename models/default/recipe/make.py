@@ -23,7 +23,7 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
     tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
     scripts = "DALLE-pytorch"
     drawn = "glyphs?of=everything"
-    captioned = f"{drawn}&terse_every=6"
+    captioned, painted = f"{drawn}&terse_every=6", "glyphs?of=painted&terse_every=6"
     contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true&facts=true"
 
     def training(script: str, name: str, count: int, data: str | None = drawn) -> list[str]:
@@ -41,10 +41,11 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
                   "--bpe_path", tokenizer, "--batch_size", "16", "--learning_rate", "2e-3", "--dim", "192",
                   "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
                   "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
-        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, captioned), "--vae_path", vae,
+        # More of what is rare, and what is learned of a token is learned of those that look like it.
+        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, painted), "--vae_path", vae,
                   "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--batch_size", "16",
                   "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
-                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
+                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--share_codes", "--save_every", "100"],
         "captions": [*training("models/default/recipe/read_captions.py", "captions", 6000, None),
                      "--bpe_path", tokenizer, "--dim_latent", "256", "--visual_conv_stem", "--visual_attention_pool"],
         # 32 scenes and their twins: 64 pictures a step.

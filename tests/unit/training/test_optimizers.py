@@ -6,7 +6,8 @@ from torch import nn
 
 from dalle_pytorch.priors.dalle import DALLE
 from dalle_pytorch.training import TrainingSettings
-from dalle_pytorch.training.optimizers import Muon, make_optimizers
+from dalle_pytorch.training.optimizers import AdamW, Muon, make_optimizers
+from dalle_pytorch.training.tasks.base import SharedRows
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 TRANSFORMER_MATRICES = ("to_qkv.weight", "to_out.weight", "proj_in.weight", "proj_out.weight")
@@ -37,7 +38,7 @@ def names(module, parameters):
 def test_vectors_and_numbers_have_no_weight_decay(tmp_path):
     module = Small()
     (adamw,) = make_optimizers(module, make_options(tmp_path))
-    assert type(adamw) is torch.optim.AdamW
+    assert isinstance(adamw, torch.optim.AdamW)
     decay = {group["weight_decay"]: names(module, group["params"]) for group in adamw.param_groups}
     assert decay == {
         0.3: ["conv.weight", "embedding.weight", "linear.weight"],
@@ -95,3 +96,38 @@ def test_muon_passes_by_what_has_no_gradient():
     matrices[0].grad = torch.eye(3)
     muon.step()
     assert (matrices[1] == 1).all() and not (matrices[0] == 1).all()
+
+
+def test_rows_of_like_features_move_as_if_a_matrix_of_features_were_trained():
+    features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    shared, plain = (nn.Parameter(torch.zeros(7, 2)) for _ in range(2))
+    matrix = nn.Parameter(torch.zeros(3, 2))  # the same by hand: plain[-5:] + features @ matrix
+    ours = AdamW([{"params": [shared], "weight_decay": 0.0}], 0.1, [SharedRows(shared, features)])
+    theirs = torch.optim.AdamW([plain, matrix], lr=0.1, betas=(0.9, 0.98), weight_decay=0.0)
+    grads = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        grad = torch.randn(7, 2, generator=grads)
+        shared.grad, plain.grad, matrix.grad = grad, grad.clone(), features.T @ grad[2:]
+        ours.step()
+        theirs.step()
+    assert torch.equal(shared[:2], plain[:2])
+    torch.testing.assert_close(shared[2:], plain[2:] + features @ matrix)
+    shared.grad = None
+    before = shared.detach().clone()
+    ours.step()
+    assert torch.equal(shared, before)
+
+
+def test_moments_of_shared_rows_are_kept_with_the_others():
+    features, weight = torch.eye(3), nn.Parameter(torch.ones(3, 2))
+    optimizers = [AdamW([{"params": [weight]}], 0.1, [SharedRows(weight, features)]) for _ in range(2)]
+    weight.grad = torch.ones(3, 2)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    moved = []
+    for optimizer in optimizers:
+        start = weight.detach().clone()
+        optimizer.step()
+        moved.append(weight.detach() - start)
+        weight.data.copy_(start)
+    assert torch.equal(*moved)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from factories import Letters
 
 from dalle_pytorch.priors.dalle import DALLE
-from dalle_pytorch.training.tasks.prior import DalleTask
+from dalle_pytorch.training.tasks.prior import DalleTask, code_features
 from dalle_pytorch.vae.discrete import DiscreteVAE
 
 
@@ -68,3 +68,26 @@ def test_image_noise_replaces_a_share_of_the_tokens_shown_and_none_of_those_pred
         text_loss = F.cross_entropy(logits[:, :4, :words].transpose(1, 2), dalle.prepare_text(text)[:, 1:])
         image_loss = F.cross_entropy(logits[:, 4:, words:].transpose(1, 2), tokens)
     torch.testing.assert_close(loss, (text_loss + 7 * image_loss) / 8)
+
+
+def test_features_are_alike_for_codes_that_are_alike():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(400, 8, generator=generator)
+    codes[1] = codes[0] + 0.01 * torch.randn(8, generator=generator)
+    features = code_features(codes)
+    assert features.shape == (400, 256 + 8) and torch.equal(features, code_features(codes))
+    distance = torch.cdist(features[:1], features)[0]
+    assert int(distance[1:].argmin()) == 0 and distance[1] < 0.1 * distance[2:].min()
+    # The scale of a codebook is its own affair.
+    torch.testing.assert_close(code_features(100 * codes + 5), features, atol=1e-3, rtol=1e-3)
+
+
+def test_rows_of_image_tokens_are_shared_and_none_of_words(dalle):
+    assert DalleTask(dalle, Letters()).shared_rows() == []
+    outputs, inputs = DalleTask(dalle, Letters(), share_codes=True).shared_rows()
+    assert outputs.weight is dalle.to_logits.weight and inputs.weight is dalle.image_emb.weight
+    assert len(outputs.features) == len(inputs.features) == 40
+    tied = DALLE(vae=dalle.vae, dim=16, num_text_tokens=30, text_seq_len=4, depth=1, heads=1, dim_head=16,
+                 share_input_output_emb=True)  # fmt: skip
+    (both,) = DalleTask(tied, Letters(), share_codes=True).shared_rows()
+    assert both.weight is tied.to_logits.weight

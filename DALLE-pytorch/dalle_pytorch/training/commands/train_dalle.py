@@ -71,6 +71,7 @@ class TrainDalleSettings(CaptionSettings, DalleArchitecture, ImageTokenSettings,
     null_cond_prob: float = option(0.1, "share of captions dropped, for --cond_scale when drawing", low=0, high=1)
     subject_weight: float = option(1.0, "loss weight of tokens under the subject, where the data has a mask", low=0)
     image_noise: float = option(0.0, "make up to this share of input tokens wrong, against overfitting", low=0, high=1)
+    share_codes: bool = option(False, "image tokens of like codes learn together: fewer steps where many are rare")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.layer_scale is not None:
             dalle.transformer.set_layer_scale(settings.layer_scale)
     task = DalleTask(dalle, tokenizer, settings.null_cond_prob, settings.subject_weight, settings.image_noise,
-                     settings.dalle_output_file_name)  # fmt: skip
+                     settings.share_codes, settings.dalle_output_file_name)  # fmt: skip
     caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, dalle.text_seq_len)
     dataset = open_dataset(settings.image_text_folder, dalle.image_fmap_size * 2**dalle.vae.num_layers,
                            transparent=dalle.vae.channels == 4, caption_problem=caption_problem,

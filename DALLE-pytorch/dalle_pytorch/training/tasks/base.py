@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ Batch = dict[str, Any]
 Loss = tuple[Tensor, Mapping[str, Tensor | float]]
 Preview = Mapping[str, Tensor | str]
 TOKENIZER_NAME = "tokenizer.json"
+
+
+class SharedRows(NamedTuple):
+    """The last n rows of a trained matrix, and features (n, k) of these rows: those of like features learn together."""
+
+    weight: nn.Parameter
+    features: Tensor
 
 
 class TrainingTask(nn.Module, ABC):
@@ -39,6 +46,10 @@ class TrainingTask(nn.Module, ABC):
 
     def compiled_parts(self) -> list[nn.Module]:
         """The networks whose calls `torch.compile` is worth its time for."""
+        return []
+
+    def shared_rows(self) -> list[SharedRows]:
+        """What the optimizer moves together."""
         return []
 
     def write_companions(self, folder: Path) -> None:
