@@ -11,8 +11,9 @@ from dalle_pytorch.training.tasks.base import SharedRows
 Closure = Callable[[], float]
 
 
-def make_optimizers(task: nn.Module, settings: OptimizationSettings,
-                    shared: Iterable[SharedRows] = ()) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    task: nn.Module, settings: OptimizationSettings, shared: Iterable[SharedRows] = ()
+) -> list[torch.optim.Optimizer]:
     """AdamW for what `task` trains, without weight decay for vectors; with `muon` it leaves the matrices to Muon."""
     matrices, decayed, plain = [], [], []
     embeddings = {id(m.weight) for m in task.modules() if isinstance(m, nn.Embedding)}

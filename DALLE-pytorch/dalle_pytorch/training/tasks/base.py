@@ -20,7 +20,7 @@ TOKENIZER_NAME = "tokenizer.json"
 class SharedRows(NamedTuple):
     """The last n rows of a trained matrix, and features (n, k) of these rows: those of like features learn together."""
 
-    weight: nn.Parameter
+    weight: Tensor
     features: Tensor
 
 
