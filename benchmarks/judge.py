@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from dalle_pytorch import scenes as glyphs
@@ -20,7 +22,7 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel, records_config
 from dalle_pytorch.scenes import facts
-from dalle_pytorch.scenes.dataset import image_of, images_of
+from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.scenes.facts import NOT_ASKED, answers
 from dalle_pytorch.settings import again, option
 from dalle_pytorch.training import TrainingSettings, TrainingTask
@@ -31,6 +33,7 @@ MIXTURES = ("everything", "things", "recoloured", "made", "glyphs", "everything"
 # How much a picture has of the fine grain that only 256 pixels can show is asked too.
 QUESTIONS = facts.QUESTIONS | {"detail": ("none", "faint", "fine")}
 IMAGE_SIZE = 256
+BILINEAR = Image.Resampling.BILINEAR
 
 
 def judge_by_attribute(scene: glyphs.Scene, seen: dict[str, str]) -> dict[str, bool]:
@@ -83,33 +86,63 @@ def coarse(images: Tensor, factor: int = 2) -> Tensor:
     return F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
 
 
+class ResidualBlock(nn.Module):
+    """Two convolutions on maps (b, channels, h, w), added to what they are given."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(*_convolution(channels, channels), *_convolution(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def _convolution(channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(channels, out_channels, 3, stride, 1), nn.GroupNorm(8, out_channels), nn.SiLU()]
+
+
 class Judge(PretrainedModel):
-    """Pictures (b, 3, h, w) in [0, 1], enlarged to 256 pixels if they are smaller, to logits for every question."""
+    """Pictures (b, 3, h, w) in [0, 1], brought to 256 pixels, to logits for every question.
+
+    `hidden` features say how the scene is laid out and what it stands on. They choose where to look for the first and
+    for the second subject, and what is found there, `hidden` features of each, is read by the same two heads: a subject
+    learned in one place is known in all.
+    """
 
     @records_config
-    def __init__(self, channels: int = 64, hidden: int = 128):
+    def __init__(self, channels: int = 64, hidden: int = 64):
         super().__init__()
-        widths = [192 + 3, channels, channels * 3 // 2, channels * 2, channels * 2]
-        strides = [1, 2, 1, 2]
-        layers: list[nn.Module] = []
-        for a, b, stride in zip(widths, widths[1:], strides, strict=False):
-            layers += [nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU()]
-        self.trunk = nn.Sequential(*layers, nn.Flatten())
-        self.hidden = nn.Sequential(nn.Linear(widths[-1] * 64, hidden), nn.LayerNorm(hidden), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(options)) for name, options in QUESTIONS.items()})
+        narrow, wide = channels * 2, channels * 3
+        self.trunk = nn.Sequential(
+            *_convolution(48 + 3, channels), *_convolution(channels, narrow, stride=2), ResidualBlock(narrow),
+            *_convolution(narrow, wide, stride=2), ResidualBlock(wide), ResidualBlock(wide),
+        )  # fmt: skip
+        self.layout = nn.Sequential(nn.Conv2d(wide, channels // 2, 1), nn.Flatten(), nn.Linear(channels * 32, hidden),
+                                    nn.LayerNorm(hidden), nn.SiLU())  # fmt: skip
+        self.where = nn.Linear(hidden, 2 * 64)
+        self.subject = nn.Sequential(nn.Linear(wide, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(options)) for name, options in QUESTIONS.items()
+                                    if not name.startswith("second_")})  # fmt: skip
 
     def features(self, images: Tensor) -> Tensor:
-        """(b, 3, h, w) in [0, 1] → (b, hidden): what all answers are read from."""
+        """(b, 3, h, w) in [0, 1] → (b, 3 · hidden): what all answers are read from."""
         if images.shape[-1] != IMAGE_SIZE:
             images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-        # How strong the grain is, a number for each square of 8 pixels: convolutions are slow to see a variance.
+        # How strong the grain is, a number for each square of 8 pixels: convolutions are slow to see a variance. Of all
+        # the rest half the pixels show as much.
         grain = F.avg_pool2d((images - coarse(images)).abs(), 8)
-        folded = F.pixel_unshuffle(images * 2 - 1, 8)
-        return self.hidden(self.trunk(torch.cat([folded, 16 * grain], dim=1)))
+        folded = F.pixel_unshuffle(F.avg_pool2d(images, 2) * 2 - 1, 4)
+        found = self.trunk(torch.cat([folded, 16 * grain], dim=1))
+        layout = self.layout(found)
+        places = self.where(layout).unflatten(1, (2, -1)).softmax(-1)
+        subjects = self.subject(places @ found.flatten(2).transpose(1, 2))
+        return torch.cat([layout[:, None], subjects], dim=1).flatten(1)
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
-        """Features (b, hidden) to logits (b, number of answers) for every question."""
-        return {name: head(features) for name, head in self.heads.items()}
+        """Features (b, 3 · hidden) to logits (b, number of answers) for every question."""
+        layout, first, second = features.chunk(3, dim=1)
+        read_from = {"kind": first, "colour": first, "second_kind": second, "second_colour": second}
+        return {name: self.heads[name.removeprefix("second_")](read_from.get(name, layout)) for name in QUESTIONS}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.logits(self.features(images))
@@ -134,19 +167,11 @@ class JudgeTask(TrainingTask):
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         images, wanted = batch["image"].float() / 255, batch["answers"]
-        detail = wanted[:, list(QUESTIONS).index("detail")]
-        # Sampled pictures are softer than drawn ones, and not quite in place; the judge must not mind.
+        # Sampled pictures are not quite in place, and not clean; the judge must not mind.
         images = torch.roll(images, torch.randint(-4, 5, (2,)).tolist(), (2, 3))
-        roll = torch.rand(())
-        if roll < 0.4:
-            images = coarse(images, 2 if roll < 0.25 else 4)
-            detail.fill_(QUESTIONS["detail"].index("none"))
-        elif roll < 0.6:
-            images = (images + coarse(images)) / 2
-            detail.fill_(QUESTIONS["detail"].index("faint"))
         if torch.rand(()) < 0.5:
             images = images + 0.05 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
-            detail.fill_(NOT_ASKED)
+            wanted[:, list(QUESTIONS).index("detail")] = NOT_ASKED
         pairs = zip(self.judge(images).values(), wanted.unbind(1), strict=True)
         losses = [F.cross_entropy(logits, answer, ignore_index=NOT_ASKED, reduction="sum") for logits, answer in pairs]
         return torch.stack(losses).sum() / len(images), {}
@@ -159,16 +184,28 @@ class JudgeTask(TrainingTask):
 
 
 class QuestionDataset(SampleDataset):
-    """Scenes to train on with their answers, as indices in the order of `QUESTIONS`."""
+    """Scenes to train on with their answers, as indices in the order of `QUESTIONS`.
+
+    Sampled pictures are softer than drawn ones: of ten scenes four have half the pixels a side, two a quarter, and two
+    half their grain.
+    """
 
     def __len__(self) -> int:
         return 10_000_000
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene = glyphs.make_scene(index, "train", of=MIXTURES[index % len(MIXTURES)])
-        indices = facts.indices(answers(scene) | {"detail": "fine"}, QUESTIONS)
-        image = image_of(scene, IMAGE_SIZE)
-        return {"image": image, "answers": torch.tensor(indices)}
+        softness = index // len(MIXTURES) % 10
+        # Below 256 pixels there is no grain, and drawing takes a tenth of the time.
+        image, detail = Image.fromarray(glyphs.draw(scene, IMAGE_SIZE // 2 if softness < 6 else IMAGE_SIZE)), "fine"
+        if softness < 6:
+            image = (image if softness < 4 else image.reduce(2)).resize((IMAGE_SIZE, IMAGE_SIZE), BILINEAR)
+            detail = "none"
+        elif softness < 8:
+            image = Image.blend(image, image.reduce(2).resize(image.size, BILINEAR), 0.5)
+            detail = "faint"
+        indices = facts.indices(answers(scene) | {"detail": detail}, QUESTIONS)
+        return {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1), "answers": torch.tensor(indices)}
 
 
 def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAGE_SIZE // 2,
