@@ -98,6 +98,13 @@ def test_likelihood_does_not_ask_for_what_the_caption_leaves_open():
     assert values[0] == pytest.approx(values[1])
 
 
+@pytest.mark.parametrize("of", ["recoloured", "made", "everything"])
+def test_the_shipped_judge_reads_drawn_scenes(of):
+    """It reads 99.6 % or more of a thousand; a judge that reads fewer makes every figure a lower bound."""
+    shipped = judge.Judge.from_pretrained(quality.DEFAULT_MODEL / "judge").eval()
+    assert judge.share_of_scenes_read(shipped, count=100, of=of) >= 0.97
+
+
 @pytest.fixture
 def model(tiny_bundle):
     """An untrained model with all the parts that the benchmark wants."""
