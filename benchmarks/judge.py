@@ -223,7 +223,7 @@ def share_of_scenes_read(judge: Judge, count: int = 1000, resolution: int = IMAG
 class TrainJudgeSettings(TrainingSettings):
     __doc__ = __doc__
 
-    steps: int | None = again(TrainingSettings, "steps", 3600)
+    steps: int | None = again(TrainingSettings, "steps", 1500)
     batch_size: int = again(TrainingSettings, "batch_size", 64)
     learning_rate: float = again(TrainingSettings, "learning_rate", 2e-3)
     judge_path: Path | None = option(None, "judge to continue from")

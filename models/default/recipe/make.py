@@ -54,7 +54,7 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
                  "--ema_decay", "0.99", "--muon", "--save_every", "100"],
         "decoder": [*training("diffusion/train.py", "decoder", 4000), "--vae_path", vae,
                     "--save_every", "100"],
-        "judge": training("benchmarks/judge.py", "judge", 3600, None),
+        "judge": [*training("benchmarks/judge.py", "judge", 1500, None), "--warmup_steps", "50", "--ema_decay", "0.99"],
     }  # fmt: skip
 
 
