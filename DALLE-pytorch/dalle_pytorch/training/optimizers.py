@@ -64,7 +64,7 @@ class AdamW(torch.optim.AdamW):
 
 class Muon(torch.optim.Muon):
     """torch's Muon with steps as large as AdamW's (arXiv:2502.16982), in float32 on CPUs: torch's own iterates in
-    bfloat16, which a CPU without instructions for it multiplies some 30 times slower."""
+    bfloat16, which takes a CPU without instructions for it twenty times as long."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
         super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
