@@ -81,9 +81,9 @@ def log_likelihood(scene: glyphs.Scene, logits: dict[str, Tensor]) -> Tensor:
     return sum_of(facts)
 
 
-def coarse(images: Tensor, factor: int = 2) -> Tensor:
-    """Pictures (b, 3, h, w) without what `factor` times fewer pixels a side do not show."""
-    return F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
+def coarse(images: Tensor) -> Tensor:
+    """Pictures (b, 3, h, w) without what half the pixels a side do not show."""
+    return F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
 
 
 class ResidualBlock(nn.Module):

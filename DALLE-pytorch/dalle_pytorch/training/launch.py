@@ -134,7 +134,7 @@ def _refuse(settings: TrainingSettings, task: TrainingTask, backend: str, sharde
         raise UsageError("FSDP cannot shard layers that share weights (--shared_attn_ids, --shared_ff_ids)")
     if settings.muon and backend != DDP:
         raise UsageError("Muon needs whole matrices, which FSDP and DeepSpeed shard; leave out --muon")
-    if task.shared_rows() and backend != DDP:
+    if backend != DDP and task.shared_rows():
         raise UsageError("rows that learn together must be whole, and FSDP and DeepSpeed shard them; leave out "
                          "--share_codes")  # fmt: skip
     if settings.sample_every and sharded:

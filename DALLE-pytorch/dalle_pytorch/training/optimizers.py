@@ -14,7 +14,8 @@ Closure = Callable[[], float]
 def make_optimizers(
     task: nn.Module, settings: OptimizationSettings, shared: Iterable[SharedRows] = ()
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for what `task` trains, without weight decay for vectors; with `muon` it leaves the matrices to Muon."""
+    """AdamW for what `task` trains, without weight decay for vectors; with `muon` it leaves the matrices to Muon.
+    Rows that are `shared` move together too."""
     matrices, decayed, plain = [], [], []
     embeddings = {id(m.weight) for m in task.modules() if isinstance(m, nn.Embedding)}
     heads = {id(p) for name, p in task.named_parameters() if "logits" in name}
@@ -46,6 +47,8 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:
         loss = super().step(closure)
+        if not self.shared:
+            return loss
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for i, (weight, features) in enumerate(self.shared):
             if weight.grad is None:
@@ -54,8 +57,9 @@ class AdamW(torch.optim.AdamW):
             group, state, rows = groups[weight], self.state[weight], len(features)
             (beta1, beta2), steps = group["betas"], float(state["step"])
             grad = features.T @ weight.grad[-rows:]
-            mean = state.setdefault("shared_exp_avg", torch.zeros_like(grad)).lerp_(grad, 1 - beta1)
-            square = state.setdefault("shared_exp_avg_sq", torch.zeros_like(grad))
+            if "shared_exp_avg" not in state:
+                state |= {"shared_exp_avg": torch.zeros_like(grad), "shared_exp_avg_sq": torch.zeros_like(grad)}
+            mean, square = state["shared_exp_avg"].lerp_(grad, 1 - beta1), state["shared_exp_avg_sq"]
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             size = (square / (1 - beta2**steps)).sqrt().add_(group["eps"])
             weight[-rows:] -= features @ (mean / size) * (group["lr"] / (1 - beta1**steps))
@@ -78,8 +82,10 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalized(p.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"],
                                         group["ns_steps"], group["eps"])  # fmt: skip
                 p.mul_(1 - group["lr"] * group["weight_decay"])
