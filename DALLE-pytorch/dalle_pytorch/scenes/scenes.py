@@ -43,7 +43,7 @@ MIXTURES = {
     "made": Mixture(world.SUBJECTS, things=0.7, made=1.0),
     "everything": Mixture(world.SUBJECTS, things=0.75, natural=0.65, made=0.08),
     # The same with more of what is hardest to learn: each pair of a thing and a colour or a material is rare.
-    "painted": Mixture(world.SUBJECTS, things=0.78, natural=0.28, made=0.2),
+    "painted": Mixture(world.SUBJECTS, things=0.78, natural=0.22, made=0.28),
 }
 
 

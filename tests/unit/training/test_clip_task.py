@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from factories import Letters, make_clip
+from torch import nn
 
+from dalle_pytorch.errors import UsageError
 from dalle_pytorch.training.tasks.clip import ClipTask
 
 
@@ -122,3 +124,46 @@ def test_attributes_that_are_all_unknown_cost_nothing(clip):
     batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "caption": ["ab"],
              "attributes": torch.tensor([[-100]])}  # fmt: skip
     assert ClipTask(clip, attributes=(3,))(batch)[1]["loss_attributes"] == 0
+
+
+class Negative(nn.Module):
+    """Stands in for a VAE of twice CLIP's side: its tokens are what the images have in their middle, inverted."""
+
+    image_size, channels = 32, 3
+
+    def get_codebook_indices(self, images):
+        assert images.shape[-1] == 32
+        return (255 - images[:, :, 16, 16] * 255).round().long()
+
+    def decode_image(self, tokens):
+        assert not torch.is_grad_enabled() and not self.training
+        return (tokens / 255)[:, :, None, None].expand(-1, -1, 32, 32)
+
+    def fingerprint(self):
+        return "negative"
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_half_of_the_images_are_what_the_vae_decodes_of_them(clip, side):
+    seen, encode = [], clip.encode_image
+    clip.encode_image = lambda images: seen.append(images) or encode(images)
+    task = ClipTask(clip, noise=0.0, vae=Negative()).train()
+    images = torch.full((64, 3, side, side), 51, dtype=torch.uint8)
+    torch.manual_seed(0)
+    loss, _ = task({"image": images, "caption": ["ab"] * 64, "second_image": images, "second_caption": ["cd"] * 64})
+    assert seen[0].shape == (128, 3, 16, 16) and loss.requires_grad
+    decoded = seen[0].mean(dim=(1, 2, 3)) > 0.5
+    torch.testing.assert_close(seen[0][decoded], torch.full_like(seen[0][decoded], 0.8))
+    torch.testing.assert_close(seen[0][~decoded], torch.full_like(seen[0][~decoded], 0.2))
+    assert decoded[:64].float().mean().item() == pytest.approx(0.5, abs=0.2)
+    assert decoded[64:].float().mean().item() == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_vae_is_fixed_and_of_opaque_images(clip, tiny_vae):
+    clip.tokenizer = None
+    task, vae = ClipTask(clip, vae=tiny_vae), tiny_vae
+    assert task.fixed_parts()["VAE"] == vae.fingerprint() and not any(p.requires_grad for p in vae.parameters())
+    assert {*task.native_parts()} == {"clip"}
+    vae.channels = 4
+    with pytest.raises(UsageError, match="opacity"):
+        ClipTask(clip, vae=vae)

@@ -1,5 +1,7 @@
 """The training task of CLIP: the contrastive loss, with hard negatives."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_pytorch.clip.trainable import CLIP, Contrast
+from dalle_pytorch.errors import UsageError
+from dalle_pytorch.files.images import resize
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.training.tasks.base import Batch, Loss, TrainingTask, write_tokenizer
+from dalle_pytorch.vae.base import ImageTokenizer
+
+DECODED_SHARE = 0.5  # of the images, where there is a VAE
 
 
 class ClipTask(TrainingTask):
@@ -22,13 +29,17 @@ class ClipTask(TrainingTask):
     learn word order: a caption and the same with its two subjects exchanged.
 
     Images are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled images, and guide on
-    cutouts of half-denoised ones. `accuracy` is the share of the images whose caption is the likeliest of all that they
-    are compared with.
+    cutouts of half-denoised ones. With a `vae` half of them, at random, are what it decodes of their tokens: sampled
+    images have its faults. Images of another size than CLIP's are scaled to it. `accuracy` is the share of the images
+    whose caption is the likeliest of all that they are compared with.
     """
 
     def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06,
-                 attributes: Sequence[int] = ()):  # fmt: skip
+                 attributes: Sequence[int] = (), vae: ImageTokenizer | None = None):  # fmt: skip
         super().__init__()
+        if vae is not None and vae.channels != 3:
+            raise UsageError("this VAE is of images with opacity, and CLIP sees opaque ones")
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
         self.attributes = list(attributes)
         self.read = nn.Linear(clip.dim_latent, sum(self.attributes)) if attributes else None
@@ -39,7 +50,7 @@ class ClipTask(TrainingTask):
             images = torch.cat((images, batch["second_image"]))
             captions = captions + batch["second_caption"]
             others = others + batch.get("second_negative_captions", [])
-        images = self._augment(images.float() / 255)
+        images = self._augment(resize(self._decoded(images.float() / 255), self.clip.image_size))
         captions = captions + [caption for row in others for caption in row]
         text = self.clip.tokenize(captions)
         # Columns of padding alone are wasted work.
@@ -65,8 +76,15 @@ class ClipTask(TrainingTask):
                   for each, values in zip(logits, wanted.repeat(2, 1).unbind(1), strict=True)]  # fmt: skip
         return torch.stack(losses).sum() / (2 * (wanted != -100).sum()).clamp(min=1)
 
+    def train(self, mode: bool = True) -> ClipTask:
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
     def fixed_parts(self) -> dict[str, str]:
-        return {} if self.clip.tokenizer is None else {"tokenizer": self.clip.tokenizer.fingerprint()}
+        parts = {"tokenizer": self.clip.tokenizer, "VAE": self.vae}
+        return {name: part.fingerprint() for name, part in parts.items() if part is not None}
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"clip": self.clip}
@@ -77,6 +95,18 @@ class ClipTask(TrainingTask):
     def write_companions(self, folder: Path) -> None:
         if self.clip.tokenizer is not None:
             write_tokenizer(self.clip.tokenizer, folder)
+
+    @torch.no_grad()
+    def _decoded(self, images: Tensor) -> Tensor:
+        """The images (b, 3, h, h) in [0, 1], some of them decoded from their tokens."""
+        if self.vae is None:
+            return images
+        chosen = torch.rand(len(images), device=images.device) < DECODED_SHARE
+        if not chosen.any():
+            return images
+        tokens = self.vae.get_codebook_indices(resize(images[chosen], self.vae.image_size))
+        decoded = resize(self.vae.decode_image(tokens), images.shape[-1])
+        return images.index_put((chosen,), decoded.to(images.dtype))
 
     def _augment(self, images: Tensor) -> Tensor:
         size = images.shape[-1]
