@@ -63,8 +63,8 @@ def runs(tmp_path_factory):
     call("DALLE-pytorch/train_clip.py", *data, "--output_dir", folder / "clip", "--bpe_path",
          folder / "tokenizer.json", "--dim_text", 16, "--dim_image", 16, "--dim_latent", 8, "--text_enc_depth", 1,
          "--text_heads", 1, "--visual_enc_depth", 1, "--visual_heads", 1, "--visual_image_size", 32,
-         "--visual_patch_size", 8, "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", 1, "--vae_path",
-         folder / "vqgan/vae")  # fmt: skip
+         "--visual_patch_size", 8, "--visual_conv_stem", "--visual_attention_pool", "--layer_scale", 1, "--dalle_path",
+         folder / "dalle/dalle")  # fmt: skip
     network = ("--image_size", 64, "--num_channels", 32, "--channel_mult", "1,1", "--crop_size", 32)
     call("diffusion/train.py", "--data_dir", pictures, *LOOP, *network, "--output_dir", folder / "decoder",
          "--vae_path", folder / "vqgan/vae", "--patch_size", 2, "--num_heads", 1, "--emb_output_dims", 32,

@@ -1,5 +1,7 @@
 """CLIP's training task: what the pictures go through, and its loss with hard negatives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,44 +128,77 @@ def test_attributes_that_are_all_unknown_cost_nothing(clip):
     assert ClipTask(clip, attributes=(3,))(batch)[1]["loss_attributes"] == 0
 
 
-class Negative(nn.Module):
-    """Stands in for a VAE of twice CLIP's side: its tokens are what the images have in their middle, inverted."""
+class Mirror(nn.Module):
+    """Stands in for a prior and its VAE, of one pixel a token and 8 grey values: what it draws in place of an image is
+    sure to be the image mirrored, if it is told the letters of its caption and its tokens."""
 
-    image_size, channels = 32, 3
+    image_fmap_size, text_seq_len = 16, 4
 
-    def get_codebook_indices(self, images):
-        assert images.shape[-1] == 32
-        return (255 - images[:, :, 16, 16] * 255).round().long()
+    def __init__(self):
+        super().__init__()
+        self.vae = SimpleNamespace(channels=3, decode_image=self.decode_image)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def tokenize(self, captions):
+        return Letters().tokenize(captions, self.text_seq_len)
+
+    def encode_image(self, images):
+        return (F.avg_pool2d(images, images.shape[-1] // 16)[:, 0] * 7).round().long().flatten(1)
 
     def decode_image(self, tokens):
+        return (tokens.view(-1, 1, 16, 16) / 7).expand(-1, 3, -1, -1)
+
+    def next_token_logits(self, text, tokens):
         assert not torch.is_grad_enabled() and not self.training
-        return (tokens / 255)[:, :, None, None].expand(-1, -1, 32, 32)
+        mirrored = tokens.view(-1, 16, 16).flip(2).flatten(1)
+        wanted = torch.where((text[:, 0] % 8 == tokens[:, 0])[:, None], mirrored, 0)
+        return 100.0 * F.one_hot(wanted, 64)
 
     def fingerprint(self):
-        return "negative"
+        return "mirror"
 
 
 @pytest.mark.parametrize("side", [16, 32])
-def test_half_of_the_images_are_what_the_vae_decodes_of_them(clip, side):
+def test_half_of_the_images_are_redrawn_by_the_prior(clip, side):
     seen, encode = [], clip.encode_image
     clip.encode_image = lambda images: seen.append(images) or encode(images)
-    task = ClipTask(clip, noise=0.0, vae=Negative()).train()
-    images = torch.full((64, 3, side, side), 51, dtype=torch.uint8)
+    task = ClipTask(clip, noise=0.0, smallest_crop=1.0, prior=Mirror()).train()
+    task._augment = lambda images: images
+    rows = (torch.arange(16) // 8 + 1).expand(128, 3, 16, 16).clone()  # of 1 and 2, 128 times
+    rows[64:] += 4  # 5 and 6
+    images = F.interpolate(rows * 255 / 7, scale_factor=side // 16).round().to(torch.uint8)
+    batch = {"image": images[:64], "caption": ["ab"] * 64, "second_image": images[64:], "second_caption": ["ef"] * 64}
     torch.manual_seed(0)
-    loss, _ = task({"image": images, "caption": ["ab"] * 64, "second_image": images, "second_caption": ["cd"] * 64})
+    loss, _ = task(batch)
     assert seen[0].shape == (128, 3, 16, 16) and loss.requires_grad
-    decoded = seen[0].mean(dim=(1, 2, 3)) > 0.5
-    torch.testing.assert_close(seen[0][decoded], torch.full_like(seen[0][decoded], 0.8))
-    torch.testing.assert_close(seen[0][~decoded], torch.full_like(seen[0][~decoded], 0.2))
-    assert decoded[:64].float().mean().item() == pytest.approx(0.5, abs=0.2)
-    assert decoded[64:].float().mean().item() == pytest.approx(0.5, abs=0.2)
+    found = (seen[0] * 7).round().long()
+    redrawn = (found == rows.flip(3)).flatten(1).all(1)
+    assert torch.equal(redrawn, ~(found == rows).flatten(1).all(1))
+    assert redrawn[:64].float().mean().item() == pytest.approx(0.5, abs=0.2)
+    assert redrawn[64:].float().mean().item() == pytest.approx(0.5, abs=0.2)
 
 
-def test_the_vae_is_fixed_and_of_opaque_images(clip, tiny_vae):
-    clip.tokenizer = None
-    task, vae = ClipTask(clip, vae=tiny_vae), tiny_vae
-    assert task.fixed_parts()["VAE"] == vae.fingerprint() and not any(p.requires_grad for p in vae.parameters())
+def test_an_image_is_redrawn_hotter_or_colder_from_step_to_step(clip):
+    prior = Mirror()
+    odds = torch.tensor([1.0, 0.0]).log().clamp(min=-2)  # at a temperature of 1: 12 % of black
+    prior.next_token_logits = lambda text, tokens: F.pad(odds, (0, 40), value=-1e4).expand(*tokens.shape, 42)
+    prior.vae.decode_image = lambda tokens: (1.0 - tokens.view(-1, 1, 16, 16)).expand(-1, 3, -1, -1)
+    task = ClipTask(clip, prior=prior)
+    white = torch.ones(32, 3, 16, 16)
+    torch.manual_seed(0)
+    shares = []
+    for _ in range(60):
+        black = 1 - task._redrawn(white, ["ab"] * 32)[:, 0]
+        shares.append(black.sum() / black.flatten(1).any(1).sum() / 256)
+    # Temperatures of 0.5 to 1.5: e^-4 to e^-1.33 to 1.
+    assert 0.015 < min(shares) < 0.03 and 0.18 < max(shares) < 0.23
+
+
+def test_the_prior_is_fixed_and_of_opaque_images(clip):
+    clip.tokenizer, prior = None, Mirror()
+    task = ClipTask(clip, prior=prior)
+    assert task.fixed_parts() == {"prior": "mirror"} and not prior.weight.requires_grad
     assert {*task.native_parts()} == {"clip"}
-    vae.channels = 4
+    prior.vae.channels = 4
     with pytest.raises(UsageError, match="opacity"):
-        ClipTask(clip, vae=vae)
+        ClipTask(clip, prior=prior)

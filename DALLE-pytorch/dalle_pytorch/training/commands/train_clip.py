@@ -50,8 +50,8 @@ class TrainClipSettings(ClipArchitecture, CaptionSettings, ImageSettings, Traini
                                          "the options")  # fmt: skip
     layer_scale: float | None = option(None, "initial scale of every residual branch (default: 0.1 in the first 18 "
                                              "layers; 1 learns faster with few layers)", low=0, above=True)  # fmt: skip
-    vae_path: str | None = option(None, "VAE of the prior whose images are to be ranked: half of the images are shown "
-                                        "as it decodes their tokens")  # fmt: skip
+    dalle_path: str | None = option(None, "prior whose samples are to be ranked: it redraws half of the images, "
+                                          "which then have its faults")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dalle_pytorch.clip.trainable import CLIP
     from dalle_pytorch.data.datasets import open_dataset
     from dalle_pytorch.data.registry import RegisteredDataset
-    from dalle_pytorch.published.load import load_vae
+    from dalle_pytorch.published.load import load_prior
     from dalle_pytorch.tokenizers.load import load_tokenizer
     from dalle_pytorch.training.commands.progress import run_training
     from dalle_pytorch.training.tasks.base import LongCaption
@@ -78,10 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             clip.visual_transformer.set_layer_scale(settings.layer_scale)
         clip.temperature.data.fill_(math.log(1 / 0.07))  # as in the paper, arXiv:2103.00020
     clip.tokenizer = tokenizer
-    vae = None if settings.vae_path is None else load_vae(settings.vae_path)
-    image_size = max(clip.image_size, 0 if vae is None else vae.image_size)
+    prior, image_size = None, clip.image_size
+    if settings.dalle_path is not None:
+        prior = load_prior(settings.dalle_path)
+        prior.tokenizer = prior.tokenizer or tokenizer
+        image_size = max(image_size, prior.image_fmap_size * 2**prior.vae.num_layers)
     caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, clip.text_seq_len)
     dataset = open_dataset(settings.image_text_folder, image_size, caption_problem=caption_problem,
                            **settings.dataset_options())  # fmt: skip
     attributes = dataset.attributes if isinstance(dataset, RegisteredDataset) else ()
-    run_training("CLIP", ClipTask(clip, attributes=attributes, vae=vae), dataset, settings)
+    run_training("CLIP", ClipTask(clip, attributes=attributes, prior=prior), dataset, settings)

@@ -13,10 +13,14 @@ from dalle_pytorch.clip.trainable import CLIP, Contrast
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.pretrained import PretrainedModel
+from dalle_pytorch.priors.base import Prior
+from dalle_pytorch.sampling.filters import draw
+from dalle_pytorch.sampling.settings import SamplingSettings
 from dalle_pytorch.training.tasks.base import Batch, Loss, TrainingTask, write_tokenizer
-from dalle_pytorch.vae.base import ImageTokenizer
 
-DECODED_SHARE = 0.5  # of the images, where there is a VAE
+REDRAWN_SHARE = 0.5  # of the images, where there is a prior
+TEMPERATURES = (0.5, 1.5)  # at which it redraws them
+REDRAWN_TOP_K = 32
 
 
 class ClipTask(TrainingTask):
@@ -29,17 +33,19 @@ class ClipTask(TrainingTask):
     learn word order: a caption and the same with its two subjects exchanged.
 
     Images are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled images, and guide on
-    cutouts of half-denoised ones. With a `vae` half of them, at random, are what it decodes of their tokens: sampled
-    images have its faults. Images of another size than CLIP's are scaled to it. `accuracy` is the share of the images
-    whose caption is the likeliest of all that they are compared with.
+    cutouts of half-denoised ones. With a `prior` half of them, at random, are redrawn by it: each token anew, given the
+    caption and the image's own tokens before it. So they have the faults of sampled images, for one pass of the prior.
+    Images of another size than CLIP's are scaled to it.
+
+    `accuracy` is the share of the images whose caption is the likeliest of all that they are compared with.
     """
 
     def __init__(self, clip: CLIP, smallest_crop: float = 0.8, noise: float = 0.06,
-                 attributes: Sequence[int] = (), vae: ImageTokenizer | None = None):  # fmt: skip
+                 attributes: Sequence[int] = (), prior: Prior | None = None):  # fmt: skip
         super().__init__()
-        if vae is not None and vae.channels != 3:
-            raise UsageError("this VAE is of images with opacity, and CLIP sees opaque ones")
-        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        if prior is not None and prior.vae.channels != 3:
+            raise UsageError("this prior draws images with opacity, and CLIP sees opaque ones")
+        self.prior = None if prior is None else prior.requires_grad_(False).eval()
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
         self.attributes = list(attributes)
         self.read = nn.Linear(clip.dim_latent, sum(self.attributes)) if attributes else None
@@ -50,7 +56,8 @@ class ClipTask(TrainingTask):
             images = torch.cat((images, batch["second_image"]))
             captions = captions + batch["second_caption"]
             others = others + batch.get("second_negative_captions", [])
-        images = self._augment(resize(self._decoded(images.float() / 255), self.clip.image_size))
+        images = self._redrawn(images.float() / 255, captions)
+        images = self._augment(resize(images, self.clip.image_size))
         captions = captions + [caption for row in others for caption in row]
         text = self.clip.tokenize(captions)
         # Columns of padding alone are wasted work.
@@ -78,12 +85,12 @@ class ClipTask(TrainingTask):
 
     def train(self, mode: bool = True) -> ClipTask:
         super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
+        if self.prior is not None:
+            self.prior.eval()
         return self
 
     def fixed_parts(self) -> dict[str, str]:
-        parts = {"tokenizer": self.clip.tokenizer, "VAE": self.vae}
+        parts = {"tokenizer": self.clip.tokenizer, "prior": self.prior}
         return {name: part.fingerprint() for name, part in parts.items() if part is not None}
 
     def native_parts(self) -> dict[str, PretrainedModel]:
@@ -97,16 +104,22 @@ class ClipTask(TrainingTask):
             write_tokenizer(self.clip.tokenizer, folder)
 
     @torch.no_grad()
-    def _decoded(self, images: Tensor) -> Tensor:
-        """The images (b, 3, h, h) in [0, 1], some of them decoded from their tokens."""
-        if self.vae is None:
+    def _redrawn(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """The images (b, 3, h, h) in [0, 1], some of them redrawn by the prior."""
+        if self.prior is None:
             return images
-        chosen = torch.rand(len(images), device=images.device) < DECODED_SHARE
-        if not chosen.any():
+        chosen = (torch.rand(len(images)) < REDRAWN_SHARE).nonzero()[:, 0]
+        if not len(chosen):
             return images
-        tokens = self.vae.get_codebook_indices(resize(images[chosen], self.vae.image_size))
-        decoded = resize(self.vae.decode_image(tokens), images.shape[-1])
-        return images.index_put((chosen,), decoded.to(images.dtype))
+        text = self.prior.tokenize([captions[i] for i in chosen])
+        chosen = chosen.to(images.device)
+        tokens = self.prior.encode_image(images[chosen])
+        logits = self.prior.next_token_logits(text, tokens).flatten(0, 1)
+        temperature = float(torch.empty(()).uniform_(*TEMPERATURES))
+        settings = SamplingSettings(top_k=REDRAWN_TOP_K, temperature=temperature)
+        drawn = draw(logits, torch.rand(len(logits), device=logits.device), settings).view_as(tokens)
+        redrawn = resize(self.prior.vae.decode_image(drawn), images.shape[-1])
+        return images.index_copy(0, chosen, redrawn.to(images.dtype))
 
     def _augment(self, images: Tensor) -> Tensor:
         size = images.shape[-1]
