@@ -104,7 +104,7 @@ class ClipTask(TrainingTask):
             write_tokenizer(self.clip.tokenizer, folder)
 
     @torch.no_grad()
-    def _redrawn(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+    def _redrawn(self, images: Tensor, captions: list[str]) -> Tensor:
         """The images (b, 3, h, h) in [0, 1], some of them redrawn by the prior."""
         if self.prior is None:
             return images
