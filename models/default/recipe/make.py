@@ -25,6 +25,8 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
     drawn = "glyphs?of=everything"
     captioned, painted = f"{drawn}&terse_every=6", "glyphs?of=painted&terse_every=6"
     contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true&facts=true"
+    of_prior = ["--vae_path", vae, "--bpe_path", tokenizer, "--batch_size", "16", "--subject_weight", "3",
+                "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"]  # fmt: skip
 
     def training(script: str, name: str, count: int, data: str | None = drawn) -> list[str]:
         folder = [] if data is None else ["--image_text_folder", data]
@@ -37,15 +39,16 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
                   "--num_tokens", "8192", "--local_encoder", "--starting_temp", "0", "--disc_weight", "0",
                   "--perceptual_weight", "0", "--save_every", "200"],
         # Tokens of other pictures among those it is shown: it learns to go by the caption rather than by what it drew.
-        "dalle": [*training(f"{scripts}/train_dalle.py", "dalle", 6000, captioned), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--batch_size", "16", "--learning_rate", "2e-3", "--dim", "192",
-                  "--depth", "6", "--heads", "3", "--layer_scale", "1", "--subject_weight", "3",
-                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"],
+        "dalle": [*training(f"{scripts}/train_dalle.py", "dalle", 6000, captioned), *of_prior,
+                  "--learning_rate", "2e-3", "--dim", "192", "--depth", "6", "--heads", "3", "--layer_scale", "1"],
         # More of what is rare, and what is learned of a token is learned of those that look like it.
-        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, painted), "--vae_path", vae,
-                  "--bpe_path", tokenizer, "--dalle_path", str(runs / "dalle/dalle"), "--batch_size", "16",
-                  "--learning_rate", "1e-3", "--warmup_steps", "50", "--subject_weight", "3",
-                  "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--share_codes", "--save_every", "100"],
+        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, painted), *of_prior,
+                  "--dalle_path", str(runs / "dalle/dalle"), "--learning_rate", "1e-3", "--warmup_steps", "50",
+                  "--share_codes"],
+        # In the end as often as it is asked for: things in their own colours became rare.
+        "finished": [*training(f"{scripts}/train_dalle.py", "finished", 600, captioned), *of_prior,
+                     "--dalle_path", str(runs / "tuned/dalle"), "--learning_rate", "2.5e-4", "--warmup_steps", "50",
+                     "--share_codes"],
         "captions": [*training("models/default/recipe/read_captions.py", "captions", 6000, None),
                      "--bpe_path", tokenizer, "--dim_latent", "256", "--visual_conv_stem", "--visual_attention_pool"],
         # 32 scenes and their twins: 64 pictures a step.
@@ -62,7 +65,7 @@ def install(runs: Path) -> None:
     """Copies the trained parts to `models/default`, each whole or not at all."""
     for source, name in (
         ("vqgan/vae", "vae"),
-        ("tuned/dalle", "dalle"),
+        ("finished/dalle", "dalle"),
         ("clip/clip", "clip"),
         ("decoder/decoder", "decoder"),
         ("judge/judge", "judge"),
