@@ -22,11 +22,12 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
     """The command of every stage, in order; `longer` multiplies the steps of training, `options` go to every one."""
     tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
     scripts = "DALLE-pytorch"
-    drawn = "glyphs?of=everything"
-    captioned, painted = f"{drawn}&terse_every=6", "glyphs?of=painted&terse_every=6"
-    contrasted = f"{drawn}&terse_every=2&wrong_captions=4&twins=true&facts=true"
+    drawn, painted = "glyphs?of=everything", "glyphs?of=painted"
+    contrasted = "wrong_captions=4&twins=true&facts=true"
     of_prior = ["--vae_path", vae, "--bpe_path", tokenizer, "--batch_size", "16", "--subject_weight", "3",
                 "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"]  # fmt: skip
+    # 32 scenes and their twins: 64 pictures a step.
+    of_clip = ["--bpe_path", tokenizer, "--batch_size", "32", "--ema_decay", "0.99", "--muon", "--save_every", "100"]
 
     def training(script: str, name: str, count: int, data: str | None = drawn) -> list[str]:
         folder = [] if data is None else ["--image_text_folder", data]
@@ -39,22 +40,24 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
                   "--num_tokens", "8192", "--local_encoder", "--starting_temp", "0", "--disc_weight", "0",
                   "--perceptual_weight", "0", "--save_every", "200"],
         # Tokens of other pictures among those it is shown: it learns to go by the caption rather than by what it drew.
-        "dalle": [*training(f"{scripts}/train_dalle.py", "dalle", 6000, captioned), *of_prior,
+        "dalle": [*training(f"{scripts}/train_dalle.py", "dalle", 6000, f"{drawn}&terse_every=6"), *of_prior,
                   "--learning_rate", "2e-3", "--dim", "192", "--depth", "6", "--heads", "3", "--layer_scale", "1"],
         # More of what is rare, and what is learned of a token is learned of those that look like it.
-        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, painted), *of_prior,
+        "tuned": [*training(f"{scripts}/train_dalle.py", "tuned", 4000, f"{painted}&terse_every=6"), *of_prior,
                   "--dalle_path", str(runs / "dalle/dalle"), "--learning_rate", "1e-3", "--warmup_steps", "50",
                   "--share_codes"],
         # In the end as often as it is asked for: things in their own colours became rare.
-        "finished": [*training(f"{scripts}/train_dalle.py", "finished", 600, captioned), *of_prior,
+        "finished": [*training(f"{scripts}/train_dalle.py", "finished", 600, f"{drawn}&terse_every=6"), *of_prior,
                      "--dalle_path", str(runs / "tuned/dalle"), "--learning_rate", "2.5e-4", "--warmup_steps", "50",
                      "--share_codes"],
         "captions": [*training("models/default/recipe/read_captions.py", "captions", 6000, None),
                      "--bpe_path", tokenizer, "--dim_latent", "256", "--visual_conv_stem", "--visual_attention_pool"],
-        # 32 scenes and their twins: 64 pictures a step.
-        "clip": [*training(f"{scripts}/train_clip.py", "clip", 3000, contrasted), "--bpe_path", tokenizer,
-                 "--clip_path", str(runs / "captions/clip"), "--batch_size", "32", "--learning_rate", "1e-3",
-                 "--ema_decay", "0.99", "--muon", "--save_every", "100"],
+        "clip": [*training(f"{scripts}/train_clip.py", "clip", 3000, f"{drawn}&terse_every=2&{contrasted}"), *of_clip,
+                 "--clip_path", str(runs / "captions/clip"), "--learning_rate", "1e-3"],
+        # What it will rank: scenes as the prior draws them.
+        "ranker": [*training(f"{scripts}/train_clip.py", "ranker", 1800, f"{painted}&terse_every=4&{contrasted}"),
+                   *of_clip, "--clip_path", str(runs / "clip/clip"), "--dalle_path", str(runs / "finished/dalle"),
+                   "--learning_rate", "7e-4", "--warmup_steps", "50"],
         "decoder": [*training("diffusion/train.py", "decoder", 4000), "--vae_path", vae,
                     "--save_every", "100"],
         "judge": [*training("benchmarks/judge.py", "judge", 1500, None), "--warmup_steps", "50", "--ema_decay", "0.99"],
@@ -66,7 +69,7 @@ def install(runs: Path) -> None:
     for source, name in (
         ("vqgan/vae", "vae"),
         ("finished/dalle", "dalle"),
-        ("clip/clip", "clip"),
+        ("ranker/clip", "clip"),
         ("decoder/decoder", "decoder"),
         ("judge/judge", "judge"),
     ):
