@@ -75,6 +75,11 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
         """Image tokens of a grid."""
         return self.image_fmap_size**2
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images of a grid."""
+        return self.image_fmap_size * 2**self.vae.num_layers
+
     @abstractmethod
     def next_token_logits(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         """The logits (b, n + 1, num_image_tokens) after each of the first 0 … n image tokens (b, n) of texts
@@ -169,7 +174,7 @@ class Prior(PretrainedModel, ABC, Generic[Cache]):
             return image
         # The nearest code depends on small differences: no autocast.
         with torch.autocast(image.device.type, enabled=False):
-            return self.vae.get_codebook_indices(resize(image, self.image_fmap_size * 2**self.vae.num_layers))
+            return self.vae.get_codebook_indices(resize(image, self.image_size))
 
     def num_init_tokens(self, count: int | None) -> int:
         """How many image tokens of an initial image to keep: `count`, or OpenAI's share, 14 rows of 32 by default."""

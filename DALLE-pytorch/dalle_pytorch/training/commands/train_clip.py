@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.dalle_path is not None:
         prior = load_prior(settings.dalle_path)
         prior.tokenizer = prior.tokenizer or tokenizer
-        image_size = max(image_size, prior.image_fmap_size * 2**prior.vae.num_layers)
+        image_size = max(image_size, prior.image_size)
     caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, clip.text_seq_len)
     dataset = open_dataset(settings.image_text_folder, image_size, caption_problem=caption_problem,
                            **settings.dataset_options())  # fmt: skip

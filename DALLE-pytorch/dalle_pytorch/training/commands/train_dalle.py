@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = DalleTask(dalle, tokenizer, settings.null_cond_prob, settings.subject_weight, settings.image_noise,
                      settings.share_codes, settings.dalle_output_file_name)  # fmt: skip
     caption_problem = None if settings.truncate_captions else LongCaption(tokenizer, dalle.text_seq_len)
-    dataset = open_dataset(settings.image_text_folder, dalle.image_fmap_size * 2**dalle.vae.num_layers,
+    dataset = open_dataset(settings.image_text_folder, dalle.image_size,
                            transparent=dalle.vae.channels == 4, caption_problem=caption_problem,
                            **settings.dataset_options())  # fmt: skip
     if settings.cache_tokens:
