@@ -204,14 +204,17 @@ def test_two_visitors_and_a_cancelled_request(visit):
     expect(status(second)).to_have_text("1 candidate. Done.")
 
 
-def test_what_is_refused_is_told_beside_the_field(visit, tmp_path):
+def test_what_is_refused_is_told(visit, tmp_path):
     page = visit()
     generate(page, " ")
-    expect(page.locator("#prompt")).to_contain_text("a prompt is empty; say in a few words what to draw")
-    expect(page.locator("#seed")).not_to_contain_text("expected")
+    refused = page.locator("#refused p")
+    expect(refused).to_have_text("Prompt: a prompt is empty; say in a few words what to draw")
     page.locator("#seed input").fill("-3")
     generate(page)
-    expect(page.locator("#seed")).to_contain_text("expected a whole number, 0 or more")
+    expect(refused).to_contain_text("Seed: expected a whole number, 0 or more")
+    page.locator("#prompt textarea").fill("a lighthouse")  # other events leave it there
+    expect(page.locator("#note mark")).to_have_text("lighthouse")
+    expect(refused).to_contain_text("Seed: expected a whole number, 0 or more")
     page.get_by_role("button", name="New", exact=True).click()
     expect(page.locator("#seed input")).not_to_have_value("-3")
     page.get_by_role("button", name="Finish a picture").click()
@@ -225,13 +228,15 @@ def test_what_is_refused_is_told_beside_the_field(visit, tmp_path):
     expect(page.locator("#settings")).to_contain_text("num_images: expected a whole number, 1 or more")
     generate(page, count=3)
     expect(status(page)).to_have_text("3 candidates. Done.")
+    expect(refused).to_have_count(0)
+    refused = page.locator("#diffusion-refused p")
     page.get_by_role("button", name="Diffuse").click()
-    expect(page.locator("#picks")).to_contain_text("pick at least one image")
+    expect(refused).to_have_text("Picked: pick at least one image: click on it")
     for place in range(3):
         candidates(page).nth(place).click()
         page.wait_for_function(f"document.querySelectorAll('#picks .token').length == {place + 1}")
     page.get_by_role("button", name="Diffuse").click()
-    expect(page.locator("#picks")).to_contain_text("this page allows at most 2, got 3")
+    expect(refused).to_have_text("Picked: this page allows at most 2, got 3")
 
 
 def test_words_that_the_model_has_never_seen_are_marked(visit):

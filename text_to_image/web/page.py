@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import astuple, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Page:
         with gr.Row(elem_id="actions"):
             self.generate_button = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
             self.cancel_button = gr.Button("Cancel", scale=1, min_width=80, elem_id="cancel")
+        self.refused = gr.HTML(elem_id="refused")
 
     def _option_parts(self) -> None:
         own, prior = self.pipe.sampling(), self.pipe.model.prior
@@ -121,6 +122,7 @@ class Page:
             self.size = gr.Slider(64, self.limits.max_size, min(self._own_size(), self.limits.max_size), step=64,
                                   buttons=[], label="Pixels", min_width=140, elem_id="size")  # fmt: skip
         self.diffuse_button = gr.Button("Diffuse the picked images", variant="primary", elem_id="diffuse")
+        self.diffusion_refused = gr.HTML(elem_id="diffusion-refused")
         self.slider = gr.ImageSlider(label="Before and after diffusion", interactive=False, format="png", visible=False,
                                      buttons=["fullscreen"], max_height=480, elem_id="before-after")  # fmt: skip
         self.after = gr.Gallery(label="After diffusion: click for the comparison", columns=4, object_fit="contain",
@@ -145,9 +147,10 @@ class Page:
         generation = [self.prompt, self.num_images, self.temperature, self.top_p, self.cond_scale, self.seed, self.rows]
         results = [self.gallery, self.picks, self.status, self.drawn, self.diffused]
         generating = gr.on(
-            [self.generate_button.click, self.prompt.submit], self.on_generate, [*generation, self.start],
-            results, validator=self.check_generation, **shown,
-        )  # fmt: skip
+            [self.generate_button.click, self.prompt.submit], self._refused(Generation, generation), generation,
+            self.refused, **quick,
+        ).then(self.on_generate, [*generation, self.start], results,
+               validator=self.check_generation, **shown)  # fmt: skip
         loading = self.tokens.upload(self.on_tokens, [self.tokens, self.prompt, self.seed], results,
                                      validator=self.check_tokens, **shown)  # fmt: skip
         running: list[Any] = [generating, loading]
@@ -155,10 +158,11 @@ class Page:
             event.then(self.on_end, self.drawn, self.status, **quick)
         diffusion, images = [self.clip_guidance, self.steps, self.size], [self.drawn, self.picks]
         if self.workers.diffusion:
+            redrawn = [self.picks, *diffusion]
             diffusing = self.diffuse_button.click(
-                self.on_diffuse, [self.picks, *diffusion, self.drawn],
-                [self.after, self.slider, self.status, self.diffused], validator=self.check_diffusion, **shown,
-            )  # fmt: skip
+                self._refused(Diffusion, redrawn), redrawn, self.diffusion_refused, **quick
+            ).then(self.on_diffuse, [*redrawn, self.drawn], [self.after, self.slider, self.status, self.diffused],
+                   validator=self.check_diffusion, **shown)  # fmt: skip
             diffusing.then(self.on_end, self.diffused, self.status, **quick)
             diffusing.then(self.on_files, [*images, self.diffused], self.files, **hidden)
             self.after.select(self.on_compare, self.diffused, self.slider, **quick)
@@ -181,6 +185,19 @@ class Page:
             validator=self.check_settings, **hidden,
         )  # fmt: skip
         Api(self.workers, self.limits, self.folders, self.batch_size).connect(**device)
+
+    def _refused(self, form: type[Generation | Diffusion], parts: Sequence[Any]) -> Callable[..., str]:
+        """A function of the values of the form's parts: HTML that says what of them is refused, and stays.
+
+        gradio marks the parts themselves, but takes its marks away when any event ends, be it one that was under way.
+        """
+
+        def refused(*values: Any) -> str:
+            refusals = form(*values).refusals(self.limits)
+            labels = {field.name: part.label for field, part in zip(fields(form), parts, strict=True)}
+            return html.note(*(f"{labels[name]}: {said}" for name, said in refusals.items())) if refusals else ""
+
+        return refused
 
     def check_generation(self, *values: Any) -> list[Any]:
         return validation(Generation(*values[:-1]).refusals(self.limits), Generation, values)
