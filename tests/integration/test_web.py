@@ -84,10 +84,11 @@ def candidates(page: Page):
     return page.locator("#candidates .grid-container > *")
 
 
-def is_framed(page: Page, place: int):
-    return "✓" in page.evaluate(
-        "place => getComputedStyle(document.querySelectorAll('#candidates .grid-container > *')[place], '::after')"
-        ".content", place)  # fmt: skip
+def wait_for_frames(page: Page, *framed: bool):
+    """Waits until these of the candidates have a tick, and no others."""
+    ticks = ("[...document.querySelectorAll('#candidates .grid-container > *')].map("
+             "each => getComputedStyle(each, '::after').content.includes('✓'))")  # fmt: skip
+    page.wait_for_function(f"framed => JSON.stringify({ticks}) == JSON.stringify(framed)", arg=framed)
 
 
 def file(page: Page, name: str):
@@ -119,13 +120,13 @@ def test_from_a_prompt_to_the_files(visit, tmp_path):
         candidates(page).nth(place).click()
         expect(page.locator("#picks")).to_contain_text(f"#{numbers[place]}")
     page.wait_for_function("document.querySelectorAll('#files a').length == 5")
-    assert [is_framed(page, place) for place in range(3)] == [True, True, False]
+    wait_for_frames(page, True, True, False)
     candidates(page).nth(0).click()
     expect(page.locator("#picks")).not_to_contain_text(f"#{numbers[0]}")
     candidates(page).nth(2).click()
     expect(page.locator("#picks")).to_contain_text(f"#{numbers[2]}")
     expect(file(page, f"candidate-{numbers[2]}.png")).to_be_visible()
-    assert [is_framed(page, place) for place in range(3)] == [False, True, True]
+    wait_for_frames(page, False, True, True)
 
     # Diffusion, with a preview before the end.
     page.locator("#steps input[type=number]").fill("8")
