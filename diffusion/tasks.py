@@ -159,10 +159,8 @@ class DecoderTask(DiffusionTask):
         self.decoder = decoder
         decoder.vae.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> DecoderTask:
-        super().train(mode)
-        self.decoder.vae.eval()
-        return self
+    def frozen_parts(self) -> list[nn.Module]:
+        return [self.decoder.vae]
 
     def tokens(self, images: Tensor, batch: Batch) -> Tensor:
         """(b, side²) int64: those of the batch, or what the VAE finds."""
@@ -212,10 +210,8 @@ class DistillationTask(DecoderTask):
         self.visited = spaced_steps(self.denoiser.num_steps, f"quad{passes}")
         self.substeps = substeps
 
-    def train(self, mode: bool = True) -> DistillationTask:
-        super().train(mode)
-        self.teacher.eval()
-        return self
+    def frozen_parts(self) -> list[nn.Module]:
+        return [*super().frozen_parts(), self.teacher]
 
     def fixed_parts(self) -> dict[str, str]:
         return {**super().fixed_parts(), "teacher": self.teacher.fingerprint()}

@@ -91,6 +91,7 @@ def test_a_student_of_few_passes_learns_what_its_teacher_draws_in_many(tiny_vae,
     teacher = task.teacher.fingerprint()
     optimizer = torch.optim.Adam((p for p in task.parameters() if p.requires_grad), lr=1e-3)
     task.train()
+    assert not task.teacher.training and not tiny_vae.training and decoder.unet.training
     for _ in range(30):
         loss, found = task(batch)
         optimizer.zero_grad()

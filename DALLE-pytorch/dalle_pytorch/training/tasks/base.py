@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class TrainingTask(nn.Module, ABC):
     def fixed_parts(self) -> dict[str, str]:
         """Fingerprints of what the training uses and does not train, by name; it is resumed with the same only."""
         return {}
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """The networks within the task that are not trained, and stay in evaluation mode."""
+        return []
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in self.frozen_parts():
+            part.eval()
+        return self
 
     def compiled_parts(self) -> list[nn.Module]:
         """The networks whose calls `torch.compile` is worth its time for."""

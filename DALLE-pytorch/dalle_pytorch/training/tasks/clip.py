@@ -83,11 +83,8 @@ class ClipTask(TrainingTask):
                   for each, values in zip(logits, wanted.repeat(2, 1).unbind(1), strict=True)]  # fmt: skip
         return torch.stack(losses).sum() / (2 * (wanted != -100).sum()).clamp(min=1)
 
-    def train(self, mode: bool = True) -> ClipTask:
-        super().train(mode)
-        if self.prior is not None:
-            self.prior.eval()
-        return self
+    def frozen_parts(self) -> list[nn.Module]:
+        return [] if self.prior is None else [self.prior]
 
     def fixed_parts(self) -> dict[str, str]:
         parts = {"tokenizer": self.clip.tokenizer, "prior": self.prior}
