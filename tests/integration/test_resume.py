@@ -473,8 +473,8 @@ def test_signal_while_data_do_not_come(tmp_path, workers):
     wait_for(lambda: noted(tmp_path / "broken") == 7, process)
     started = time.monotonic()
     process.terminate()
-    process.join(60)
-    assert process.exitcode == 143 and time.monotonic() - started < 10
+    process.join(300)
+    assert process.exitcode == 143 and time.monotonic() - started < 100
     assert checkpoints(tmp_path / "broken")[-1] == "step-00000007"
     train(Task(), Numbers(), few_steps(tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -134,7 +134,7 @@ def test_processes_share_one_download(server):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0, 0] and len(server.asked) == 1
     assert default_file(server.file()).read_bytes() == CONTENT
 
