@@ -15,6 +15,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.files.atomic import write_text
+from dalle_pytorch.scenes.captions import states_place
 from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from text_to_image import Model
@@ -26,9 +27,9 @@ class TwinSettings(Settings):
 
     python benchmarks/clip_twins.py --count 1500
 
-    For every fact, of scenes with one subject and with two: how often the right one of two captions fits an image best,
-    and the right one of two images a caption; half is chance. Prints the table in Markdown and writes
-    `clip_twins.json`.
+    For every fact, of scenes with one subject and with two, and of two whose caption says which is where and whose
+    caption does not: how often the right one of two captions fits an image best, and the right one of two images a
+    caption; half is chance. Prints the table in Markdown and writes `clip_twins.json`.
     """
 
     clip_path: Path | None = option(None, "a CLIP (default: the default model's)")
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = defaultdict(list)
     for index in trange(settings.count, desc="pairs"):
         *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation", of=settings.of), index)
-        told[len(scenes[0].subjects), fact].append(tell_apart(clip, scenes))
+        subjects = str(len(scenes[0].subjects))
+        if scenes[0].relation is not None:
+            subjects += ", placed" if states_place(scenes[0]) else ", unplaced"
+        told[subjects, fact].append(tell_apart(clip, scenes))
     print("| subjects | changed | pairs | caption told | picture told |")
     print("|---|---|---|---|---|")
     rows = []

@@ -22,7 +22,7 @@ class RegisteredDataset(SampleDataset, ABC):
     """Items have `image` (3, resolution, resolution) uint8, `caption`, and what else a task may use.
 
     `attributes` are the numbers of possible values of the item's `attributes` (k,) int64, empty if it has none. A value
-    of -100 is unknown.
+    of -100 is unknown. `caption_attributes`, if an item has it, holds those of them that its caption tells.
     """
 
     attributes: tuple[int, ...] = ()

@@ -111,7 +111,7 @@ def _article(words: str) -> str:
 def states_place(scene: Scene) -> bool:
     """Whether the caption says where the subject is, or which of two is where."""
     tables = (RELATED, REVERSED) if scene.relation else (AT_PLACE,)
-    phrases = [phrase for table in tables for phrase in table[scene.relation or scene.place]]
+    phrases = [phrase for table in tables for phrase in table.get(scene.relation or scene.place, ())]
     return any(f" {phrase} " in f"{scene.caption} " for phrase in phrases)
 
 

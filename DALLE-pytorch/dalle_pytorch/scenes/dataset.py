@@ -10,7 +10,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.drawing import check_resolution
-from dalle_pytorch.scenes.facts import QUESTIONS, answers, indices
+from dalle_pytorch.scenes.facts import ALL_QUESTIONS, answers, indices, paints, stated_answers
 
 
 def image_of(scene: glyphs.Scene, resolution: int) -> Tensor:
@@ -29,21 +29,23 @@ class GlyphsDataset(RegisteredDataset):
     `mask` (16, 16) is the share of each cell under a subject. Every `terse_every`-th caption, if that is given, says
     little, often nothing but what the subject is: single words are learned from these. With `wrong_captions`,
     `negative_captions` are so many, each with one fact made wrong. With `twins` every item holds a second scene as
-    well, under the same keys after `second_`, that differs in one fact and is captioned accordingly. With `facts`,
-    `attributes` are the answers to `facts.QUESTIONS`.
+    well, under the same keys after `second_`, that differs in one fact and is captioned accordingly. Of every
+    `exchanged_every`-th pair, if that is given, the two subjects have their colours exchanged. With `facts`,
+    `attributes` are the answers to `facts.ALL_QUESTIONS`, and `caption_attributes` those that the caption tells.
     """
 
     def __init__(self, resolution: int, count: int = 10_000_000, split: str = "train", of: str = "glyphs",
                  terse_every: int | None = None, wrong_captions: int = 0, twins: bool = False,
-                 facts: bool = False):  # fmt: skip
+                 exchanged_every: int | None = None, facts: bool = False):  # fmt: skip
         check_resolution(resolution)
         if count < 1:
             raise UsageError(f"count must be at least 1, not {count}")
         glyphs.make_scene(0, split, of=of)  # raises for a split or a mixture that there is not
         self.resolution, self.count, self.split, self.of = resolution, count, split, of
         self.terse_every, self.wrong_captions, self.twins = terse_every, wrong_captions, twins
+        self.exchanged_every = exchanged_every
         if facts:
-            self.attributes = tuple(map(len, QUESTIONS.values()))
+            self.attributes = tuple(map(len, ALL_QUESTIONS.values()))
 
     def __len__(self) -> int:
         return self.count
@@ -52,10 +54,11 @@ class GlyphsDataset(RegisteredDataset):
         return (glyphs.make_scene(index, self.split, of=self.of).caption for index in range(self.count))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = glyphs.make_scene(index, self.split, of=self.of)
         terse = bool(self.terse_every) and index % self.terse_every == 0
+        exchanged = self.twins and bool(self.exchanged_every) and index % self.exchanged_every == 0
+        scene = glyphs.make_scene(index, self.split, 2 if exchanged else None, self.of)
         if self.twins:
-            scene, twin, _ = glyphs.make_twins(scene, index, terse)
+            scene, twin, _ = glyphs.make_twins(scene, index, terse, exchanged)
             second = self._sample(twin, self.count + index)
             return self._sample(scene, index) | {f"second_{key}": value for key, value in second.items()}
         return self._sample(glyphs.with_terse_caption(scene, index) if terse else scene, index)
@@ -67,7 +70,8 @@ class GlyphsDataset(RegisteredDataset):
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }
         if self.attributes:
-            item["attributes"] = torch.tensor(indices(answers(scene)))
+            for name, found in (("attributes", answers(scene)), ("caption_attributes", stated_answers(scene))):
+                item[name] = torch.tensor(indices(found | paints(scene), ALL_QUESTIONS))
         if wrong := self.wrong_captions:
             item["negative_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
         return item

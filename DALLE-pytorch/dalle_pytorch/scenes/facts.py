@@ -1,6 +1,9 @@
 """What can be asked of a scene, and the answers."""
 
+from collections.abc import Mapping
+
 from dalle_pytorch.scenes import world
+from dalle_pytorch.scenes.captions import FAMILY, states_place, states_size
 from dalle_pytorch.scenes.world import Scene
 
 # What a subject can be painted in: one of the colours, its own, or a material.
@@ -17,6 +20,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "place": world.PLACES,
     "relation": world.RELATIONS,
 }
+# What the animal, the food, the digit … is painted in. A caption that does not say where its subjects are tells this,
+# and nothing of the first or the second one. Whoever knows it knows which paint belongs to which subject.
+PAINT_QUESTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(sorted(set(FAMILY.values())), PAINTS)
+ALL_QUESTIONS = QUESTIONS | PAINT_QUESTIONS
+OF_A_PLACE = ("kind", "colour", "second_kind", "second_colour", "relation")  # which of two subjects is where
 NOT_ASKED = -100  # what cross_entropy leaves out
 
 
@@ -30,6 +38,21 @@ def answers(scene: Scene) -> dict[str, str]:
     return facts | {"size": first.size} | ({"place": scene.place} if scene.place else {})
 
 
-def indices(facts: dict[str, str], questions: dict[str, tuple[str, ...]] = QUESTIONS) -> list[int]:
+def stated_answers(scene: Scene) -> dict[str, str]:
+    """The answers without those that hang on a place or a size that the caption does not state."""
+    facts = answers(scene)
+    unstated = [] if states_size(scene) else ["size"]
+    if not states_place(scene):
+        unstated += OF_A_PLACE if scene.relation else ["place"]
+    return {name: answer for name, answer in facts.items() if name not in unstated}
+
+
+def paints(scene: Scene) -> dict[str, str]:
+    """The true answers to `PAINT_QUESTIONS`, but for families of which there are two in different paints."""
+    pairs = {(FAMILY[subject.kind], subject.colour) for subject in scene.subjects}
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else {}
+
+
+def indices(facts: Mapping[str, str], questions: Mapping[str, tuple[str, ...]] = QUESTIONS) -> list[int]:
     """The index of the answer to each question, `NOT_ASKED` where there is none."""
     return [options.index(facts[name]) if name in facts else NOT_ASKED for name, options in questions.items()]

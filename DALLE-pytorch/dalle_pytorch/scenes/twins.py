@@ -16,21 +16,28 @@ from dalle_pytorch.scenes.world import COLOURS, GLYPHS, Scene, Subject, can_have
 # How often which fact is changed, in a scene of one subject and of two.
 ONE = {"kind": 3, "colour": 2, "background": 1, "doubled": 2}
 TWO = {"kind": 3, "colour": 2, "background": 1, "doubled": 2, "left out": 2, "colours": 2, "places": 2}
+# In scenes of two that are to teach which colour belongs to which, in captions that do not say which is where: the
+# rarest of pairs, and the only ones that places do not tell apart.
+EXCHANGED = {"colours": 8, "doubled": 1}
+UNPLACED = LEFT_OPEN | {"relation": 1.0}
 # What the place of either of two subjects is called when it is alone.
 ALONE: dict[str | None, tuple[str, str]] = {"left": ("left", "right"), "above": ("top", "bottom")}
 
 
-def make_twins(scene: Scene, seed: int = 0, terse: bool = False) -> tuple[Scene, Scene, str]:
+def make_twins(scene: Scene, seed: int = 0, terse: bool = False,
+               exchanged: bool = False) -> tuple[Scene, Scene, str]:  # fmt: skip
     """The scene with a new caption, its twin, which is of the same split and has one fact changed that the caption
     states, and that fact, by its name in `ONE` or `TWO`.
 
     It is a subject's kind or colour or the background; the same subject twice; or of two subjects one alone, their
     colours exchanged, or their places. Captions are such as training has, or terse as in `with_terse_caption`.
+    `exchanged` is for scenes of two subjects: their colours are exchanged, where that is possible, and the captions do
+    not say which is where.
     """
     rng = np.random.default_rng([len(world.SPLITS) + 2, seed])
-    left_open = TERSE if terse else LEFT_OPEN
+    left_open = UNPLACED if exchanged else TERSE if terse else LEFT_OPEN
     split = split_of_scene(scene.subjects, scene.background)
-    shares = ONE if scene.relation is None else TWO
+    shares = EXCHANGED if exchanged else ONE if scene.relation is None else TWO
     facts, weights = [*shares], np.array([*shares.values()]) / sum(shares.values())
     while True:  # A doubled subject will always do.
         fact = str(rng.choice(facts, p=weights))

@@ -20,7 +20,7 @@ from dalle_pytorch.cli import run
 from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel
-from dalle_pytorch.scenes.facts import NOT_ASKED, QUESTIONS, answers, indices
+from dalle_pytorch.scenes.facts import ALL_QUESTIONS, NOT_ASKED, indices, paints, stated_answers
 from dalle_pytorch.settings import again, option
 from dalle_pytorch.tokenizers.hug import HugTokenizer
 from dalle_pytorch.training import TrainingSettings, TrainingTask
@@ -48,11 +48,11 @@ class CaptionTask(TrainingTask):
     def __init__(self, clip: CLIP):
         super().__init__()
         self.clip = clip
-        self.read = nn.Linear(clip.dim_latent, sum(map(len, QUESTIONS.values())))
+        self.read = nn.Linear(clip.dim_latent, sum(map(len, ALL_QUESTIONS.values())))
 
     def forward(self, batch: Batch) -> Loss:
         latents = F.normalize(self.clip.encode_text(self.clip.tokenize(batch["caption"])), dim=-1)
-        logits = self.read(latents * self.clip.dim_latent**0.5).split([*map(len, QUESTIONS.values())], dim=1)
+        logits = self.read(latents * self.clip.dim_latent**0.5).split([*map(len, ALL_QUESTIONS.values())], dim=1)
         pairs = [*zip(logits, batch["attributes"].unbind(1), strict=True)]
         losses = [F.cross_entropy(*pair, ignore_index=NOT_ASKED, reduction="sum") for pair in pairs]
         return torch.stack(losses).sum() / len(latents), {}
@@ -66,7 +66,7 @@ class CaptionTask(TrainingTask):
 
 
 class Captions(SampleDataset):
-    """Captions of training scenes, every fifth a terse one, and the answers to `QUESTIONS`, none of them drawn."""
+    """Captions of training scenes, every fifth a terse one, and the answers to `ALL_QUESTIONS` that they tell."""
 
     def __len__(self) -> int:
         return 10_000_000
@@ -74,7 +74,8 @@ class Captions(SampleDataset):
     def __getitem__(self, index: int) -> dict[str, str | Tensor]:
         scene = glyphs.make_scene(index, of="everything")
         scene = glyphs.with_terse_caption(scene, index) if index % 5 == 0 else scene
-        return {"caption": scene.caption, "attributes": torch.tensor(indices(answers(scene)))}
+        told = indices(stated_answers(scene) | paints(scene), ALL_QUESTIONS)
+        return {"caption": scene.caption, "attributes": torch.tensor(told)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dalle_pytorch import scenes as glyphs
+from dalle_pytorch.scenes.captions import states_place
 from dalle_pytorch.scenes.dataset import GlyphsDataset
-from dalle_pytorch.scenes.facts import NOT_ASKED, QUESTIONS
+from dalle_pytorch.scenes.facts import ALL_QUESTIONS, NOT_ASKED, answers, paints, stated_answers
 from dalle_pytorch.scenes.twins import ONE, TWO, change_scene
+from dalle_pytorch.scenes.world import Scene, Subject
 
 # Every name of every kind of subject.
 NAMES = {name: name for name in glyphs.world.SUBJECTS}
@@ -262,15 +265,65 @@ def test_items_have_twins_when_wanted():
     assert len(item["negative_captions"]) == len(item["second_negative_captions"]) == 2
 
 
+def test_twins_with_exchanged_colours_are_not_told_apart_by_their_places():
+    facts = []
+    for index in range(60):
+        scene = glyphs.make_scene(index, num_subjects=2, of="painted")
+        first, second, fact = glyphs.make_twins(scene, index, exchanged=True)
+        facts.append(fact)
+        assert not states_place(first) and not states_place(second)
+        if fact == "colours":
+            assert [subject.colour for subject in first.subjects] == [s.colour for s in second.subjects][::-1]
+    assert facts.count("colours") > 15 and set(facts) == {"colours", "doubled"}
+
+
+def test_every_so_many_th_item_is_a_pair_with_exchanged_colours():
+    data = GlyphsDataset(32, of="painted", twins=True, exchanged_every=2, facts=True)
+    count = list(ALL_QUESTIONS).index("count")
+    for index in range(0, 12, 2):
+        _, second, fact = glyphs.make_twins(glyphs.make_scene(index, "train", 2, "painted"), index, exchanged=True)
+        item = data[index]
+        assert item["second_caption"] == second.caption and item["attributes"][count] == 1
+        assert fact == "doubled" or not item["attributes"].equal(item["second_attributes"])
+    plain = GlyphsDataset(32, of="painted", twins=True)
+    assert [data[i]["caption"] for i in (1, 3, 5)] == [plain[i]["caption"] for i in (1, 3, 5)]
+    # Without twins there is nothing to exchange.
+    alone = GlyphsDataset(32, of="painted", exchanged_every=2)
+    assert [alone[i]["caption"] for i in range(4)] == [glyphs.make_scene(i, of="painted").caption for i in range(4)]
+
+
 def test_items_have_facts_when_wanted():
     data, plain = GlyphsDataset(32, of="everything", facts=True), GlyphsDataset(32)
     assert "attributes" not in plain[0] and plain.attributes == ()
-    assert data.attributes == tuple(len(options) for options in QUESTIONS.values())
+    assert data.attributes == tuple(len(options) for options in ALL_QUESTIONS.values())
     for index in range(30):
-        scene, row = glyphs.make_scene(index, of="everything"), data[index]["attributes"].tolist()
-        said = {name: QUESTIONS[name][at] for name, at in zip(QUESTIONS, row, strict=True) if at != NOT_ASKED}
+        scene, item = glyphs.make_scene(index, of="everything"), data[index]
+        said, told = (
+            {name: ALL_QUESTIONS[name][at] for name, at in zip(ALL_QUESTIONS, item[key].tolist(), strict=True)
+             if at != NOT_ASKED}
+            for key in ("attributes", "caption_attributes")
+        )  # fmt: skip
+        assert said == answers(scene) | paints(scene) and told == stated_answers(scene) | paints(scene)
         assert said["background"] == scene.background and said["count"] == str(len(scene.subjects))
         kinds = [said["kind"], said.get("second_kind")]
         assert kinds == [*[subject.kind for subject in scene.subjects], None][:2]
         assert said.get("place") == scene.place and said.get("relation") == scene.relation
         assert ("size" in said) == (len(scene.subjects) == 1)
+
+
+def test_captions_tell_no_more_than_they_state():
+    cat, seven = Subject("cat", "natural", "small", 0, 4), Subject("seven", "red", "small", 8, 4)
+    scene = Scene((cat, seven), "brick", 0, 0, "a cat next to a red seven on brick", relation="left")
+    unplaced = {"count": "2", "background": "brick"}
+    assert stated_answers(scene) == unplaced and paints(scene) == {"animal": "natural", "digit": "red"}
+    scene = replace(scene, caption="a cat left of a red seven on brick")
+    assert stated_answers(scene) == answers(scene) and answers(scene)["second_colour"] == "red"
+    dog = replace(seven, kind="dog")
+    assert paints(replace(scene, subjects=(cat, dog))) == {}
+    assert paints(replace(scene, subjects=(cat, replace(dog, colour="natural")))) == {"animal": "natural"}
+    one = {"count": "1", "background": "brick", "kind": "cat", "colour": "natural"}
+    scene = Scene((cat,), "brick", 0, 0, "a cat on brick", place="left")
+    assert stated_answers(scene) == one
+    assert stated_answers(replace(scene, caption="a small cat on brick")) == one | {"size": "small"}
+    assert stated_answers(replace(scene, caption="a cat on the left on brick")) == one | {"place": "left"}
+    assert stated_answers(replace(scene, place=None)) == one

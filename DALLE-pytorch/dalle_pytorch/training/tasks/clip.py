@@ -29,8 +29,9 @@ class ClipTask(TrainingTask):
     differs a little from the first.
 
     Where the data have `attributes` (b, k), class indices, one linear map predicts them from the features of the image
-    and from those of the caption alike. `attributes` are the numbers of classes. The contrastive loss alone is slow to
-    learn word order: a caption and the same with its two subjects exchanged.
+    and from those of the caption alike; `caption_attributes`, where the data have them, are those that the caption
+    tells. `attributes` are the numbers of classes. The contrastive loss alone is slow to learn word order: a caption
+    and the same with its two subjects exchanged.
 
     Images are shifted, scaled, blurred and made noisy at random, a little: CLIP will judge sampled images, and guide on
     cutouts of half-denoised ones. With a `prior` half of them, at random, are redrawn by it: each token anew, given the
@@ -69,19 +70,20 @@ class ClipTask(TrainingTask):
         metrics = {"accuracy": accuracy, "scale": self.clip.temperature.detach().exp()}
         loss = contrast.loss()
         if self.read is not None:
-            wanted = torch.cat([batch[name] for name in ("attributes", "second_attributes") if name in batch])
-            loss_attributes = self._attribute_loss(contrast, wanted.to(images.device))
+            of_images = _of_both_pairs(batch, "attributes")
+            told = _of_both_pairs(batch, "caption_attributes") if "caption_attributes" in batch else of_images
+            loss_attributes = self._attribute_loss(contrast, torch.cat((told, of_images)).to(images.device))
             loss, metrics["loss_attributes"] = loss + loss_attributes, loss_attributes.detach()
         return loss, metrics
 
     def _attribute_loss(self, contrast: Contrast, wanted: Tensor) -> Tensor:
-        """The mean cross-entropy of the attributes (b, k), read from either's features."""
+        """The mean cross-entropy of attributes (2 b, k), of the texts and then of the images, read from features."""
         assert self.read is not None
         latents = torch.cat((contrast.text_latents, contrast.image_latents)) * self.clip.dim_latent**0.5
         logits = self.read(latents).split(self.attributes, dim=1)
         losses = [F.cross_entropy(each, values, ignore_index=-100, reduction="sum")
-                  for each, values in zip(logits, wanted.repeat(2, 1).unbind(1), strict=True)]  # fmt: skip
-        return torch.stack(losses).sum() / (2 * (wanted != -100).sum()).clamp(min=1)
+                  for each, values in zip(logits, wanted.unbind(1), strict=True)]  # fmt: skip
+        return torch.stack(losses).sum() / (wanted != -100).sum().clamp(min=1)
 
     def frozen_parts(self) -> list[nn.Module]:
         return [] if self.prior is None else [self.prior]
@@ -129,3 +131,8 @@ class ClipTask(TrainingTask):
             images = F.interpolate(images, (size, size), mode="bilinear")
         spread = self.noise * torch.rand(len(images), 1, 1, 1, device=images.device)
         return (images + spread * torch.randn_like(images)).clamp(0, 1)
+
+
+def _of_both_pairs(batch: Batch, name: str) -> Tensor:
+    """What a batch has of every image, in the order of the features."""
+    return torch.cat([batch[each] for each in (name, f"second_{name}") if each in batch])
