@@ -11,7 +11,14 @@ Some combinations of subject, colour and background never appear in training. A 
 or one for validation: what is chosen during development is chosen on these.
 """
 
-from dalle_pytorch.scenes.captions import change_caption, states_place, states_size, with_terse_caption, words
+from dalle_pytorch.scenes.captions import (
+    change_caption,
+    states_place,
+    states_size,
+    with_terse_caption,
+    with_unplaced_caption,
+    words,
+)
 from dalle_pytorch.scenes.drawing import draw, subject_mask, write_folder
 from dalle_pytorch.scenes.scenes import MIXTURES, make_scene
 from dalle_pytorch.scenes.twins import make_twins

@@ -14,6 +14,7 @@ COMPLETE = {"colour": 0.0, "kind": 0.0, "background": 0.0, "place": 0.5, "size":
             "article": 0.1}  # fmt: skip
 # Two subjects of which is not said which is where are the hardest to draw, each once: training has more of them.
 LEFT_OPEN = COMPLETE | {"colour": 0.15, "kind": 0.1, "background": 0.2, "relation": 0.25}
+UNPLACED = LEFT_OPEN | {"relation": 1.0}
 TERSE = {"colour": 0.75, "kind": 0.1, "background": 0.85, "place": 0.9, "size": 0.9, "relation": 0.25, "frame": 1.0,
          "article": 0.2}  # fmt: skip
 
@@ -97,6 +98,11 @@ def write_caption(rng: np.random.Generator, subjects: tuple[Subject, ...], backg
 def with_terse_caption(scene: Scene, seed: int = 0) -> Scene:
     """The scene with a caption that says little of it, often no more than "a seven"."""
     return with_caption(scene, np.random.default_rng([len(world.SPLITS) + 1, seed]), TERSE)
+
+
+def with_unplaced_caption(scene: Scene, seed: int = 0) -> Scene:
+    """The scene with a caption that does not say which of two subjects is where."""
+    return with_caption(scene, np.random.default_rng([len(world.SPLITS) + 3, seed]), UNPLACED)
 
 
 def with_caption(scene: Scene, rng: np.random.Generator, left_open: Mapping[str, float]) -> Scene:

@@ -9,7 +9,15 @@ from dataclasses import replace
 import numpy as np
 
 from dalle_pytorch.scenes import world
-from dalle_pytorch.scenes.captions import LEFT_OPEN, TERSE, alike, names_subjects_apart, states_place, with_caption
+from dalle_pytorch.scenes.captions import (
+    LEFT_OPEN,
+    TERSE,
+    UNPLACED,
+    alike,
+    names_subjects_apart,
+    states_place,
+    with_caption,
+)
 from dalle_pytorch.scenes.scenes import CORNERS
 from dalle_pytorch.scenes.world import COLOURS, GLYPHS, Scene, Subject, can_have, split_of_scene
 
@@ -19,7 +27,6 @@ TWO = {"kind": 3, "colour": 2, "background": 1, "doubled": 2, "left out": 2, "co
 # In scenes of two that are to teach which colour belongs to which, in captions that do not say which is where: the
 # rarest of pairs, and the only ones that places do not tell apart.
 EXCHANGED = {"colours": 8, "doubled": 1}
-UNPLACED = LEFT_OPEN | {"relation": 1.0}
 # What the place of either of two subjects is called when it is alone.
 ALONE: dict[str | None, tuple[str, str]] = {"left": ("left", "right"), "above": ("top", "bottom")}
 

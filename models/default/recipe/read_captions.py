@@ -66,14 +66,18 @@ class CaptionTask(TrainingTask):
 
 
 class Captions(SampleDataset):
-    """Captions of training scenes, every fifth a terse one, and the answers to `ALL_QUESTIONS` that they tell."""
+    """Captions of training scenes, every fifth a terse one, every second of two subjects of which it does not say which
+    is where, and the answers to `ALL_QUESTIONS` that they tell."""
 
     def __len__(self) -> int:
         return 10_000_000
 
     def __getitem__(self, index: int) -> dict[str, str | Tensor]:
-        scene = glyphs.make_scene(index, of="everything")
-        scene = glyphs.with_terse_caption(scene, index) if index % 5 == 0 else scene
+        if index % 2:
+            scene = glyphs.with_unplaced_caption(glyphs.make_scene(index, num_subjects=2, of="everything"), index)
+        else:
+            scene = glyphs.make_scene(index, of="everything")
+            scene = glyphs.with_terse_caption(scene, index) if index % 5 == 0 else scene
         told = indices(stated_answers(scene) | paints(scene), ALL_QUESTIONS)
         return {"caption": scene.caption, "attributes": torch.tensor(told)}
 

@@ -70,6 +70,16 @@ def test_captions_of_training_leave_something_open_now_and_then():
     assert all(abs(count / 1000 - expected[fact]) < 0.04 for fact, count in left_open.items()), left_open
 
 
+def test_unplaced_captions_do_not_say_which_is_where():
+    together = set()
+    for index in range(100):
+        scene = glyphs.make_scene(index, num_subjects=2)
+        unplaced = glyphs.with_unplaced_caption(scene, index)
+        assert not states_place(unplaced) and replace(unplaced, caption=scene.caption) == scene
+        together |= {word for word in ("and", "beside", "next to") if f" {word} " in unplaced.caption}
+    assert together == {"and", "beside", "next to"}
+
+
 def test_terse_captions_say_less():
     lengths = []
     for index in range(300):
