@@ -10,7 +10,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.data.registry import RegisteredDataset
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.scenes.drawing import check_resolution
-from dalle_pytorch.scenes.facts import ALL_QUESTIONS, answers, indices, paints, stated_answers
+from dalle_pytorch.scenes.facts import ALL_QUESTIONS, attributes
 
 
 def image_of(scene: glyphs.Scene, resolution: int) -> Tensor:
@@ -70,8 +70,7 @@ class GlyphsDataset(RegisteredDataset):
             "mask": torch.from_numpy(glyphs.subject_mask(scene)),
         }
         if self.attributes:
-            for name, found in (("attributes", answers(scene)), ("caption_attributes", stated_answers(scene))):
-                item[name] = torch.tensor(indices(found | paints(scene), ALL_QUESTIONS))
+            item |= {name: torch.tensor(values) for name, values in attributes(scene).items()}
         if wrong := self.wrong_captions:
             item["negative_captions"] = [glyphs.change_caption(scene, wrong * index + i) for i in range(wrong)]
         return item

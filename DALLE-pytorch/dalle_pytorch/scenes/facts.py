@@ -56,3 +56,10 @@ def paints(scene: Scene) -> dict[str, str]:
 def indices(facts: Mapping[str, str], questions: Mapping[str, tuple[str, ...]] = QUESTIONS) -> list[int]:
     """The index of the answer to each question, `NOT_ASKED` where there is none."""
     return [options.index(facts[name]) if name in facts else NOT_ASKED for name, options in questions.items()]
+
+
+def attributes(scene: Scene) -> dict[str, list[int]]:
+    """The answers to `ALL_QUESTIONS`, as the items of a data set have them: `attributes`, which the picture tells, and
+    `caption_attributes`."""
+    told = {"attributes": answers(scene), "caption_attributes": stated_answers(scene)}
+    return {name: indices(found | paints(scene), ALL_QUESTIONS) for name, found in told.items()}

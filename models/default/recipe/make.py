@@ -50,10 +50,10 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
         "finished": [*training(f"{scripts}/train_dalle.py", "finished", 600, f"{drawn}&terse_every=6"), *of_prior,
                      "--dalle_path", str(runs / "tuned/dalle"), "--learning_rate", "2.5e-4", "--warmup_steps", "50",
                      "--share_codes"],
-        "captions": [*training("models/default/recipe/read_captions.py", "captions", 6000, None),
-                     "--bpe_path", tokenizer, "--dim_latent", "256", "--visual_conv_stem", "--visual_attention_pool"],
+        "facts": [*training("models/default/recipe/read_facts.py", "facts", 4000, None), "--bpe_path", tokenizer,
+                  "--dim_latent", "256", "--visual_conv_stem", "--visual_attention_pool"],
         "clip": [*training(f"{scripts}/train_clip.py", "clip", 3000, f"{drawn}&terse_every=2&{contrasted}"), *of_clip,
-                 "--clip_path", str(runs / "captions/clip"), "--learning_rate", "1e-3"],
+                 "--clip_path", str(runs / "facts/clip"), "--learning_rate", "1e-3"],
         # What it will rank: scenes as the prior draws them.
         "ranker": [*training(f"{scripts}/train_clip.py", "ranker", 1800, f"{painted}&terse_every=4&{contrasted}"),
                    *of_clip, "--clip_path", str(runs / "clip/clip"), "--dalle_path", str(runs / "finished/dalle"),
