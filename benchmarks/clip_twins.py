@@ -35,6 +35,8 @@ class TwinSettings(Settings):
     clip_path: Path | None = option(None, "a CLIP (default: the default model's)")
     count: int = option(1500, "pairs of scenes", low=1)
     of: str = option("everything", "the scenes", choices=glyphs.MIXTURES)
+    exchanged: bool = option(False, "two subjects, their colours exchanged where they can be, and captions that do not "
+                                    "say which is where")  # fmt: skip
     output_dir: Path = option(Path("outputs/clip_twins"), "where the table goes")
     device: str | None = option(None, "cpu, cuda … (default: a GPU if there is one)")
 
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     clip = Model.from_pretrained(device=settings.device, scorer=settings.clip_path).scorer
     told = defaultdict(list)
     for index in trange(settings.count, desc="pairs"):
-        *scenes, fact = glyphs.make_twins(glyphs.make_scene(index, "validation", of=settings.of), index)
+        scene = glyphs.make_scene(index, "validation", 2 if settings.exchanged else None, settings.of)
+        *scenes, fact = glyphs.make_twins(scene, index, exchanged=settings.exchanged)
         subjects = str(len(scenes[0].subjects))
         if scenes[0].relation is not None:
             subjects += ", placed" if states_place(scenes[0]) else ", unplaced"
