@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factories import clip_batch, make_clip
+from helpers import leave_group
 from torch import nn
 
 from dalle_pytorch.clip.trainable import CLIP
@@ -124,7 +125,7 @@ def gradients_of_a_share(rank: int, address: str, folder: str):
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in clip.named_parameters()}
     torch.save({"loss": loss.detach(), **gradients}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_clip_sees_the_batch_of_all_processes(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, leave_group
 from PIL import Image
 from torch import nn
 
@@ -170,7 +170,7 @@ def _train_in_a_process(rank, store, folder):
         pass
     torch.save({"codes": vae.codebook_weight.data, "counts": task.counts, "sums": task.sums,
                 "weight": task.adversary.discriminator[0].weight.data}, f"{folder}/{rank}.pt")  # fmt: skip
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow
