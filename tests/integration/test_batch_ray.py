@@ -1,6 +1,7 @@
 """Jobs on a small Ray cluster: their outputs are those of a job on this machine, whatever was killed."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -108,6 +109,13 @@ def wait_until(condition, seconds=300):
         time.sleep(0.2)
 
 
+def jobs_until(hit):
+    """The numbers of `KILLS` jobs, and of a few more while `hit` is false: a kill may come just after the task that it
+    was to disturb."""
+    yield from range(KILLS)
+    yield from itertools.takewhile(lambda _: not hit(), range(KILLS, 5 * KILLS))
+
+
 class Disturbed(RayExecutor):
     """Calls `kill` at `times` random moments at which one of the actors from the number `first` on has tasks.
 
@@ -141,7 +149,7 @@ def test_actors_killed_at_any_moment(cluster, models, prompts, undisturbed, tmp_
         executors.append(Disturbed(config, moments, lambda: moments.choice(actor_processes()).kill(), times=2))
         return executors[-1]
 
-    for number in range(KILLS):
+    for number in jobs_until(lambda: any(made.errors for made in executors)):
         run_job(job_settings(models, tmp_path / str(number), prompts, ray=cluster.address), executor)
         assert outputs(tmp_path / str(number)) == undisturbed
     assert any(made.errors for made in executors) and not any(made.left for made in executors)
@@ -161,7 +169,7 @@ def test_nodes_that_join_and_are_lost(cluster, models, prompts, undisturbed, tmp
     def join(counts, totals, executor):
         nodes.append(cluster.add_node(num_cpus=1, **NODE))
 
-    for number in range(KILLS):
+    for number in jobs_until(lambda: any(made.errors for made in executors)):
         run_job(job_settings(models, tmp_path / str(number), prompts, ray=cluster.address), executor, planned=join)
         assert outputs(tmp_path / str(number)) == undisturbed
     assert any(made.errors for made in executors) and not any(made.left for made in executors)
