@@ -474,7 +474,7 @@ def test_signal_while_data_do_not_come(tmp_path, workers):
     started = time.monotonic()
     process.terminate()
     process.join(300)
-    assert process.exitcode == 143 and time.monotonic() - started < 100
+    assert process.exitcode == 143 and time.monotonic() - started < 10
     assert checkpoints(tmp_path / "broken")[-1] == "step-00000007"
     train(Task(), Numbers(), few_steps(tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
@@ -21,13 +21,14 @@ from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.data.loading import SampleDataset
 from dalle_pytorch.pretrained import PretrainedModel
 from dalle_pytorch.scenes.dataset import image_of
-from dalle_pytorch.scenes.facts import ALL_QUESTIONS, NOT_ASKED, attributes
+from dalle_pytorch.scenes.facts import ALL_QUESTIONS, attributes
 from dalle_pytorch.settings import again, option
 from dalle_pytorch.tokenizers.hug import HugTokenizer
 from dalle_pytorch.training import TrainingSettings, TrainingTask
 from dalle_pytorch.training.commands.progress import run_training
 from dalle_pytorch.training.commands.train_clip import ClipArchitecture
 from dalle_pytorch.training.tasks.base import Batch, Loss, write_tokenizer
+from dalle_pytorch.training.tasks.clip import AttributeReader
 
 
 @dataclass
@@ -50,7 +51,7 @@ class FactTask(TrainingTask):
     def __init__(self, clip: CLIP):
         super().__init__()
         self.clip = clip
-        self.read = nn.Linear(clip.dim_latent, sum(map(len, ALL_QUESTIONS.values())))
+        self.read = AttributeReader(clip.dim_latent, [*map(len, ALL_QUESTIONS.values())])
 
     def forward(self, batch: Batch) -> Loss:
         images = batch["image"].float() / 255
@@ -60,11 +61,7 @@ class FactTask(TrainingTask):
         return of_captions + of_pictures, {"captions": of_captions.detach(), "pictures": of_pictures.detach()}
 
     def _loss(self, features: Tensor, wanted: Tensor) -> Tensor:
-        latents = F.normalize(features, dim=-1) * self.clip.dim_latent**0.5
-        logits = self.read(latents).split([*map(len, ALL_QUESTIONS.values())], dim=1)
-        losses = [F.cross_entropy(each, answers.to(each.device), ignore_index=NOT_ASKED, reduction="sum")
-                  for each, answers in zip(logits, wanted.unbind(1), strict=True)]  # fmt: skip
-        return torch.stack(losses).sum() / len(latents)
+        return self.read.loss(F.normalize(features, dim=-1), wanted.to(features.device)) / len(features)
 
     def native_parts(self) -> dict[str, PretrainedModel]:
         return {"clip": self.clip}

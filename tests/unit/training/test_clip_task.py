@@ -110,28 +110,31 @@ def test_attributes_are_read_from_images_and_captions_by_one_map(clip):
     assert loss.item() == pytest.approx(task(batch)[0].item() + found["loss_attributes"].item(), rel=1e-4)
 
 
-def test_captions_are_asked_for_what_they_tell(clip):
-    image = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    batch = {"image": image, "caption": ["ab", "cd"], "attributes": torch.tensor([[0], [1]])}
+BLACK = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.fixture
+def sure(clip):
+    """Reads the second of two classes from everything: the loss of the first is 50."""
     task = ClipTask(clip, attributes=(2,), noise=0.0)
     assert task.read is not None
     task.read.weight.data.zero_()
     task.read.bias.data.copy_(torch.tensor([0.0, 50.0]))
-    assert task(batch)[1]["loss_attributes"].item() == pytest.approx(25)
+    return task
+
+
+def test_captions_are_asked_for_what_they_tell(sure):
+    batch = {"image": BLACK, "caption": ["ab", "cd"], "attributes": torch.tensor([[0], [1]])}
+    assert sure(batch)[1]["loss_attributes"].item() == pytest.approx(25)
     told = {"caption_attributes": torch.tensor([[-100], [1]])}
-    assert task(batch | told)[1]["loss_attributes"].item() == pytest.approx(50 / 3)
+    assert sure(batch | told)[1]["loss_attributes"].item() == pytest.approx(50 / 3)
 
 
-def test_attributes_of_the_second_pair_count_too(clip):
-    image = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    pair = {"image": image, "caption": ["ab", "cd"], "attributes": torch.tensor([[0], [0]])}
-    task = ClipTask(clip, attributes=(2,), noise=0.0)
-    assert task.read is not None
-    task.read.weight.data.zero_()
-    task.read.bias.data.copy_(torch.tensor([0.0, 50.0]))
-    second = {"second_image": image, "second_caption": ["ef", "gh"], "second_attributes": torch.tensor([[1], [1]])}
-    assert task(pair)[1]["loss_attributes"].item() == pytest.approx(50)
-    assert task(pair | second)[1]["loss_attributes"].item() == pytest.approx(25)
+def test_attributes_of_the_second_pair_count_too(sure):
+    pair = {"image": BLACK, "caption": ["ab", "cd"], "attributes": torch.tensor([[0], [0]])}
+    second = {"second_image": BLACK, "second_caption": ["ef", "gh"], "second_attributes": torch.tensor([[1], [1]])}
+    assert sure(pair)[1]["loss_attributes"].item() == pytest.approx(50)
+    assert sure(pair | second)[1]["loss_attributes"].item() == pytest.approx(25)
 
 
 def test_attributes_that_are_all_unknown_cost_nothing(clip):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_pytorch.clip.trainable import CLIP, Contrast
+from dalle_pytorch.clip.trainable import CLIP
 from dalle_pytorch.errors import UsageError
 from dalle_pytorch.files.images import resize
 from dalle_pytorch.pretrained import PretrainedModel
@@ -21,6 +23,21 @@ from dalle_pytorch.training.tasks.base import Batch, Loss, TrainingTask, write_t
 REDRAWN_SHARE = 0.5  # of the images, where there is a prior
 TEMPERATURES = (0.5, 1.5)  # at which it redraws them
 REDRAWN_TOP_K = 32
+
+
+class AttributeReader(nn.Linear):
+    """Reads attributes, of so many classes each, from features of captions and of images alike."""
+
+    def __init__(self, dim: int, attributes: Sequence[int]):
+        super().__init__(dim, sum(attributes))
+        self.attributes = list(attributes)
+
+    def loss(self, latents: Tensor, wanted: Tensor) -> Tensor:
+        """The summed cross-entropy of attributes (b, k), -100 where unknown, from normalised features (b, dim)."""
+        logits = self(latents * self.in_features**0.5).split(self.attributes, dim=1)
+        losses = [F.cross_entropy(each, values, ignore_index=-100, reduction="sum")
+                  for each, values in zip(logits, wanted.unbind(1), strict=True)]  # fmt: skip
+        return torch.stack(losses).sum()
 
 
 class ClipTask(TrainingTask):
@@ -48,15 +65,12 @@ class ClipTask(TrainingTask):
             raise UsageError("this prior draws images with opacity, and CLIP sees opaque ones")
         self.prior = None if prior is None else prior.requires_grad_(False).eval()
         self.clip, self.smallest_crop, self.noise = clip, smallest_crop, noise
-        self.attributes = list(attributes)
-        self.read = nn.Linear(clip.dim_latent, sum(self.attributes)) if attributes else None
+        self.read = AttributeReader(clip.dim_latent, attributes) if attributes else None
 
     def forward(self, batch: Batch) -> Loss:
-        images, captions, others = batch["image"], batch["caption"], batch.get("negative_captions", [])
-        if "second_image" in batch:
-            images = torch.cat((images, batch["second_image"]))
-            captions = captions + batch["second_caption"]
-            others = others + batch.get("second_negative_captions", [])
+        images = torch.cat(_of_both_pairs(batch, "image"))
+        captions = [*chain(*_of_both_pairs(batch, "caption"))]
+        others = [*chain(*_of_both_pairs(batch, "negative_captions"))]
         images = self._redrawn(images.float() / 255, captions)
         images = self._augment(resize(images, self.clip.image_size))
         captions = captions + [caption for row in others for caption in row]
@@ -71,19 +85,12 @@ class ClipTask(TrainingTask):
         loss = contrast.loss()
         if self.read is not None:
             of_images = _of_both_pairs(batch, "attributes")
-            told = _of_both_pairs(batch, "caption_attributes") if "caption_attributes" in batch else of_images
-            loss_attributes = self._attribute_loss(contrast, torch.cat((told, of_images)).to(images.device))
+            told = _of_both_pairs(batch, "caption_attributes") or of_images
+            wanted = torch.cat((*told, *of_images)).to(images.device)
+            latents = torch.cat((contrast.text_latents, contrast.image_latents))
+            loss_attributes = self.read.loss(latents, wanted) / (wanted != -100).sum().clamp(min=1)
             loss, metrics["loss_attributes"] = loss + loss_attributes, loss_attributes.detach()
         return loss, metrics
-
-    def _attribute_loss(self, contrast: Contrast, wanted: Tensor) -> Tensor:
-        """The mean cross-entropy of attributes (2 b, k), of the texts and then of the images, read from features."""
-        assert self.read is not None
-        latents = torch.cat((contrast.text_latents, contrast.image_latents)) * self.clip.dim_latent**0.5
-        logits = self.read(latents).split(self.attributes, dim=1)
-        losses = [F.cross_entropy(each, values, ignore_index=-100, reduction="sum")
-                  for each, values in zip(logits, wanted.unbind(1), strict=True)]  # fmt: skip
-        return torch.stack(losses).sum() / (wanted != -100).sum().clamp(min=1)
 
     def frozen_parts(self) -> list[nn.Module]:
         return [] if self.prior is None else [self.prior]
@@ -133,6 +140,6 @@ class ClipTask(TrainingTask):
         return (images + spread * torch.randn_like(images)).clamp(0, 1)
 
 
-def _of_both_pairs(batch: Batch, name: str) -> Tensor:
-    """What a batch has of every image, in the order of the features."""
-    return torch.cat([batch[each] for each in (name, f"second_{name}") if each in batch])
+def _of_both_pairs(batch: Batch, name: str) -> list[Any]:
+    """What a batch has of the first pairs, and of the second ones; empty if it has none."""
+    return [batch[each] for each in (name, f"second_{name}") if each in batch]
