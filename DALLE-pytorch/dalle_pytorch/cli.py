@@ -50,6 +50,8 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
         if broken := [argument for argument in arguments if not _is_text(argument)]:
             raise UsageError(f"an argument is not text in UTF-8: {broken[0]}")
         main(argv)
+        if argv is None:
+            _leave_group()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -65,6 +67,20 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
     finally:
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends
+
+
+def _leave_group() -> None:
+    """Ends a process of a group of gloo's, whose threads may outlive the group and then abort the interpreter at its
+    end; torchrun takes that for a failure."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() != "gloo":
+        return
+    distributed.barrier()  # the others have written what they write
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _is_text(argument: str) -> bool:
