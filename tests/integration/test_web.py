@@ -13,6 +13,7 @@ from helpers import ROOT
 from PIL import Image
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
+from dalle_pytorch.errors import UserError
 from text_to_image import TextToImage
 from text_to_image.web.forms import Limits
 from text_to_image.web.server import served
@@ -203,6 +204,22 @@ def test_two_visitors_and_a_cancelled_request(visit):
     expect(status(second)).to_contain_text("Stopped at")
     generate(second, count=1)
     expect(status(second)).to_have_text("1 candidate. Done.")
+    assert status(first).inner_text() == "Cancelled."  # not where the work before it stopped
+
+
+def test_work_that_fails_leaves_no_progress_bar(visit, monkeypatch):
+    whole = TextToImage.generate_batches
+
+    def failing(*args, **kwargs):
+        yield next(whole(*args, **kwargs))
+        raise UserError("no memory is left")
+
+    monkeypatch.setattr(TextToImage, "generate_batches", failing)
+    page = visit()
+    generate(page, count=4)
+    expect(page.get_by_text("no memory is left")).to_be_visible()
+    expect(status(page)).to_have_text("Stopped at 50%.")
+    expect(candidates(page)).to_have_count(2)
 
 
 def test_what_is_refused_is_told(visit, tmp_path):

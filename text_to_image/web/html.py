@@ -1,5 +1,6 @@
 """Pieces of HTML on the page. Whatever a visitor typed is escaped."""
 
+import re
 from collections.abc import Collection, Sequence
 from html import escape
 
@@ -10,6 +11,12 @@ def status(text: str, done: int | None = None, total: int = 1) -> str:
     """The line that says what the page is doing, with a progress bar of what is `done`."""
     bar = "" if done is None else f'<progress value="{done}" max="{total}"></progress>'
     return f'<div class="status" role="status" aria-live="polite">{bar}<span>{escape(text)}</span></div>'
+
+
+def stopped(shown: str | None) -> str:
+    """The status of work that ended before its time, of the one that it left; empty if that has no progress bar."""
+    percent = re.search(r"<progress .*<span>(\d{1,3}%)</span>", shown or "")
+    return status(f"Stopped at {percent[1]}.") if percent else ""
 
 
 def note(*sentences: str) -> str:

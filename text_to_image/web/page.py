@@ -74,7 +74,7 @@ class Page:
         with gr.Row(elem_id="actions"):
             self.generate_button = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
             self.cancel_button = gr.Button("Cancel", scale=1, min_width=80, elem_id="cancel")
-        self.refused = gr.HTML(elem_id="refused")
+        self.refused = gr.HTML(elem_id="refused", elem_classes="refusal")
 
     def _option_parts(self) -> None:
         own, prior = self.pipe.sampling(), self.pipe.model.prior
@@ -122,7 +122,7 @@ class Page:
             self.size = gr.Slider(64, self.limits.max_size, min(self._own_size(), self.limits.max_size), step=64,
                                   buttons=[], label="Pixels", min_width=140, elem_id="size")  # fmt: skip
         self.diffuse_button = gr.Button("Diffuse the picked images", variant="primary", elem_id="diffuse")
-        self.diffusion_refused = gr.HTML(elem_id="diffusion-refused")
+        self.diffusion_refused = gr.HTML(elem_id="diffusion-refused", elem_classes="refusal")
         self.slider = gr.ImageSlider(label="Before and after diffusion", interactive=False, format="png", visible=False,
                                      buttons=["fullscreen"], max_height=480, elem_id="before-after")  # fmt: skip
         self.after = gr.Gallery(label="After diffusion: click for the comparison", columns=4, object_fit="contain",
@@ -154,8 +154,6 @@ class Page:
         loading = self.tokens.upload(self.on_tokens, [self.tokens, self.prompt, self.seed], results,
                                      validator=self.check_tokens, **shown)  # fmt: skip
         running: list[Any] = [generating, loading]
-        for event in running:
-            event.then(self.on_end, self.drawn, self.status, **quick)
         diffusion, images = [self.clip_guidance, self.steps, self.size], [self.drawn, self.picks]
         if self.workers.diffusion:
             redrawn = [self.picks, *diffusion]
@@ -163,11 +161,13 @@ class Page:
                 self._refused(Diffusion, redrawn), redrawn, self.diffusion_refused, **quick
             ).then(self.on_diffuse, [*redrawn, self.drawn], [self.after, self.slider, self.status, self.diffused],
                    validator=self.check_diffusion, **shown)  # fmt: skip
-            diffusing.then(self.on_end, self.diffused, self.status, **quick)
             diffusing.then(self.on_files, [*images, self.diffused], self.files, **hidden)
             self.after.select(self.on_compare, self.diffused, self.slider, **quick)
             running.append(diffusing)
-        self.cancel_button.click(lambda: html.status("Cancelled."), None, self.status, cancels=running, **quick)
+        for event in running:
+            event.then(self.on_end, self.status, self.status, **quick)
+            event.failure(self.on_end, self.status, self.status, **quick)  # which gradio's `then` leaves out
+        self.cancel_button.click(self.on_cancel, self.status, self.status, cancels=running, **quick)
         self.gallery.select(self.on_select, images, [self.picks, self.gallery], **quick)
         # Without the picks: gradio refuses those that the browser may still have of the candidates before.
         self.gallery.change(self.on_candidates, [self.drawn, self.diffused],
@@ -250,9 +250,16 @@ class Page:
                     yield (gr.Gallery(after, visible=len(picked) > 1),
                            gr.ImageSlider(pair(images[0]), visible=True), told, diffused)  # fmt: skip
 
-    def on_end(self, work: Drawn | None) -> Any:
-        """The status of work that was cancelled or failed, over the progress that it said last."""
-        return KEEP if work is None or work.finished else html.status(f"Stopped at {work.done / work.total:.0%}.")
+    def on_cancel(self, status: str | None) -> str:
+        return html.stopped(status) or html.status("Cancelled.")
+
+    def on_end(self, status: str | None) -> Any:
+        """The status of work that was cancelled or failed, over the progress that it said last.
+
+        It goes by what the page shows, not by the state of the session: work that was cancelled while it waited leaves
+        that of the work before.
+        """
+        return html.stopped(status) or KEEP
 
     def on_compare(self, diffused: Drawn | None, event: gr.SelectData) -> Any:
         images = [image for image in (diffused and diffused.result) or () if image.upscaled_pixels]

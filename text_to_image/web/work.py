@@ -33,7 +33,7 @@ async def stream(work: Callable[[Callable[[T], None]], object]) -> AsyncGenerato
     """Runs `work(update)` in a thread and yields what it calls `update` with, at last the last value.
 
     Values that come faster than every `INTERVAL`, or than they are asked for, are skipped. What `work` raises is raised
-    here. When this is closed or cancelled, the next call of `update` raises `Cancelled`.
+    here, after its last value. When this is closed or cancelled, the next call of `update` raises `Cancelled`.
     """
     loop, changed, latest, error = asyncio.get_running_loop(), asyncio.Event(), list[T](), list[BaseException]()
     closed, ended = threading.Event(), threading.Event()
@@ -64,9 +64,10 @@ async def stream(work: Callable[[Callable[[T], None]], object]) -> AsyncGenerato
             yield latest[0]
             await asyncio.sleep(INTERVAL)
             await changed.wait()
+        if latest:
+            yield latest[0]
         if error:
             raise error[0]
-        yield latest[0]
     finally:
         closed.set()
 

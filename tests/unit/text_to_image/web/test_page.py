@@ -8,6 +8,7 @@ from factories import small_decoder
 
 from text_to_image import TextToImage
 from text_to_image.results import Result
+from text_to_image.web import html
 from text_to_image.web.files import Folders
 from text_to_image.web.forms import Diffusion, Generation, Limits, Saved
 from text_to_image.web.page import Page
@@ -44,3 +45,10 @@ def test_tokens_are_refused_with_the_reason(page, tmp_path):
     assert seed["is_valid"] and not (tmp_path / "upload").exists()
     file, prompt, _ = page.check_tokens([str(tmp_path / "upload")] * 3, "a seven", 0)
     assert file["message"] == "this page allows at most 2, got 3" and prompt["is_valid"]
+
+
+def test_status_of_work_that_ended_before_its_time(page):
+    stopped, done = html.status("Stopped at 40%."), html.status("3 candidates. Done.")
+    assert page.on_end(html.status("40%", 40, 100)) == page.on_cancel(html.status("40%", 40, 100)) == stopped
+    for shown in (stopped, done, html.status("Say what to draw."), None):  # nothing is under way, or it still waits
+        assert page.on_end(shown) == gradio.skip() and page.on_cancel(shown) == html.status("Cancelled.")
