@@ -1,6 +1,10 @@
 """What can be asked of a scene, and the answers."""
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
+
+import numpy as np
 
 from dalle_pytorch.scenes import world
 from dalle_pytorch.scenes.captions import FAMILY, states_place, states_size
@@ -20,9 +24,16 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "place": world.PLACES,
     "relation": world.RELATIONS,
 }
-# What the animal, the food, the digit … is painted in. A caption that does not say where its subjects are tells this,
-# and nothing of the first or the second one. Whoever knows it knows which paint belongs to which subject.
-PAINT_QUESTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(sorted(set(FAMILY.values())), PAINTS)
+# The groups that each kind belongs to: its family, and one half or the other of all kinds, which are halved at random
+# so often that any two kinds are in different groups at least once, those of one family too.
+HALVINGS = 12
+_CODES = np.random.default_rng(0).integers(2, size=(len(world.SUBJECTS), HALVINGS))
+GROUPS = {kind: (FAMILY[kind], *(f"half {i}{'ab'[bit]}" for i, bit in enumerate(code)))
+          for kind, code in zip(world.SUBJECTS, _CODES, strict=True)}  # fmt: skip
+# What the animal, the food, the digit, the one of a half is painted in. A caption that does not say where its subjects
+# are tells this, and nothing of the first or the second one. Whoever knows it knows which paint belongs to which
+# subject.
+PAINT_QUESTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(sorted({*chain(*GROUPS.values())}), PAINTS)
 ALL_QUESTIONS = QUESTIONS | PAINT_QUESTIONS
 OF_A_PLACE = ("kind", "colour", "second_kind", "second_colour", "relation")  # which of two subjects is where
 NOT_ASKED = -100  # what cross_entropy leaves out
@@ -48,9 +59,10 @@ def stated_answers(scene: Scene) -> dict[str, str]:
 
 
 def paints(scene: Scene) -> dict[str, str]:
-    """The true answers to `PAINT_QUESTIONS`, but for families of which there are two in different paints."""
-    pairs = {(FAMILY[subject.kind], subject.colour) for subject in scene.subjects}
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else {}
+    """The true answers to `PAINT_QUESTIONS`, but for groups of which there are two in different paints."""
+    pairs = {(group, subject.colour) for subject in scene.subjects for group in GROUPS[subject.kind]}
+    paints_of_group = Counter(group for group, _ in pairs)
+    return {group: paint for group, paint in pairs if paints_of_group[group] == 1}
 
 
 def indices(facts: Mapping[str, str], questions: Mapping[str, tuple[str, ...]] = QUESTIONS) -> list[int]:

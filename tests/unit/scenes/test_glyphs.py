@@ -11,7 +11,15 @@ import torch
 from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.scenes.captions import states_place
 from dalle_pytorch.scenes.dataset import GlyphsDataset
-from dalle_pytorch.scenes.facts import ALL_QUESTIONS, NOT_ASKED, answers, paints, stated_answers
+from dalle_pytorch.scenes.facts import (
+    ALL_QUESTIONS,
+    GROUPS,
+    NOT_ASKED,
+    PAINT_QUESTIONS,
+    answers,
+    paints,
+    stated_answers,
+)
 from dalle_pytorch.scenes.twins import ONE, TWO, change_scene
 from dalle_pytorch.scenes.world import Scene, Subject
 
@@ -321,16 +329,30 @@ def test_items_have_facts_when_wanted():
         assert ("size" in said) == (len(scene.subjects) == 1)
 
 
+def test_groups_tell_any_two_kinds_apart():
+    assert set(itertools.chain(*GROUPS.values())) == set(PAINT_QUESTIONS)
+    for first, second in itertools.combinations(glyphs.world.SUBJECTS, 2):
+        assert GROUPS[first] != GROUPS[second]
+    cat, dog = Subject("cat", "natural", "small", 0, 4), Subject("dog", "red", "small", 8, 4)
+    scene = Scene((cat, dog), "brick", 0, 0, "a cat next to a red dog on brick", relation="left")
+    answered = paints(scene)
+    assert answered == paints(replace(scene, subjects=(dog, cat)))
+    for subject in scene.subjects:
+        told = {answered[group] for group in GROUPS[subject.kind] if group in answered}
+        assert told == {subject.colour}
+
+
 def test_captions_tell_no_more_than_they_state():
     cat, seven = Subject("cat", "natural", "small", 0, 4), Subject("seven", "red", "small", 8, 4)
     scene = Scene((cat, seven), "brick", 0, 0, "a cat next to a red seven on brick", relation="left")
     unplaced = {"count": "2", "background": "brick"}
-    assert stated_answers(scene) == unplaced and paints(scene) == {"animal": "natural", "digit": "red"}
+    painted = paints(scene)
+    assert stated_answers(scene) == unplaced and (painted["animal"], painted["digit"]) == ("natural", "red")
     scene = replace(scene, caption="a cat left of a red seven on brick")
     assert stated_answers(scene) == answers(scene) and answers(scene)["second_colour"] == "red"
     dog = replace(seven, kind="dog")
-    assert paints(replace(scene, subjects=(cat, dog))) == {}
-    assert paints(replace(scene, subjects=(cat, replace(dog, colour="natural")))) == {"animal": "natural"}
+    assert "animal" not in paints(replace(scene, subjects=(cat, dog)))
+    assert paints(replace(scene, subjects=(cat, replace(dog, colour="natural"))))["animal"] == "natural"
     one = {"count": "1", "background": "brick", "kind": "cat", "colour": "natural"}
     scene = Scene((cat,), "brick", 0, 0, "a cat on brick", place="left")
     assert stated_answers(scene) == one
