@@ -15,7 +15,7 @@ from dalle_pytorch import scenes as glyphs
 from dalle_pytorch.cli import run
 from dalle_pytorch.clip.base import CLIPModel
 from dalle_pytorch.files.atomic import write_text
-from dalle_pytorch.scenes.captions import states_place
+from dalle_pytorch.scenes.captions import FAMILY, states_place
 from dalle_pytorch.scenes.dataset import images_of
 from dalle_pytorch.settings import Settings, option
 from text_to_image import Model
@@ -29,7 +29,8 @@ class TwinSettings(Settings):
 
     For every fact, of scenes with one subject and with two, and of two whose caption says which is where and whose
     caption does not: how often the right one of two captions fits an image best, and the right one of two images a
-    caption; half is chance. Prints the table in Markdown and writes `clip_twins.json`.
+    caption; half is chance. With `--exchanged` subjects of one family, such as animals, and of two have rows of their
+    own. Prints the table in Markdown and writes `clip_twins.json`.
     """
 
     clip_path: Path | None = option(None, "a CLIP (default: the default model's)")
@@ -58,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for index in trange(settings.count, desc="pairs"):
         scene = glyphs.make_scene(index, "validation", 2 if settings.exchanged else None, settings.of)
         *scenes, fact = glyphs.make_twins(scene, index, exchanged=settings.exchanged)
+        families = {FAMILY[subject.kind] for subject in scenes[0].subjects}
         subjects = str(len(scenes[0].subjects))
         if scenes[0].relation is not None:
             subjects += ", placed" if states_place(scenes[0]) else ", unplaced"
+        if settings.exchanged:
+            subjects += ", of one family" if len(families) == 1 else ", of two families"
         told[subjects, fact].append(tell_apart(clip, scenes))
     print("| subjects | changed | pairs | caption told | picture told |")
     print("|---|---|---|---|---|")
