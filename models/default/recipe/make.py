@@ -23,7 +23,7 @@ def stages(runs: Path, longer: float = 1.0, options: Sequence[str] = ()) -> dict
     tokenizer, vae = str(runs / "tokenizer.json"), str(runs / "vqgan/vae")
     scripts = "DALLE-pytorch"
     drawn, painted = "glyphs?of=everything", "glyphs?of=painted"
-    contrasted = "wrong_captions=4&twins=true&exchanged_every=2&facts=true"
+    contrasted = "wrong_captions=4&twins=true&exchanged_every=3&facts=true"
     of_prior = ["--vae_path", vae, "--bpe_path", tokenizer, "--batch_size", "16", "--subject_weight", "3",
                 "--image_noise", "0.3", "--ema_decay", "0.998", "--muon", "--save_every", "100"]  # fmt: skip
     # 32 scenes and their twins: 64 pictures a step.
