@@ -14,7 +14,7 @@ def status(text: str, done: int | None = None, total: int = 1) -> str:
 
 
 def stopped(shown: str | None) -> str:
-    """The status of work that ended before its time, of the one that it left; empty if that has no progress bar."""
+    """The status in place of `shown` where work ended before its time; empty if that has no progress bar."""
     percent = re.search(r"<progress .*<span>(\d{1,3}%)</span>", shown or "")
     return status(f"Stopped at {percent[1]}.") if percent else ""
 
