@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for index in trange(settings.count, desc="pairs"):
         scene = glyphs.make_scene(index, "validation", 2 if settings.exchanged else None, settings.of)
         *scenes, fact = glyphs.make_twins(scene, index, exchanged=settings.exchanged)
-        families = {FAMILY[subject.kind] for subject in scenes[0].subjects}
         subjects = str(len(scenes[0].subjects))
         if scenes[0].relation is not None:
             subjects += ", placed" if states_place(scenes[0]) else ", unplaced"
         if settings.exchanged:
+            families = {FAMILY[subject.kind] for subject in scenes[0].subjects}
             subjects += ", of one family" if len(families) == 1 else ", of two families"
         told[subjects, fact].append(tell_apart(clip, scenes))
     print("| subjects | changed | pairs | caption told | picture told |")

@@ -23,6 +23,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
 
 PROMPT = "a red seven on brick"
+CANDIDATES = "#candidates .grid-container > *"
 PATIENCE = 240_000  # milliseconds for what takes the model's time on a slow machine
 expect.set_options(timeout=PATIENCE)
 
@@ -82,12 +83,12 @@ def status(page: Page):
 
 
 def candidates(page: Page):
-    return page.locator("#candidates .grid-container > *")
+    return page.locator(CANDIDATES)
 
 
 def wait_for_frames(page: Page, *framed: bool):
     """Waits until these of the candidates have a tick, and no others."""
-    ticks = ("[...document.querySelectorAll('#candidates .grid-container > *')].map("
+    ticks = (f"[...document.querySelectorAll('{CANDIDATES}')].map("
              "each => getComputedStyle(each, '::after').content.includes('✓'))")  # fmt: skip
     page.wait_for_function(f"framed => JSON.stringify({ticks}) == JSON.stringify(framed)", arg=framed)
 
@@ -109,7 +110,7 @@ def test_from_a_prompt_to_the_files(visit, tmp_path):
     page = visit()
     generate(page, count=3)
     # The first batch, before the second; `expect` looks once a second and could miss it.
-    page.wait_for_function("document.querySelectorAll('#candidates .grid-container > *').length == 2")
+    page.wait_for_function(f"document.querySelectorAll('{CANDIDATES}').length == 2")
     expect(status(page)).to_have_text("3 candidates. Done.")
     expect(candidates(page)).to_have_count(3)
     captions = candidates(page).all_inner_texts()

@@ -73,5 +73,5 @@ def indices(facts: Mapping[str, str], questions: Mapping[str, tuple[str, ...]] =
 def attributes(scene: Scene) -> dict[str, list[int]]:
     """The answers to `ALL_QUESTIONS`, as the items of a data set have them: `attributes`, which the picture tells, and
     `caption_attributes`."""
-    told = {"attributes": answers(scene), "caption_attributes": stated_answers(scene)}
-    return {name: indices(found | paints(scene), ALL_QUESTIONS) for name, found in told.items()}
+    told, painted = {"attributes": answers(scene), "caption_attributes": stated_answers(scene)}, paints(scene)
+    return {name: indices(found | painted, ALL_QUESTIONS) for name, found in told.items()}
